@@ -1,0 +1,133 @@
+"""The user's mistakes and the files we write: one clear error, and never a half-written file.
+
+Every file is written under a temporary name in the folder it will live in, synced, renamed, and the folder synced:
+a reader sees the old file or the new one, whatever is killed and whenever. What the disk refuses (full, read-only,
+no permission) becomes a `UserError`, and the temporary file is gone.
+"""
+
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+
+class UserError(Exception):
+    """A mistake of the user's, told in one line. The CLI prints it without a traceback and exits with code 2."""
+
+
+@contextmanager
+def atomic_path(path: str | Path) -> Iterator[Path]:
+    """Yields a temporary name for the body to write a file under; afterwards that file is `path`.
+
+    For writers that want a name (safetensors, matplotlib). Raises UserError where the file cannot be written.
+    """
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        yield temporary
+        _sync(temporary)
+        os.replace(temporary, path)
+        _sync(path.parent)
+    except Exception as error:
+        raise _explained(error, path) from error
+    finally:
+        with suppress(OSError):
+            temporary.unlink()
+
+
+@contextmanager
+def atomic_folder(path: str | Path) -> Iterator[Path]:
+    """Yields a new temporary sibling folder for the body to fill; afterwards that folder is `path`.
+
+    A folder already at `path` is replaced as a whole. Whatever stops the body, Ctrl-C included, leaves the old state.
+    Raises UserError where the folder cannot be written.
+    """
+    path = Path(path).absolute()
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    old = path.with_name(f".{path.name}.{os.getpid()}.old")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir()
+        yield temporary
+        for folder, _, names in os.walk(temporary):
+            for name in names:
+                _sync(Path(folder, name))
+            _sync(Path(folder))
+        if path.exists():
+            os.replace(path, old)  # a folder cannot be renamed over a full one
+        os.replace(temporary, path)
+        _sync(path.parent)
+        shutil.rmtree(old, ignore_errors=True)
+    except Exception as error:
+        raise _explained(error, path) from error
+    finally:
+        if old.exists() and not path.exists():
+            os.replace(old, path)
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def write_bytes(path: str | Path, data: bytes) -> None:
+    """Write a small file as a whole, atomically. Raises UserError where it cannot be written."""
+    with atomic_path(path) as temporary:
+        temporary.write_bytes(data)
+
+
+def write_json(path: str | Path, value: Any) -> None:
+    """Write `value` as indented JSON, atomically. Raises UserError where it cannot be written."""
+    write_bytes(path, (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode())
+
+
+def read_json(path: str | Path) -> Any:
+    """The value in a JSON file. Raises UserError, naming the file, where it is missing or damaged."""
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from error
+    except ValueError as error:
+        raise UserError(f"{path} is damaged: {error}") from error
+
+
+def sha256(path: str | Path) -> str:
+    """Hex digest of a file's content, read in pieces. Raises UserError where it cannot be read."""
+    digest = hashlib.sha256()
+    try:
+        with open(path, "rb") as file:
+            while piece := file.read(1 << 20):
+                digest.update(piece)
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from error
+    return digest.hexdigest()
+
+
+def _sync(path: Path) -> None:
+    """Flush a file's or a folder's content to the disk, so that a later rename cannot outrun it."""
+    if path.is_dir() and os.name == "nt":  # Windows cannot open folders, and orders renames itself
+        return
+    descriptor = os.open(path, os.O_RDONLY if os.name != "nt" else os.O_RDWR)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _explained(error: Exception, path: Path) -> Exception:
+    """The disk's refusals as a UserError naming `path`; any other error as it is.
+
+    Libraries written in Rust (safetensors, tokenizers) hide the errno in the text of their own exception.
+    """
+    reason = None
+    if isinstance(error, OSError):
+        reason = error.strerror or str(error)
+    elif code := re.search(r"\(os error (\d+)\)", str(error)):
+        reason = os.strerror(int(code[1]))
+    if reason is None:
+        return error
+    if not path.parent.is_dir():
+        reason = f"there is no folder {path.parent}"
+    return UserError(f"cannot write {path}: {reason}")

@@ -1,0 +1,83 @@
+"""Dropout as every backend draws it: one definition, the same bits in torch, C++ and Triton.
+
+Philox-4x32 with 7 rounds (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3"; 7 is the fewest
+that pass BigCrush). One call serves four column blocks of 16, so that in each group of 64 columns
+
+    c0 = 16 * (col // 64) + col % 16          word = (col % 64) // 16 of the call's four
+    c1 = position in the sequence             c2 = sequence index in the step's global batch
+    c3 = stream << 8 | head                   key = the step's 64-bit seed
+
+An element is kept where its word >= threshold. `row_key` (rows,) int64 = sequence index << 32 | position, so a
+mask does not depend on packing, padding, micro-batching, ranks or tiling, and recomputing draws it again.
+`stream` is a constant of layer and site.
+"""
+
+import torch
+from torch import Tensor
+
+MULTIPLIERS = 0xD2511F53, 0xCD9E8D57
+KEY_STEPS = 0x9E3779B9, 0xBB67AE85
+ROUNDS = 7
+_LOW = 0xFFFFFFFF
+
+
+def threshold(p: float) -> int:
+    """The 32-bit integer below which a word is dropped: P(word < threshold) = p to 2^-33."""
+    if not 0.0 <= p < 1.0:
+        raise ValueError(f"dropout probability must be in [0, 1), got {p}")
+    return min(round(p * 2**32), 2**32 - 1)
+
+
+def keep_scale(p: float) -> float:
+    """1 / P(kept), exact for the threshold in use."""
+    return 2.0**32 / (2**32 - threshold(p))
+
+
+def philox(seed: Tensor, c0: Tensor, c1: Tensor, c2: Tensor, c3: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Philox-4x32-7 on int64 tensors that hold 32-bit counters (broadcast together); four words of 32 bits.
+
+    int64 products wrap to the right 64 bits, so a shift and a mask give the high word of an unsigned product.
+    """
+    k0, k1 = seed & _LOW, (seed >> 32) & _LOW
+    for _ in range(ROUNDS):
+        product0, product1 = c0 * MULTIPLIERS[0], c2 * MULTIPLIERS[1]
+        c0, c2 = ((product1 >> 32) & _LOW) ^ c1 ^ k0, ((product0 >> 32) & _LOW) ^ c3 ^ k1
+        c1, c3 = product1 & _LOW, product0 & _LOW
+        k0, k1 = (k0 + KEY_STEPS[0]) & _LOW, (k1 + KEY_STEPS[1]) & _LOW
+    return c0, c1, c2, c3
+
+
+def keep_mask(p: float, seed: Tensor, row_key: Tensor, n_columns: int, stream: int, n_heads: int = 1) -> Tensor:
+    """The mask of kept elements, (n_heads, rows, n_columns) bool; the definition above in torch integer ops.
+
+    seed: int64 with one element. row_key: (rows,) int64. Raises ValueError unless 0 <= p < 1.
+    """
+    device = row_key.device
+    groups = torch.arange((n_columns + 63) // 64, device=device)
+    c0 = (16 * groups.unsqueeze(1) + torch.arange(16, device=device)).view(1, 1, -1)  # (1, 1, groups * 16)
+    c1 = (row_key & _LOW).view(1, -1, 1)
+    c2 = ((row_key >> 32) & _LOW).view(1, -1, 1)
+    c3 = (stream << 8) + torch.arange(n_heads, device=device).view(-1, 1, 1)
+    words = philox(seed.view(1, 1, 1), c0, c1, c2, c3)
+    shape = (n_heads, row_key.numel(), groups.numel(), 16)
+    bits = torch.stack([torch.broadcast_to(w, (*shape[:2], shape[2] * 16)).view(shape) for w in words], dim=3)
+    return bits.flatten(2)[..., :n_columns] >= threshold(p)  # (heads, rows, groups, 4, 16) -> columns
+
+
+def dropout_scale(x: Tensor, p: float, seed: Tensor | None, row_key: Tensor | None, stream: int) -> Tensor:
+    """x (rows, columns) times mask / P(kept): what each reference multiplies by; x unchanged at p = 0."""
+    if p == 0.0:
+        return x
+    rows = default_row_key(x) if row_key is None else row_key
+    mask = keep_mask(p, require_seed(seed), rows, x.shape[1], stream)[0]
+    return torch.where(mask, x * keep_scale(p), torch.zeros((), dtype=x.dtype, device=x.device))
+
+
+def default_row_key(x: Tensor) -> Tensor:
+    return torch.arange(x.shape[0], device=x.device)
+
+
+def require_seed(seed: Tensor | None) -> Tensor:
+    if seed is None:
+        raise ValueError("dropout (p > 0) needs a seed: an int64 tensor with one element")
+    return seed

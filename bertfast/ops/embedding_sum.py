@@ -1,0 +1,101 @@
+"""y = dropout(LayerNorm(word[input_ids] + position[position_ids] + token_type[token_type_ids])).
+
+ids: (T,) integer   word: (V, H)   position: (max positions, H)   token_type: (types, H)   weight, bias: (H,)
+y: (T, H)   mean, rstd: (T,) float32
+The sum z is not saved: the backward gathers it again (as many bytes read, none written). Gradients of the tables
+are segment sums, in a fixed order, so that a step is reproducible; the row of `padding_idx` gets none.
+"""
+
+import torch
+from torch import Tensor
+
+from ._define import define
+from .add_layer_norm import layer_norm, layer_norm_backward
+from .bias_gelu import accumulate_dtype
+from .dropout import dropout_scale
+
+
+def _gather_sum(input_ids, position_ids, token_type_ids, word, position, token_type):
+    acc = accumulate_dtype(word)
+    return word[input_ids].to(acc) + position[position_ids].to(acc) + token_type[token_type_ids].to(acc)
+
+
+def _embedding_sum_fwd(
+    input_ids, position_ids, token_type_ids, word, position, token_type, weight, bias, eps, padding_idx, p, seed,
+    row_key, stream,
+):
+    z = _gather_sum(input_ids, position_ids, token_type_ids, word, position, token_type)
+    y, mean, rstd = layer_norm(z, weight.to(z.dtype), bias.to(z.dtype), eps)
+    return dropout_scale(y, p, seed, row_key, stream).to(word.dtype), mean, rstd
+
+
+def _embedding_sum_bwd(
+    dy, input_ids, position_ids, token_type_ids, word, position, token_type, weight, mean, rstd, padding_idx, p, seed,
+    row_key, stream,
+):
+    z = _gather_sum(input_ids, position_ids, token_type_ids, word, position, token_type)
+    dy = dropout_scale(dy.to(z.dtype), p, seed, row_key, stream)
+    dz, dweight, dbias = layer_norm_backward(dy, z, mean, rstd, weight.to(z.dtype))
+
+    def segment_sum(table, ids, rows):
+        return z.new_zeros(table.shape).index_add_(0, ids, rows).to(table.dtype)
+
+    read = dz if padding_idx is None else torch.where((input_ids == padding_idx).unsqueeze(-1), 0.0, dz)
+    return (
+        segment_sum(word, input_ids, read),
+        segment_sum(position, position_ids, dz),
+        segment_sum(token_type, token_type_ids, dz),
+        dweight.to(weight.dtype),
+        dbias.to(weight.dtype),
+    )
+
+
+_fwd = define(
+    "embedding_sum_fwd(Tensor input_ids, Tensor position_ids, Tensor token_type_ids, Tensor word, Tensor position, "
+    "Tensor token_type, Tensor weight, Tensor bias, float eps, int? padding_idx, float p, Tensor? seed, "
+    "Tensor? row_key, int stream) -> (Tensor y, Tensor mean, Tensor rstd)",
+    _embedding_sum_fwd,
+)
+_bwd = define(
+    "embedding_sum_bwd(Tensor dy, Tensor input_ids, Tensor position_ids, Tensor token_type_ids, Tensor word, "
+    "Tensor position, Tensor token_type, Tensor weight, Tensor mean, Tensor rstd, int? padding_idx, float p, "
+    "Tensor? seed, Tensor? row_key, int stream) "
+    "-> (Tensor dword, Tensor dposition, Tensor dtoken_type, Tensor dweight, Tensor dbias)",
+    _embedding_sum_bwd,
+)
+
+
+class _EmbeddingSum(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx, input_ids, position_ids, token_type_ids, word, position, token_type, weight, bias, eps, padding_idx, p,
+        seed, row_key, stream,
+    ):
+        ids = (input_ids, position_ids, token_type_ids)
+        tables = (word, position, token_type)
+        y, mean, rstd = _fwd(*ids, *tables, weight, bias, eps, padding_idx, p, seed, row_key, stream)
+        ctx.save_for_backward(*ids, *tables, weight, mean, rstd, seed, row_key)
+        ctx.padding_idx, ctx.p, ctx.stream = padding_idx, p, stream
+        return y
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, dy):
+        *saved, seed, row_key = ctx.saved_tensors
+        gradients = _bwd(dy, *saved, ctx.padding_idx, ctx.p, seed, row_key, ctx.stream)
+        return None, None, None, *gradients, None, None, None, None, None, None
+
+
+def embedding_sum(
+    input_ids, position_ids, token_type_ids, word, position, token_type, weight, bias, eps=1e-12, padding_idx=None,
+    p=0.0, seed=None, row_key=None, stream=0,
+) -> Tensor:
+    """BERT's embedding: three gathers, their sum, LayerNorm and dropout in one pass; (T, H) in the tables' dtype.
+
+    Shapes above; p, seed, row_key, stream: see bertfast.ops.dropout. Raises IndexError for an id outside a table
+    (CPU), ValueError for p outside [0, 1) or p > 0 without a seed.
+    """
+    return _EmbeddingSum.apply(
+        input_ids, position_ids, token_type_ids, word, position, token_type, weight, bias, eps, padding_idx, p, seed,
+        row_key, stream,
+    )

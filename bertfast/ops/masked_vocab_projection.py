@@ -1,0 +1,86 @@
+"""Loss of the masked-language-model head without keeping the logits: gather, project on the vocabulary, cross entropy.
+
+hidden: (R, H)   weight: (V, H), the tied word table   bias: (V,)   labels: (R,) int64, -100 = no prediction
+logits = hidden @ weight.T + bias on the rows with a label;  loss_sum = sum(logsumexp(logits) - logits[label])
+dlogits = scale * (softmax(logits) - onehot(label))
+dhidden = dlogits @ weight (zero on other rows)    dweight = dlogits.T @ hidden    dbias = sum(dlogits)
+
+The forward forms the gradients while a tile of logits is at hand, already multiplied by `scale` (a tensor: the loss
+scale over the masked count of the whole global batch); the backward only multiplies by the incoming scalar. The
+logits exist as a whole nowhere (cf. Wijmans et al. 2024, "Cut your losses in large-vocabulary language models").
+With no label at all the loss is 0.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ._define import define
+from .bias_gelu import accumulate_dtype
+
+IGNORE_INDEX = -100
+
+
+def _logits(hidden, weight, bias, labels):
+    acc = accumulate_dtype(hidden)
+    logits = hidden.to(acc) @ weight.to(acc).mT + bias.to(acc)
+    masked = labels != IGNORE_INDEX
+    target = torch.where(masked, labels, 0)
+    loss = torch.logsumexp(logits, -1) - logits.gather(1, target.unsqueeze(1)).squeeze(1)
+    correct = (logits.argmax(-1) == target) & masked
+    return logits, masked, target, torch.where(masked, loss, 0.0).sum(), masked.sum(), correct.sum()
+
+
+def _masked_vocab_projection_eval(hidden, weight, bias, labels):
+    return _logits(hidden, weight, bias, labels)[3:]
+
+
+def _masked_vocab_projection_fwd(hidden, weight, bias, labels, scale):
+    logits, masked, target, loss_sum, n_masked, n_correct = _logits(hidden, weight, bias, labels)
+    dlogits = (torch.softmax(logits, -1) - F.one_hot(target, weight.shape[0])) * (masked * scale).unsqueeze(1)
+    dlogits = dlogits.to(logits.dtype)
+    dhidden = (dlogits @ weight.to(logits.dtype)).to(hidden.dtype)
+    dweight = (dlogits.mT @ hidden.to(logits.dtype)).to(weight.dtype)
+    return loss_sum, n_masked, n_correct, dhidden, dweight, dlogits.sum(0).to(bias.dtype)
+
+
+_eval = define(
+    "masked_vocab_projection_eval(Tensor hidden, Tensor weight, Tensor bias, Tensor labels) "
+    "-> (Tensor loss_sum, Tensor n_masked, Tensor n_correct)",
+    _masked_vocab_projection_eval, kernels="masked_vocab_projection",
+)
+_fwd = define(
+    "masked_vocab_projection_fwd(Tensor hidden, Tensor weight, Tensor bias, Tensor labels, Tensor scale) "
+    "-> (Tensor loss_sum, Tensor n_masked, Tensor n_correct, Tensor dhidden, Tensor dweight, Tensor dbias)",
+    _masked_vocab_projection_fwd, kernels="masked_vocab_projection",
+)
+
+
+class _MaskedVocabProjection(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, hidden, weight, bias, labels, scale):
+        loss_sum, n_masked, n_correct, *gradients = _fwd(hidden, weight, bias, labels, scale)
+        ctx.save_for_backward(*gradients)
+        ctx.mark_non_differentiable(n_masked, n_correct)
+        return loss_sum * scale, n_masked, n_correct
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, dloss, *_):
+        return *(g * dloss.to(g.dtype) for g in ctx.saved_tensors), None, None
+
+
+def masked_vocab_projection(hidden, weight, bias, labels, scale=None) -> tuple[Tensor, Tensor, Tensor]:
+    """`F.cross_entropy(F.linear(hidden, weight, bias), labels, reduction="sum") * scale`, and two counts.
+
+    hidden: (R, H); weight: (V, H); bias: (V,); labels: (R,) int64, -100 ignored; scale: a scalar tensor, 1 / masked
+    count by default (a mean; 0 where nothing is masked). Returns (loss, n_masked, n_correct), all 0-dim: loss in
+    fp32 (fp64 for fp64 input), the counts int64 and not differentiable.
+    """
+    if scale is None:
+        acc = accumulate_dtype(hidden)
+        scale = (labels != IGNORE_INDEX).sum().clamp(min=1).to(acc).reciprocal()
+    if torch.is_grad_enabled() and any(t.requires_grad for t in (hidden, weight, bias)):
+        return _MaskedVocabProjection.apply(hidden, weight, bias, labels, scale)
+    loss_sum, n_masked, n_correct = _eval(hidden, weight, bias, labels)
+    return loss_sum * scale, n_masked, n_correct

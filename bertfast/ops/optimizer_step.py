@@ -1,0 +1,94 @@
+"""One optimiser step over many tensors: fp32 masters and moments, written once, the compute copy refreshed with them.
+
+    g = gradient * grad_scale              grad_scale folds unscaling and clipping; skip != 0 leaves all unchanged
+    m = beta1 m + (1 - beta1) g            v = beta2 v + (1 - beta2) g^2
+    u = m / (1 - beta1^step) / (sqrt(v / (1 - beta2^step)) + eps)
+AdamW (Loshchilov & Hutter 2019):  master = master (1 - lr weight_decay) - lr u
+LAMB  (You et al. 2020):           u = u + weight_decay master;  master = master - lr |master| / |u| u
+    param = master in the compute dtype
+
+params, grads: compute dtype   masters, exp_avgs, exp_avg_sqs: float32   lr, step, grad_scale, skip: 0-dim float32
+`masters` is empty where the parameters are fp32 themselves. Nothing is read back from the device.
+"""
+
+import torch
+from torch import Tensor
+
+from ._define import define
+
+
+def _moments(grad, exp_avg, exp_avg_sq, step, grad_scale, beta1, beta2, eps):
+    """New moments and the bias-corrected direction, all fp32."""
+    g = grad.float() * grad_scale
+    m = torch.lerp(exp_avg, g, 1 - beta1)
+    v = beta2 * exp_avg_sq + (1 - beta2) * g * g
+    return m, v, m / (1 - beta1**step) / ((v / (1 - beta2**step)).sqrt() + eps)
+
+
+def _store(skip, *pairs):
+    for target, value in pairs:
+        target.copy_(torch.where(skip != 0, target, value.to(target.dtype)))
+
+
+def _adamw_step(
+    params, grads, masters, exp_avgs, exp_avg_sqs, lr, step, grad_scale, skip, beta1, beta2, eps, weight_decay
+):
+    for param, grad, master, exp_avg, exp_avg_sq in zip(params, grads, masters or params, exp_avgs, exp_avg_sqs):
+        m, v, u = _moments(grad, exp_avg, exp_avg_sq, step, grad_scale, beta1, beta2, eps)
+        new = master * (1 - lr * weight_decay) - lr * u
+        _store(skip, (exp_avg, m), (exp_avg_sq, v), (master, new), *([(param, new)] if masters else []))
+
+
+def _lamb_step(
+    params, grads, masters, exp_avgs, exp_avg_sqs, lr, step, grad_scale, skip, beta1, beta2, eps, weight_decay
+):
+    for param, grad, master, exp_avg, exp_avg_sq in zip(params, grads, masters or params, exp_avgs, exp_avg_sqs):
+        m, v, u = _moments(grad, exp_avg, exp_avg_sq, step, grad_scale, beta1, beta2, eps)
+        u = u + weight_decay * master
+        size, length = master.norm(), u.norm()
+        trust = torch.where((size > 0) & (length > 0), size / length, 1.0)  # as in the paper's code: 1 at zero
+        new = master - lr * trust * u
+        _store(skip, (exp_avg, m), (exp_avg_sq, v), (master, new), *([(param, new)] if masters else []))
+
+
+def _grad_norm(grads):
+    return torch.stack([g.float().square().sum() for g in grads]).sum().sqrt()
+
+
+_STATE = (
+    "(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] masters, Tensor(c!)[] exp_avgs, Tensor(d!)[] exp_avg_sqs, "
+    "Tensor lr, Tensor step, Tensor grad_scale, Tensor skip, float beta1, float beta2, float eps, float weight_decay) "
+    "-> ()"
+)
+_adamw = define("adamw_step" + _STATE, _adamw_step, kernels="optimizer_step")
+_lamb = define("lamb_step" + _STATE, _lamb_step)
+grad_norm_op = define("grad_norm(Tensor[] grads) -> Tensor", _grad_norm, kernels="optimizer_step")
+
+
+def adamw_step(
+    params, grads, masters, exp_avgs, exp_avg_sqs, lr, step, grad_scale, skip, *, beta1=0.9, beta2=0.999, eps=1e-6,
+    weight_decay=0.01,
+) -> None:
+    """AdamW in place on lists of tensors; shapes, dtypes and formula above. Raises ValueError for uneven lists."""
+    _check(params, grads, masters, exp_avgs, exp_avg_sqs)
+    _adamw(params, grads, masters, exp_avgs, exp_avg_sqs, lr, step, grad_scale, skip, beta1, beta2, eps, weight_decay)
+
+
+def lamb_step(
+    params, grads, masters, exp_avgs, exp_avg_sqs, lr, step, grad_scale, skip, *, beta1=0.9, beta2=0.999, eps=1e-6,
+    weight_decay=0.01,
+) -> None:
+    """LAMB in place on lists of tensors, one trust ratio a tensor; otherwise as `adamw_step`."""
+    _check(params, grads, masters, exp_avgs, exp_avg_sqs)
+    _lamb(params, grads, masters, exp_avgs, exp_avg_sqs, lr, step, grad_scale, skip, beta1, beta2, eps, weight_decay)
+
+
+def grad_norm(grads: list[Tensor]) -> Tensor:
+    """The Euclidean norm of all gradients together, 0-dim float32, summed in fp32 in a fixed order."""
+    return grad_norm_op(grads)
+
+
+def _check(params, grads, masters, exp_avgs, exp_avg_sqs) -> None:
+    n = len(params)
+    if not (len(grads) == len(exp_avgs) == len(exp_avg_sqs) == n and len(masters) in (0, n)):
+        raise ValueError("params, grads, exp_avgs and exp_avg_sqs need the same length, masters as well or 0")
