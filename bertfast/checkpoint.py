@@ -1,0 +1,168 @@
+"""Checkpoints in the Hugging Face layout: config.json and model.safetensors, in and out, strictly.
+
+Names are Hugging Face's; besides them we understand the old LayerNorm.gamma / beta, a missing or superfluous
+`bert.` prefix, and the tied copies of the word table that some files carry. Anything else missing, unexpected or of
+another shape is an error that lists it. Pickled files are read with weights_only.
+"""
+
+import json
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from .config import BertConfig
+from .files import UserError, atomic_path, read_json
+
+FILES = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
+TIED = {  # tensor of the file -> the parameter it repeats
+    "cls.predictions.decoder.weight": "bert.embeddings.word_embeddings.weight",
+    "cls.predictions.decoder.bias": "cls.predictions.bias",
+}
+HEADS = ("pooler.", "bert.pooler.", "cls.", "classifier.", "qa_outputs.")
+
+
+class Checkpointed:
+    """`from_pretrained` and `save_pretrained` for a module with a `config` and a `base_prefix` before the encoder."""
+
+    config: BertConfig
+    base_prefix: str
+
+    @classmethod
+    def from_pretrained(cls, name: str | Path, *, new_heads: bool = False, **config_changes):
+        """Load a folder, or a model of the Hugging Face hub, in fp32 and eval mode.
+
+        new_heads=True permits heads (pooler, cls, classifier) that the file lacks, or has beyond this class: they are
+        initialised or dropped, and named in a printed line. Raises UserError for anything missing, unexpected or
+        mis-shaped, for a damaged file, and for another architecture.
+        """
+        folder = find(name)
+        config = BertConfig.from_file(folder / "config.json")
+        for key, value in config_changes.items():
+            setattr(config, key, value)
+        model = cls(config)
+        load(model, read_tensors(folder), str(name), new_heads)
+        return model.eval()
+
+    def save_pretrained(self, folder: str | Path, state: dict[str, Tensor] | None = None) -> None:
+        """Write config.json and model.safetensors, each atomically.
+
+        state: tensors to write in place of the parameters (a mixed-precision run's fp32 masters).
+        """
+        folder = Path(folder)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"cannot create {folder}: {error.strerror}") from error
+        tensors = {name: t.detach().cpu().contiguous().clone() for name, t in (state or self.state_dict()).items()}
+        with atomic_path(folder / "model.safetensors") as path:
+            save_file(tensors, path, metadata={"format": "pt"})
+        self.config.save(folder / "config.json", type(self).__name__)
+
+
+def find(name: str | Path) -> Path:
+    """The folder of a checkpoint: a local one, or downloaded from the hub by its id."""
+    folder = Path(name)
+    if folder.is_dir():
+        if not (folder / "config.json").exists():
+            raise UserError(f"{folder} holds no config.json: not a checkpoint")
+        return folder
+    if folder.exists() or str(name).count("/") != 1 or str(name).startswith((".", "/")):
+        raise UserError(f"no checkpoint at {name}")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(str(name), allow_patterns=["config.json", "*.txt", "tokenizer*.json", *FILES,
+                                                                 "*.safetensors"]))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        raise UserError(f"no folder {name}, and the hub did not give it: {str(error).splitlines()[0]}") from error
+
+
+def read_tensors(folder: Path) -> dict[str, Tensor]:
+    """All tensors of a checkpoint folder: safetensors before pickles, whole or sharded."""
+    for name in FILES:
+        path = folder / name
+        if not path.exists():
+            continue
+        if name.endswith(".index.json"):
+            index = read_json(path)
+            try:
+                shards = sorted(set(index["weight_map"].values()))
+            except (KeyError, TypeError, AttributeError) as error:
+                raise UserError(f"{path} is damaged: it has no weight_map") from error
+            tensors: dict[str, Tensor] = {}
+            for shard in shards:
+                tensors.update(_read_file(folder / shard))
+            return tensors
+        return _read_file(path)
+    raise UserError(f"{folder} holds no weights ({', '.join(FILES)})")
+
+
+def _read_file(path: Path) -> dict[str, Tensor]:
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError as error:
+        raise UserError(f"{path} is missing") from error
+    except (SafetensorError, RuntimeError, EOFError, ValueError, OSError, json.JSONDecodeError) as error:
+        raise UserError(f"{path} is damaged or truncated: {str(error).splitlines()[0]}") from error
+    except Exception as error:  # UnpicklingError: something other than tensors, which we do not run
+        raise UserError(f"{path} holds more than tensors; refusing to unpickle it") from error
+
+
+def load(model, tensors: dict[str, Tensor], source: str, new_heads: bool = False) -> None:
+    """Copy `tensors` into the model's parameters, strictly; see Checkpointed.from_pretrained."""
+    own = dict(model.state_dict())
+    found = _adapt(tensors, own, model.base_prefix)
+    missing = sorted(set(own) - set(found))
+    unexpected = sorted(set(found) - set(own))
+    if new_heads:
+        named = [n for n in missing + unexpected if n.startswith(HEADS)]
+        if named:
+            print(f"{source}: " + "; ".join(
+                f"{what}: {', '.join(n for n in names if n in named)}"
+                for what, names in (("initialised anew", missing), ("not used", unexpected))
+                if any(n in named for n in names)
+            ))
+        missing, unexpected = ([n for n in names if n not in named] for names in (missing, unexpected))
+    shaped = [
+        f"{n} {tuple(found[n].shape)} instead of {tuple(own[n].shape)}"
+        for n in sorted(set(own) & set(found)) if own[n].shape != found[n].shape
+    ]
+    problems = [
+        f"{what}: {', '.join(names[:8])}{f' and {len(names) - 8} more' if len(names) > 8 else ''}"
+        for what, names in (("missing", missing), ("unexpected", unexpected), ("mis-shaped", shaped)) if names
+    ]
+    if problems:
+        raise UserError(f"{source} does not fit {type(model).__name__}; " + "; ".join(problems))
+    with torch.no_grad():
+        for name, tensor in own.items():
+            if name in found:
+                tensor.copy_(found[name])
+
+
+def _adapt(tensors: dict[str, Tensor], own: dict[str, Tensor], base_prefix: str) -> dict[str, Tensor]:
+    """The file's tensors under our names."""
+    found = {}
+    for name, tensor in tensors.items():
+        name = name.replace("LayerNorm.gamma", "LayerNorm.weight").replace("LayerNorm.beta", "LayerNorm.bias")
+        if name.endswith("position_ids"):  # a buffer that older files carry
+            continue
+        if name not in own:
+            if base_prefix and base_prefix + name in own:
+                name = base_prefix + name
+            elif not base_prefix and name.removeprefix("bert.") in own:
+                name = name.removeprefix("bert.")
+        found[name] = tensor
+    for copy, original in TIED.items():
+        if copy in found and copy not in own and original in found:
+            if not torch.equal(found[copy], found[original]):
+                raise UserError(f"{copy} differs from {original}: an untied checkpoint, which we cannot represent")
+            del found[copy]
+        elif copy in found and original in own and original not in found:
+            found[original] = found.pop(copy)
+    return found

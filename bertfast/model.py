@@ -1,0 +1,298 @@
+"""BERT out of the blocks in bertfast.nn: encoder, the pretraining heads, and the two ways to call them.
+
+Packed:  model(batch) with a PackedBatch. Nothing is padded, shapes are fixed, the last layer computes only the rows
+         that are read ([CLS] and masked), the vocabulary projection only the masked ones.
+Padded:  model(input_ids, attention_mask, token_type_ids, ...), as in Hugging Face. Unpadded once before the
+         embedding and padded back at the end; what is computed is the same.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from .batch import PackedBatch
+from .checkpoint import Checkpointed
+from .config import BertConfig
+from .nn import AddLayerNorm, Embeddings, FeedForward, MLMHead, Rows, SelfAttention
+from .ops.masked_vocab_projection import IGNORE_INDEX
+
+
+@dataclass
+class ModelOutput:
+    """What a call computed; None where it was not asked for. Padded calls get (batch, sequence, …) tensors back."""
+
+    loss: Tensor | None = None  # 0-dim: the sum of the losses whose labels were given
+    mlm_loss: Tensor | None = None
+    nsp_loss: Tensor | None = None
+    n_masked: Tensor | None = None  # 0-dim int64 counts
+    n_correct: Tensor | None = None
+    n_pairs: Tensor | None = None
+    n_pairs_correct: Tensor | None = None
+    logits: Tensor | None = None  # vocabulary logits; only where no labels are given
+    seq_relationship_logits: Tensor | None = None  # (B, 2)
+    last_hidden_state: Tensor | None = None
+    pooler_output: Tensor | None = None  # (B, H)
+    hidden_states: tuple[Tensor, ...] | None = None
+
+
+class BertLayer(nn.Module):
+    """Attention, then feed-forward, each ending in dropout, residual and LayerNorm (post-LN)."""
+
+    def __init__(self, config: BertConfig, index: int):
+        super().__init__()
+        eps, p = config.layer_norm_eps, config.hidden_dropout_prob
+        self.attention = nn.Module()
+        self.attention.self = SelfAttention(
+            config.hidden_size, config.num_attention_heads, config.attention_probs_dropout_prob, 3 * index + 1
+        )
+        self.attention.output = AddLayerNorm(config.hidden_size, config.hidden_size, eps, p, 3 * index + 2)
+        self.intermediate = FeedForward(config.hidden_size, config.intermediate_size, config.hidden_act)
+        self.output = AddLayerNorm(config.intermediate_size, config.hidden_size, eps, p, 3 * index + 3)
+
+    def forward(self, x: Tensor, rows: Rows, read: Rows | None = None, read_rows: Tensor | None = None) -> Tensor:
+        context = self.attention.self(x, rows, read, read_rows)
+        if read is not None:
+            x, rows = x[read_rows], read
+        x = self.attention.output(context, x, rows)
+        return self.output(self.intermediate(x), x, rows)
+
+
+class Pooler(nn.Module):
+    """tanh(dense([CLS])): (B, H) -> (B, H)."""
+
+    def __init__(self, hidden_size: int):
+        super().__init__()
+        self.dense = nn.Linear(hidden_size, hidden_size)
+
+    def forward(self, cls: Tensor) -> Tensor:
+        return torch.tanh(self.dense(cls))
+
+
+@dataclass
+class _Padding:
+    """Where packed rows came from in a padded (B, S) call."""
+
+    indices: Tensor  # (T,) flat positions b * S + s
+    shape: tuple[int, int]
+
+    def restore(self, rows: Tensor) -> Tensor:
+        """(T, …) -> (B, S, …), zeros at padding."""
+        out = rows.new_zeros((self.shape[0] * self.shape[1], *rows.shape[1:]))
+        return out.index_copy(0, self.indices, rows).view(*self.shape, *rows.shape[1:])
+
+
+def unpad(input_ids, attention_mask=None, token_type_ids=None, position_ids=None, labels=None,
+          next_sentence_label=None) -> tuple[PackedBatch, _Padding]:
+    """A padded call as a PackedBatch with just the attended tokens; all arguments (B, S) except the last, (B,).
+
+    Raises ValueError for an attention_mask that is not (B, S), a label on a padded position, or a sequence whose
+    first token is padding though others are not ([CLS] is read there).
+    """
+    if input_ids.dim() != 2:
+        raise ValueError(f"input_ids must be (batch, sequence), got {tuple(input_ids.shape)}")
+    n_sequences, length = input_ids.shape
+    device = input_ids.device
+    if attention_mask is None:
+        attention_mask = torch.ones_like(input_ids)
+    if attention_mask.shape != input_ids.shape:
+        raise ValueError(
+            f"attention_mask must be a padding mask of shape {tuple(input_ids.shape)}, got {tuple(attention_mask.shape)}"
+        )
+    attended = attention_mask != 0
+    if bool((attended.any(1) & ~attended[:, 0]).any()):
+        raise ValueError("the first token of a sequence is padding: pad on the right")
+    indices = attended.flatten().nonzero().squeeze(1)
+    columns = torch.arange(length, device=device)
+    cu_seqlens = F.pad(attended.sum(1).cumsum(0), (1, 0)).to(torch.int32)
+    pick = lambda t: t.expand(n_sequences, length).reshape(-1)[indices]
+    position = pick(columns)  # dropout counts by the column, so that a mask does not depend on how a row was padded
+    kept = torch.zeros_like(attended) if labels is None else labels != IGNORE_INDEX
+    if bool((kept & ~attended).any()):
+        raise ValueError("a label stands on a padded position (attention_mask 0)")
+    reads = kept | ((columns == 0) & attended)  # [CLS] first, then the masked rows
+    cu_seqlens_read = F.pad(reads.sum(1).cumsum(0), (1, 0)).to(torch.int32)
+    cls_index = cu_seqlens_read[:-1].clamp(max=max(int(cu_seqlens_read[-1]) - 1, 0)).long()
+    batch = PackedBatch(
+        input_ids=pick(input_ids),
+        token_type_ids=pick(torch.zeros_like(input_ids) if token_type_ids is None else token_type_ids),
+        position_ids=position if position_ids is None else pick(position_ids),
+        cu_seqlens=cu_seqlens,
+        max_seqlen=length,
+        row_key=(indices // length << 32) + position,
+        read_rows=pick(reads).nonzero().squeeze(1),
+        cu_seqlens_read=cu_seqlens_read,
+        cls_index=cls_index,
+        mask_index=kept[reads].nonzero().squeeze(1),
+        labels=labels[kept] if labels is not None else input_ids.new_empty(0),
+        next_sentence_label=(
+            input_ids.new_full((n_sequences,), IGNORE_INDEX) if next_sentence_label is None
+            else next_sentence_label.view(-1)
+        ),
+        n_tokens=indices.numel(), n_masked=0, n_sequences=n_sequences,
+    )
+    return batch, _Padding(indices, (n_sequences, length))
+
+
+class BertModel(Checkpointed, nn.Module):
+    """The encoder, with or without pooler; `recompute` keeps only layer inputs and computes the rest again."""
+
+    base_prefix = ""
+
+    def __init__(self, config: BertConfig, add_pooling_layer: bool = True):
+        super().__init__()
+        self.config = config
+        self.embeddings = Embeddings(
+            config.vocab_size, config.hidden_size, config.max_position_embeddings, config.type_vocab_size,
+            config.pad_token_id, config.layer_norm_eps, config.hidden_dropout_prob,
+        )
+        self.encoder = nn.Module()
+        self.encoder.layer = nn.ModuleList(BertLayer(config, i) for i in range(config.num_hidden_layers))
+        self.pooler = Pooler(config.hidden_size) if add_pooling_layer else None
+        self.recompute = False
+        self.apply(lambda module: _initialise(module, config.initializer_range))
+
+    def encode(self, batch: PackedBatch, seed: Tensor | None = None, read: bool = True,
+               hidden_states: list[Tensor] | None = None) -> Tensor:
+        """Packed rows after the last layer: (R, H) at batch.read_rows, or (T, H) where `read` is false.
+
+        seed: the step's dropout key, int64 with one element; in training it is drawn from torch's generator if None.
+        hidden_states: a list that collects embeddings and layer outputs, each (T, H); it implies all rows.
+        """
+        if not self.training:
+            seed = None
+        elif seed is None and max(self.config.hidden_dropout_prob, self.config.attention_probs_dropout_prob) > 0:
+            seed = torch.randint(-(2**62), 2**62, (1,), device=batch.input_ids.device)
+        if batch.max_seqlen > self.config.max_position_embeddings:
+            raise ValueError(
+                f"sequences of up to {batch.max_seqlen} tokens, but the model has "
+                f"{self.config.max_position_embeddings} positions"
+            )
+        rows = Rows(batch.cu_seqlens, batch.max_seqlen, batch.row_key, seed)
+        x = self.embeddings(batch.input_ids, batch.token_type_ids, batch.position_ids, rows)
+        for layer in self.encoder.layer:
+            if hidden_states is not None:
+                hidden_states.append(x)
+            subset: tuple = ()
+            if read and layer is self.encoder.layer[-1]:
+                subset = rows.subset(batch.read_rows, batch.cu_seqlens_read), batch.read_rows
+            if self.recompute and torch.is_grad_enabled():
+                x = checkpoint(layer, x, rows, *subset, use_reentrant=False, preserve_rng_state=False)
+            else:
+                x = layer(x, rows, *subset)
+        if hidden_states is not None:
+            hidden_states.append(x)
+        return x
+
+    def forward(self, input_ids, attention_mask=None, token_type_ids=None, position_ids=None, *, seed=None,
+                output_hidden_states: bool = False) -> ModelOutput:
+        """input_ids: a PackedBatch, or (B, S) ids with the usual padded arguments."""
+        batch, padding = _packed(input_ids, attention_mask, token_type_ids, position_ids)
+        states: list[Tensor] | None = [] if output_hidden_states else None
+        x = self.encode(batch, seed, read=False, hidden_states=states)
+        restore = padding.restore if padding else lambda rows: rows
+        return ModelOutput(
+            last_hidden_state=restore(x),
+            pooler_output=self.pooler(_first_rows(x, batch)) if self.pooler else None,
+            hidden_states=tuple(restore(s) for s in states) if states is not None else None,
+        )
+
+
+class _Pretraining(Checkpointed, nn.Module):
+    """What the three pretraining models share; `mlm` and `nsp` say which heads there are."""
+
+    base_prefix = "bert."
+    mlm = nsp = True
+
+    def __init__(self, config: BertConfig):
+        super().__init__()
+        self.config = config
+        self.bert = BertModel(config, add_pooling_layer=self.nsp)
+        self.cls = nn.Module()
+        if self.mlm:
+            self.cls.predictions = MLMHead(
+                config.vocab_size, config.hidden_size, config.layer_norm_eps, config.hidden_act
+            )
+        if self.nsp:
+            self.cls.seq_relationship = nn.Linear(config.hidden_size, 2)
+        self.cls.apply(lambda module: _initialise(module, config.initializer_range))
+
+    def forward(self, input_ids, attention_mask=None, token_type_ids=None, position_ids=None, labels=None,
+                next_sentence_label=None, *, seed=None, mlm_scale: Tensor | None = None,
+                nsp_scale: Tensor | None = None) -> ModelOutput:
+        """input_ids: a PackedBatch (which holds its labels), or (B, S) ids with the usual padded arguments.
+
+        A loss is the mean over its labels, or their sum times `mlm_scale` / `nsp_scale` (0-dim tensors: one over the
+        count in the whole global batch, times the loss scale). Without labels, logits are returned instead.
+        """
+        packed_call = isinstance(input_ids, PackedBatch)
+        batch, padding = _packed(input_ids, attention_mask, token_type_ids, position_ids, labels, next_sentence_label)
+        with_labels = packed_call or labels is not None or next_sentence_label is not None
+        x = self.bert.encode(batch, seed, read=with_labels)
+        out = ModelOutput()
+        if self.mlm and (packed_call or labels is not None):
+            out.mlm_loss, out.n_masked, out.n_correct = self.cls.predictions(
+                x[batch.mask_index], self.bert.embeddings.word_embeddings.weight, batch.labels, mlm_scale
+            )
+        elif self.mlm and not with_labels:
+            logits = self.cls.predictions.logits(x, self.bert.embeddings.word_embeddings.weight)
+            out.logits = padding.restore(logits) if padding else logits
+        if self.nsp:
+            cls = x[batch.cls_index] if with_labels else _first_rows(x, batch)
+            out.seq_relationship_logits = self.cls.seq_relationship(self.bert.pooler(cls))
+            if packed_call or next_sentence_label is not None:
+                self._next_sentence_loss(out, batch.next_sentence_label, nsp_scale)
+        losses = [loss for loss in (out.mlm_loss, out.nsp_loss) if loss is not None]
+        out.loss = sum(losses) if losses else None
+        return out
+
+    def _next_sentence_loss(self, out: ModelOutput, labels: Tensor, scale: Tensor | None) -> None:
+        logits = out.seq_relationship_logits.float()
+        used = labels != IGNORE_INDEX
+        out.n_pairs, out.n_pairs_correct = used.sum(), ((logits.argmax(-1) == labels) & used).sum()
+        if scale is None:
+            scale = out.n_pairs.clamp(min=1).float().reciprocal()
+        out.nsp_loss = F.cross_entropy(logits, labels, ignore_index=IGNORE_INDEX, reduction="sum") * scale
+
+
+class BertForPreTraining(_Pretraining):
+    """Masked language model and next-sentence prediction: the original BERT pretraining."""
+
+
+class BertForMaskedLM(_Pretraining):
+    """Masked language model alone, no pooler."""
+
+    nsp = False
+
+
+class BertForNextSentencePrediction(_Pretraining):
+    """Next-sentence prediction alone."""
+
+    mlm = False
+
+
+def _packed(input_ids, attention_mask, token_type_ids, position_ids, labels=None, next_sentence_label=None):
+    if isinstance(input_ids, PackedBatch):
+        return input_ids, None
+    return unpad(input_ids, attention_mask, token_type_ids, position_ids, labels, next_sentence_label)
+
+
+def _first_rows(x: Tensor, batch: PackedBatch) -> Tensor:
+    """The first row of every sequence, zeros for an empty one: (T, H) -> (B, H)."""
+    start, empty = batch.cu_seqlens[:-1].long(), batch.cu_seqlens[1:] == batch.cu_seqlens[:-1]
+    if x.shape[0] == 0:
+        return x.new_zeros(start.numel(), x.shape[1])
+    return x[start.clamp(max=x.shape[0] - 1)].masked_fill(empty.unsqueeze(1), 0.0)
+
+
+def _initialise(module: nn.Module, std: float) -> None:
+    """Linear and embedding weights N(0, std), biases 0, LayerNorm 1 and 0, the padding row 0."""
+    if isinstance(module, (nn.Linear, nn.Embedding)):
+        nn.init.normal_(module.weight, std=std)
+    if isinstance(module, nn.Linear):
+        nn.init.zeros_(module.bias)
+    if isinstance(module, nn.Embedding) and module.padding_idx is not None:
+        with torch.no_grad():
+            module.weight[module.padding_idx].zero_()
