@@ -1,0 +1,67 @@
+"""What this machine offers: precision, GEMM rate, allocator; each with its reason in words."""
+
+import ctypes
+import platform
+import time
+
+import torch
+
+from .files import UserError
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def choose_device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def choose_precision(wanted: str, device: torch.device) -> tuple[str, str]:
+    """(precision, reason) for `auto`, `fp32`, `bf16` or `fp16`. Raises UserError for what the device cannot do."""
+    if wanted != "auto":
+        if wanted not in DTYPES:
+            raise UserError(f"precision {wanted!r} is unknown; known: auto, {', '.join(DTYPES)}")
+        if wanted == "fp16" and device.type == "cpu":
+            raise UserError("fp16 trains on GPUs only; on CPUs use --precision bf16 or fp32")
+        return wanted, "asked for"
+    if device.type == "cuda":
+        if torch.cuda.is_bf16_supported(including_emulation=False):
+            return "bf16", "the GPU has bf16 tensor cores"
+        return "fp16", "the GPU has no bf16; loss scaling is on"
+    if torch.cpu._is_avx512_bf16_supported():
+        return "bf16", "the CPU has bf16 instructions"
+    return "fp32", "the CPU has no bf16 instructions"
+
+
+def gemm_rate(dtype: torch.dtype, device: torch.device) -> float:
+    """FLOP/s of the better of `mm` at 1024^3 and 2048^3, all threads: what "share of peak" is a share of."""
+    best = 0.0
+    for n in (1024, 2048):
+        a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
+        out = torch.empty(n, n, device=device, dtype=dtype)
+        for _ in range(6):
+            _wait(device)
+            start = time.perf_counter()
+            torch.mm(a, b, out=out)
+            _wait(device)
+            best = max(best, 2 * n**3 / (time.perf_counter() - start))
+    return best
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def keep_pages() -> str:
+    """Tell glibc to keep freed memory instead of returning it: a fresh page costs more than the arithmetic on it.
+
+    For programs (the CLI, the benchmarks), never on import. Returns what was done, in words.
+    """
+    if platform.system() != "Linux" or platform.libc_ver()[0] != "glibc":
+        return "default allocator (page keeping is for glibc)"
+    M_TRIM_THRESHOLD, M_MMAP_MAX, M_TOP_PAD = -1, -4, -2
+    libc = ctypes.CDLL(None)
+    done = libc.mallopt(M_MMAP_MAX, 0) and libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1) and libc.mallopt(
+        M_TOP_PAD, 64 << 20
+    )
+    return "glibc keeps freed pages (mallopt)" if done else "default allocator (mallopt refused)"

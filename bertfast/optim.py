@@ -1,0 +1,177 @@
+"""Native mixed precision: parameters are leaves in the compute dtype, the optimiser owns the fp32 truth.
+
+No casts in the step: masters and moments are fp32, and the update writes the parameters in its own pass
+(bertfast.ops.optimizer_step). Parameters are laid out one after another in one buffer per decay group, so that query,
+key and value are read as one matrix (bertfast.ops.joined_linear). Skipping, clipping and loss scaling are tensors on
+the device: a step reads nothing back.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from . import ops
+from .files import UserError
+
+ALIGNMENT = 64  # bytes; a cache line, and more than any vector load wants
+
+
+class Optimizer:
+    """AdamW or LAMB on a whole model, with gradient clipping, non-finite steps skipped, and fp16 loss scaling.
+
+    compute_dtype: dtype of the parameters from now on (the model is converted in place; tied parameters stay tied).
+    weight_decay applies to matrices and tables only, never to biases and LayerNorm (BERT). max_grad_norm 0 = no
+    clipping. `loss_scale` is the factor that the caller's loss must carry (1 unless fp16).
+    """
+
+    def __init__(self, model: nn.Module, compute_dtype=torch.float32, *, kind="adamw", betas=(0.9, 0.999), eps=1e-6,
+                 weight_decay=0.01, max_grad_norm=1.0):
+        self.kind, self.betas, self.eps, self.max_grad_norm = kind, betas, eps, max_grad_norm
+        named = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        device = next(iter(named.values())).device
+        self.groups = []
+        for decay in (weight_decay, 0.0):
+            members = {n: p for n, p in named.items() if (p.dim() > 1) == (decay is weight_decay)}
+            if members:
+                self.groups.append(_Group(members, decay, compute_dtype))
+        for p in model.parameters():
+            if not p.requires_grad:
+                p.data = p.data.to(compute_dtype)
+        scalar = lambda value: torch.full((), value, dtype=torch.float32, device=device)
+        self.loss_scale = scalar(2.0**16 if compute_dtype == torch.float16 else 1.0)
+        self.dynamic = compute_dtype == torch.float16
+        self.lr, self.step_count, self.skip = scalar(0.0), scalar(0.0), scalar(0.0)
+        self.good_steps, self.n_skipped, self.skipped_in_a_row = scalar(0.0), scalar(0.0), scalar(0.0)
+
+    def accumulate(self) -> None:
+        """Add this micro-batch's gradients to fp32 sums; call after each backward of a step of several."""
+        for group in self.groups:
+            group.accumulate()
+
+    def step(self, lr: float) -> Tensor:
+        """One update from the gradients, which are dropped; returns their norm before clipping, 0-dim on the device.
+
+        Where the norm is not finite nothing changes but the counters (and the loss scale, which halves).
+        """
+        gradients = [g for group in self.groups for g in group.gradients()]
+        norm = ops.grad_norm(gradients) / self.loss_scale
+        self.skip.copy_(~torch.isfinite(norm))
+        clip = torch.clamp(self.max_grad_norm / (norm + 1e-6), max=1.0) if self.max_grad_norm > 0 else 1.0
+        grad_scale = torch.nan_to_num(clip / self.loss_scale)
+        self.lr.fill_(lr)
+        self.step_count += 1 - self.skip
+        update = {"adamw": ops.adamw_step, "lamb": ops.lamb_step}[self.kind]
+        for group in self.groups:
+            update(group.params, group.gradients(), group.masters, group.exp_avgs, group.exp_avg_sqs, self.lr,
+                   self.step_count, grad_scale, self.skip, beta1=self.betas[0], beta2=self.betas[1], eps=self.eps,
+                   weight_decay=group.weight_decay)
+            group.drop_gradients()
+        self._count(2000)
+        return norm
+
+    def _count(self, growth_interval: int) -> None:
+        """Skipped steps, and fp16's loss scale: halved by a skip, doubled after a run of good steps."""
+        self.n_skipped += self.skip
+        self.skipped_in_a_row.mul_(self.skip).add_(self.skip)
+        if not self.dynamic:
+            return
+        self.good_steps.add_(1).mul_(1 - self.skip)
+        grow = self.good_steps >= growth_interval
+        self.loss_scale.mul_(torch.where(self.skip != 0, 0.5, torch.where(grow, 2.0, 1.0)))
+        self.good_steps.mul_(1 - grow.float())
+
+    def master_state(self) -> dict[str, Tensor]:
+        """{parameter name: fp32 tensor}: what a checkpoint's model file holds."""
+        return {n: t for group in self.groups for n, t in zip(group.names, group.masters or group.params)}
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Moments and counters, flat, ready for safetensors; the masters are in the model file."""
+        state = {name: getattr(self, name) for name in _COUNTERS}
+        for group in self.groups:
+            for kind in ("exp_avg", "exp_avg_sq"):
+                state.update({f"{kind}.{n}": t for n, t in zip(group.names, getattr(group, kind + "s"))})
+        return {name: t.detach().cpu().clone() for name, t in state.items()}
+
+    def load_state_dict(self, masters: dict[str, Tensor], state: dict[str, Tensor]) -> None:
+        """Restore both. Raises UserError where tensors are missing or of another shape."""
+        targets: dict[str, Tensor] = {name: getattr(self, name) for name in _COUNTERS}
+        for group in self.groups:
+            for kind in ("exp_avg", "exp_avg_sq"):
+                targets.update({f"{kind}.{n}": t for n, t in zip(group.names, getattr(group, kind + "s"))})
+        wrong = [n for n, t in targets.items() if n not in state or state[n].shape != t.shape]
+        wrong += [n for n, t in self.master_state().items() if n not in masters or masters[n].shape != t.shape]
+        if wrong:
+            raise UserError(f"the checkpoint's optimiser state does not fit this model: {', '.join(wrong[:5])}")
+        for name, t in targets.items():
+            t.copy_(state[name])
+        with torch.no_grad():
+            for name, t in self.master_state().items():
+                t.copy_(masters[name])
+            for group in self.groups:
+                group.refresh_parameters()
+
+    def culprit(self) -> str:
+        """The first parameter whose value is not finite, for the message that stops a run; or none."""
+        for name, t in self.master_state().items():
+            if not bool(torch.isfinite(t).all()):
+                return f"parameter {name}"
+        return "the gradients only (the parameters are finite)"
+
+
+_COUNTERS = ("step_count", "loss_scale", "good_steps", "n_skipped", "skipped_in_a_row")
+
+
+class _Group:
+    """Parameters of one decay rate, and their flat fp32 buffers."""
+
+    def __init__(self, members: dict[str, nn.Parameter], weight_decay: float, compute_dtype: torch.dtype):
+        self.names, self.params, self.weight_decay = list(members), list(members.values()), weight_decay
+        values = [p.detach().float().clone() for p in self.params]
+        flat = lambda dtype: _flat_views(values, dtype)
+        for p, view, value in zip(self.params, flat(compute_dtype), values):
+            view.copy_(value)
+            p.data = view
+        self.masters = [] if compute_dtype == torch.float32 else flat(torch.float32)
+        for master, value in zip(self.masters, values):
+            master.copy_(value)
+        self.exp_avgs, self.exp_avg_sqs = flat(torch.float32), flat(torch.float32)
+        self._sums: list[Tensor] | None = None
+        self._accumulating = False
+
+    def accumulate(self) -> None:
+        gradients = self._raw_gradients()
+        if self._sums is None:
+            self._sums = _flat_views(gradients, torch.float32)
+        if self._accumulating:
+            torch._foreach_add_(self._sums, gradients)
+        else:
+            torch._foreach_copy_(self._sums, gradients)
+        self._accumulating = True
+        for p in self.params:
+            p.grad = None
+
+    def gradients(self) -> list[Tensor]:
+        return self._sums if self._accumulating and self._sums is not None else self._raw_gradients()
+
+    def _raw_gradients(self) -> list[Tensor]:
+        return [torch.zeros_like(p) if p.grad is None else p.grad for p in self.params]
+
+    def drop_gradients(self) -> None:
+        self._accumulating = False
+        for p in self.params:
+            p.grad = None
+
+    def refresh_parameters(self) -> None:
+        for p, master in zip(self.params, self.masters):
+            p.copy_(master)
+
+
+def _flat_views(like: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
+    """Zeroed tensors of the given shapes, one after another in one buffer."""
+    step = ALIGNMENT // dtype.itemsize
+    sizes = [-(-t.numel() // step) * step for t in like]
+    buffer = torch.zeros(sum(sizes), dtype=dtype, device=like[0].device)
+    views, start = [], 0
+    for t, size in zip(like, sizes):
+        views.append(buffer[start : start + t.numel()].view(t.shape))
+        start += size
+    return views

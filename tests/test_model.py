@@ -1,0 +1,241 @@
+"""The model against transformers, and against itself: padded, packed, recomputed, saved and loaded."""
+
+import json
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+
+import bertfast
+from bertfast.files import UserError
+from bertfast.model import unpad
+
+SIZES = {"vocab_size": 211, "hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4,
+         "intermediate_size": 128, "max_position_embeddings": 48}
+PAIRS = [
+    ("BertForPreTraining", transformers.BertForPreTraining, ("labels", "next_sentence_label")),
+    ("BertForMaskedLM", transformers.BertForMaskedLM, ("labels",)),
+    ("BertForNextSentencePrediction", transformers.BertForNextSentencePrediction, ("next_sentence_label",)),
+]
+
+
+def original(cls=transformers.BertForPreTraining, dropout=0.0, **changes):
+    """A transformers model with weights large enough for every path to matter."""
+    torch.manual_seed(0)
+    config = transformers.BertConfig(**{**SIZES, **changes}, hidden_dropout_prob=dropout,
+                                     attention_probs_dropout_prob=dropout, attn_implementation="eager")
+    model = cls(config).train()
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            p.normal_(std=0.1) if p.dim() > 1 else p.add_(0.1 * torch.randn_like(p))
+            if "word_embeddings" in name:
+                p[0] = 0
+    return model
+
+
+@pytest.fixture(scope="module")
+def batch():
+    """Five right-padded sequences, one of them full, with segments, labels and pairs."""
+    g = torch.Generator().manual_seed(3)
+    lengths = torch.tensor([32, 7, 20, 31, 12])
+    mask = (torch.arange(32) < lengths.unsqueeze(1)).long()
+    ids = torch.randint(5, 211, (5, 32), generator=g) * mask
+    chosen = (torch.rand(5, 32, generator=g) < 0.2) & (mask == 1)
+    chosen[1] = False  # a sequence with nothing masked
+    return {
+        "input_ids": ids, "attention_mask": mask, "token_type_ids": torch.randint(0, 2, (5, 32), generator=g) * mask,
+        "labels": torch.where(chosen, ids, -100), "next_sentence_label": torch.tensor([0, 1, -100, 1, 0]),
+    }
+
+
+def ours_of(hf, tmp_path, name="BertForPreTraining"):
+    hf.save_pretrained(tmp_path)
+    return getattr(bertfast, name).from_pretrained(tmp_path).train()
+
+
+def assert_gradients_equal(hf, ours):
+    """Norm of the difference <= 1e-5 of the gradient's, or 1e-7 of the global norm (key.bias has none in truth)."""
+    own = dict(ours.named_parameters())
+    total = torch.cat([p.grad.flatten() for p in hf.parameters()]).norm()
+    for name, p in hf.named_parameters():
+        difference = (own[name].grad - p.grad).norm()
+        assert difference <= 1e-5 * p.grad.norm() or difference <= 1e-7 * total, name
+
+
+@pytest.mark.parametrize(("name", "cls", "labels"), PAIRS, ids=[p[0] for p in PAIRS])
+@pytest.mark.parametrize("form", ["padded", "unpadded", "packed"])
+def test_parity_with_transformers(name, cls, labels, form, batch, tmp_path):
+    hf = original(cls)
+    ours = ours_of(hf, tmp_path, name)
+    inputs = {k: batch[k] for k in ("input_ids", "attention_mask", "token_type_ids", *labels)}
+    if form == "unpadded":  # the sequence that fills the batch's width, alone, with no mask
+        inputs = {k: v[:1] for k, v in inputs.items() if k != "attention_mask"}
+    theirs = dict(inputs)
+    if name == "BertForNextSentencePrediction":
+        theirs["labels"] = theirs.pop("next_sentence_label")
+    expected = hf(**theirs)
+    expected.loss.backward()
+    result = ours(unpad(**inputs)[0]) if form == "packed" else ours(**inputs)
+    result.loss.backward()
+    torch.testing.assert_close(result.loss, expected.loss, rtol=1e-5, atol=0)
+    assert_gradients_equal(hf, ours)
+
+    plain = {k: v for k, v in inputs.items() if k not in labels}
+    with torch.no_grad():
+        result, expected = ours.eval()(**plain), hf.eval()(**plain)
+    attended = inputs.get("attention_mask", torch.ones_like(inputs["input_ids"])) == 1
+    if "labels" in labels:
+        theirs_logits = expected.prediction_logits if name == "BertForPreTraining" else expected.logits
+        torch.testing.assert_close(result.logits[attended], theirs_logits[attended], rtol=1e-5, atol=1e-5)
+    if "next_sentence_label" in labels:
+        theirs_nsp = expected.seq_relationship_logits if name == "BertForPreTraining" else expected.logits
+        torch.testing.assert_close(result.seq_relationship_logits, theirs_nsp, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("activation", ["gelu_new", "relu", "silu"])
+def test_encoder_outputs_and_other_activations(activation, batch, tmp_path):
+    hf = original(transformers.BertModel, hidden_act=activation).eval()
+    ours = ours_of(hf, tmp_path, "BertModel").eval()
+    inputs = {k: batch[k] for k in ("input_ids", "attention_mask", "token_type_ids")}
+    with torch.no_grad():
+        expected = hf(**inputs, output_hidden_states=True)
+        result = ours(**inputs, output_hidden_states=True)
+    attended = batch["attention_mask"] == 1
+    torch.testing.assert_close(result.pooler_output, expected.pooler_output, rtol=1e-5, atol=1e-5)
+    for a, b in zip(result.hidden_states, expected.hidden_states, strict=True):
+        torch.testing.assert_close(a[attended], b[attended], rtol=1e-5, atol=1e-5)
+    assert not result.last_hidden_state[~attended].any()
+
+
+def test_dropout_does_not_depend_on_padding_or_company(batch, tmp_path):
+    """The same seed drops the same elements whether a sequence is padded, packed, or read in full."""
+    ours = ours_of(original(dropout=0.1), tmp_path)
+    inputs = {k: batch[k] for k in ("input_ids", "attention_mask", "token_type_ids")}
+    seed = torch.tensor([42])
+    packed, _ = unpad(**inputs, labels=batch["labels"])
+    everything = ours.bert(**inputs, seed=seed).last_hidden_state
+    attended = batch["attention_mask"] == 1
+    torch.testing.assert_close(ours.bert.encode(packed, seed), everything[attended][packed.read_rows])
+    alone = {k: v[:1] for k, v in inputs.items()}
+    torch.testing.assert_close(ours.bert(**alone, seed=seed).last_hidden_state, everything[:1])
+    assert not torch.equal(ours.bert(**inputs, seed=torch.tensor([43])).last_hidden_state, everything)
+    torch.manual_seed(5)
+    first = ours.bert(**inputs).last_hidden_state
+    assert not torch.equal(first, ours.bert(**inputs).last_hidden_state)
+    torch.manual_seed(5)
+    assert torch.equal(first, ours.bert(**inputs).last_hidden_state)
+
+
+def test_recompute_is_bit_equal(batch, tmp_path):
+    ours = ours_of(original(dropout=0.1), tmp_path)
+    gradients = []
+    for recompute in (False, True):
+        ours.bert.recompute = recompute
+        ours.zero_grad()
+        ours(**batch, seed=torch.tensor([42])).loss.backward()
+        gradients.append([p.grad.clone() for p in ours.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+
+
+def test_an_all_padding_sequence_gives_no_nan(batch, tmp_path):
+    ours = ours_of(original(), tmp_path)
+    mask = batch["attention_mask"].clone()
+    mask[2] = 0
+    labels = batch["labels"].masked_fill(mask == 0, -100)
+    out = ours(batch["input_ids"], mask, batch["token_type_ids"], labels=labels,
+               next_sentence_label=batch["next_sentence_label"])
+    out.loss.backward()
+    assert torch.isfinite(out.loss) and all(torch.isfinite(p.grad).all() for p in ours.parameters())
+    out = ours.bert(batch["input_ids"], torch.zeros_like(mask))
+    assert not out.last_hidden_state.any() and torch.isfinite(out.pooler_output).all()
+
+
+@pytest.mark.parametrize(("change", "message"), [
+    ({"attention_mask": torch.ones(5, 1, 32, 32)}, "padding mask"),
+    ({"attention_mask": torch.arange(32).expand(5, 32) > 3}, "pad on the right"),
+    ({"attention_mask": torch.arange(32).expand(5, 32) < 3}, "label stands on a padded"),
+    ({"input_ids": torch.zeros(5, 64, dtype=torch.long), "attention_mask": None, "token_type_ids": None,
+      "labels": None}, "48 positions"),
+])
+def test_calls_we_would_compute_wrongly_are_refused(change, message, batch, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        ours_of(original(), tmp_path)(**{**batch, **change})
+
+
+@pytest.mark.parametrize(("name", "cls", "labels"), [*PAIRS, ("BertModel", transformers.BertModel, ())])
+def test_transformers_loads_what_we_save(name, cls, labels, tmp_path):
+    hf = original(cls)
+    ours = ours_of(hf, tmp_path / "a", name)
+    ours.save_pretrained(tmp_path / "b")
+    back, report = cls.from_pretrained(tmp_path / "b", output_loading_info=True)
+    assert not report["missing_keys"] and not report["unexpected_keys"]
+    for (n, a), b in zip(hf.state_dict().items(), back.state_dict().values(), strict=True):
+        assert torch.equal(a, b), n
+    assert json.loads((tmp_path / "b/config.json").read_text())["architectures"] == [name]
+
+
+def rewrite(folder, change):
+    tensors = load_file(folder / "model.safetensors")
+    save_file(change(tensors), folder / "model.safetensors")
+
+
+def test_old_names_prefixes_pickles_and_shards_load(tmp_path):
+    hf = original()
+    ours = ours_of(hf, tmp_path)
+    expected = ours.state_dict()
+
+    def same(model):
+        return all(torch.equal(t, model.state_dict()[n]) for n, t in expected.items())
+
+    old = lambda n: n.replace("LayerNorm.weight", "LayerNorm.gamma").replace("LayerNorm.bias", "LayerNorm.beta")
+    rewrite(tmp_path, lambda t: {old(n).removeprefix("bert."): x for n, x in t.items()})
+    assert same(bertfast.BertForPreTraining.from_pretrained(tmp_path))
+    tensors = load_file(tmp_path / "model.safetensors")
+    (tmp_path / "model.safetensors").unlink()
+    torch.save(tensors, tmp_path / "pytorch_model.bin")
+    assert same(bertfast.BertForPreTraining.from_pretrained(tmp_path))
+    names = sorted(tensors)
+    halves = {"a.safetensors": names[::2], "b.safetensors": names[1::2]}
+    for file, members in halves.items():
+        save_file({n: tensors[n] for n in members}, tmp_path / file)
+    index = {"weight_map": {n: file for file, members in halves.items() for n in members}}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert same(bertfast.BertForPreTraining.from_pretrained(tmp_path))
+
+
+def test_a_checkpoint_that_does_not_fit_is_refused(tmp_path, capsys):
+    hf = original(transformers.BertModel)
+    hf.save_pretrained(tmp_path)
+    with pytest.raises(UserError, match="missing: cls.predictions.bias"):
+        bertfast.BertForPreTraining.from_pretrained(tmp_path)
+    bertfast.BertForPreTraining.from_pretrained(tmp_path, new_heads=True)
+    assert "initialised anew: cls.predictions.bias" in capsys.readouterr().out
+    rewrite(tmp_path, lambda t: {**t, "surprise": torch.zeros(1)})
+    with pytest.raises(UserError, match="unexpected: surprise"):
+        bertfast.BertModel.from_pretrained(tmp_path)
+    name = "embeddings.LayerNorm.weight"
+    rewrite(tmp_path, lambda t: {**{n: x for n, x in t.items() if n != "surprise"}, name: torch.zeros(3)})
+    with pytest.raises(UserError, match=r"mis-shaped: embeddings.LayerNorm.weight \(3,\) instead of \(64,\)"):
+        bertfast.BertModel.from_pretrained(tmp_path)
+    data = (tmp_path / "model.safetensors").read_bytes()
+    (tmp_path / "model.safetensors").write_bytes(data[: len(data) // 2])
+    with pytest.raises(UserError, match="damaged or truncated"):
+        bertfast.BertModel.from_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    with pytest.raises(UserError, match="holds no weights"):
+        bertfast.BertModel.from_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "model_type": "gpt2"}))
+    with pytest.raises(UserError, match="gpt2"):
+        bertfast.BertModel.from_pretrained(tmp_path)
+    with pytest.raises(UserError, match="no checkpoint at"):
+        bertfast.BertModel.from_pretrained(tmp_path / "nowhere")
+
+
+def test_a_pickle_with_code_is_not_run(tmp_path):
+    original(transformers.BertModel).save_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    torch.save({"x": pytest.raises}, tmp_path / "pytorch_model.bin")
+    with pytest.raises(UserError, match="refusing to unpickle|damaged"):
+        bertfast.BertModel.from_pretrained(tmp_path)

@@ -1,0 +1,239 @@
+"""All fused ops against fp64 truth, one table: whatever implementation runs here, by the rule of the parity contract."""
+
+import math
+
+import pytest
+import torch
+
+from bertfast import ops
+from bertfast.benchmarks.cases import CASES, SEED, STREAM, run
+from bertfast.ops.dropout import keep_mask, keep_scale, philox, threshold
+
+ALL = [(c, shape, p) for c in CASES.values() for shape in c.shapes for p in ([0.0, 0.1] if c.dropout else [0.0])]
+IDS = [f"{case.name}-{shape}-p{p}".replace(" ", "") for case, shape, p in ALL]
+
+
+def assert_no_further(name: str, fused, eager, truth) -> None:
+    """The fused op may not be further from the truth than the eager op in the same dtype, plus two units in the last
+    place of the largest value (both round their result once; which way differs)."""
+    assert fused.shape == truth.shape and torch.isfinite(fused).all(), name
+    if truth.numel() == 0:
+        return
+    error = (fused.double() - truth).abs().max().item()
+    allowed = (eager.double() - truth).abs().max().item()
+    tiny = 2 * torch.finfo(fused.dtype).eps * truth.abs().max().item() + 1e-30
+    assert error <= allowed + tiny, f"{name}: error {error:.3g}, eager {allowed:.3g} + {tiny:.3g}"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize(("case", "shape", "p"), ALL, ids=IDS)
+def test_error_not_above_eager(case, shape, p, dtype):
+    tensors = case.inputs(shape, dtype)
+    truth = run(case.eager, case, case.inputs(shape, torch.float64), p)
+    eager, fused, again = (run(call, case, tensors, p) for call in (case.eager, case.fused, case.fused))
+    for name in truth:
+        assert_no_further(name, fused[name], eager[name], truth[name])
+        assert torch.equal(again[name], fused[name]), f"{name} differs from run to run"
+
+
+@pytest.mark.parametrize(("case", "shape"), [(c, c.shapes[1]) for c in CASES.values()], ids=list(CASES))
+def test_fp16_and_non_contiguous_inputs(case, shape):
+    tensors = case.inputs(shape, torch.float16)
+    truth = run(case.eager, case, case.inputs(shape, torch.float64), 0.0)
+    for name, value in run(case.fused, case, tensors, 0.0).items():
+        scale = truth[name].abs().max()
+        assert (value.double() - truth[name]).abs().max() <= 8e-3 * scale, name  # fp16 eps 1e-3, a few roundings
+    contiguous = case.inputs(shape, torch.float32)
+    strided = {n: t.t().contiguous().t() if t.dim() == 2 else t for n, t in contiguous.items()}
+    for name, value in run(case.fused, case, strided, 0.0).items():
+        torch.testing.assert_close(value, run(case.fused, case, contiguous, 0.0)[name])
+
+
+GRADCHECK_SHAPES = {
+    "masked_vocab_projection": (5, 6, 11),
+    "attention": ((4, 0, 3), 1, 2, 8),
+    "rows": (5, 7),
+}
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=list(CASES))
+def test_gradcheck(case):
+    kind = "attention" if case.name.startswith("attention") else case.name
+    tensors = case.inputs(GRADCHECK_SHAPES.get(kind, GRADCHECK_SHAPES["rows"]), torch.float64)
+    names = case.differentiable
+
+    def call(*values):
+        return case.fused({**tensors, **dict(zip(names, values))}, 0.2 if case.dropout else 0.0)
+
+    # the padding row gets no gradient by design: look at ids that are not 0
+    if "input_ids" in tensors:
+        tensors["input_ids"] = tensors["input_ids"].clamp(min=1)
+    assert torch.autograd.gradcheck(call, tuple(tensors[n].requires_grad_() for n in names))
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=list(CASES))
+def test_compiles_without_graph_break(case):
+    tensors = case.inputs(case.shapes[0], torch.float32)
+    p = 0.1 if case.dropout else 0.0
+    if case.name.startswith("attention"):  # max_seqlen is a constant of the phase, not read from the device
+        fixed = dict(tensors)
+        compiled = torch.compile(lambda qkv: case_attention(case, {**fixed, "qkv": qkv}, p), fullgraph=True)
+        with torch.no_grad():
+            torch.testing.assert_close(compiled(tensors["qkv"]), case_attention(case, tensors, p))
+        return
+    compiled = torch.compile(case.fused, fullgraph=True)
+    eager, fused = run(case.fused, case, tensors, p), run(compiled, case, tensors, p)
+    for name in eager:
+        torch.testing.assert_close(fused[name], eager[name])
+
+
+def case_attention(case, t, p):
+    return ops.attention_packed(
+        t["qkv"], t["cu_seqlens"], 64, mask_mode=case.name.split("_")[1], prefix_lens=t["prefix_lens"], p=p,
+        seed=t["seed"], row_key=t["row_key"], stream=STREAM,
+    )
+
+
+def opcheck_samples():
+    """Arguments for every op of the dispatcher."""
+    torch.manual_seed(0)
+    seed, key = torch.tensor([SEED]), torch.arange(6)
+    x, r, dy = (torch.randn(6, 16) for _ in range(3))
+    w, b, lb = (torch.randn(16) for _ in range(3))
+    mean, rstd = torch.randn(6), torch.rand(6) + 0.5
+    drop = (0.1, seed, key, STREAM)
+    yield "bias_gelu_fwd", (x, b)
+    yield "bias_gelu_bwd", (dy, x, b)
+    yield "add_layer_norm_fwd", (x, b, r, w, lb, 1e-12, *drop)
+    yield "add_layer_norm_fwd", (x, None, r, w, lb, 1e-12, 0.0, None, None, 0)
+    yield "add_layer_norm_bwd", (dy, x, mean, rstd, w, *drop)
+    yield "add_layer_norm_bwd", (dy, x, mean, rstd, w, 0.0, None, None, 0)
+    yield "gelu_layer_norm_fwd", (x, b, w, lb, 1e-12)
+    yield "gelu_layer_norm_bwd", (dy, x, b, w, mean, rstd)
+    ids = torch.tensor([1, 0, 3, 3, 2, 1])
+    tables = torch.randn(5, 16), torch.randn(6, 16), torch.randn(4, 16)
+    yield "embedding_sum_fwd", (ids, key, ids, *tables, w, b, 1e-12, 0, *drop)
+    yield "embedding_sum_bwd", (dy, ids, key, ids, *tables, w, mean, rstd, 0, *drop)
+    q, k, v = torch.randn(6, 3, 2, 8).unbind(1)
+    cu = torch.tensor([0, 2, 5], dtype=torch.int32)
+    layout = (cu, cu, 3, 3, 0.3, 2, torch.tensor([1, 2], dtype=torch.int32), *drop[:3], STREAM)
+    yield "attention_fwd", (q, k, v, *layout)
+    out, lse = torch.ops.bertfast.attention_fwd(q, k, v, *layout)
+    for name in ("attention_bwd", "attention_packed_bwd"):
+        yield name, (torch.randn(6, 2, 8), q, k, v, out, lse, *layout)
+    labels = torch.tensor([1, -100, 0, 4, -100, 2])
+    yield "masked_vocab_projection_eval", (x, tables[0], torch.randn(5), labels)
+    yield "masked_vocab_projection_fwd", (x, tables[0], torch.randn(5), labels, torch.tensor(0.25))
+    scalars = (torch.tensor(1e-3), torch.tensor(3.0), torch.tensor(0.5), torch.tensor(0.0), 0.9, 0.99, 1e-6, 0.01)
+    state = ([x.clone()], [dy], [], [r.clone()], [r.abs()])
+    yield "adamw_step", (*state, *scalars)
+    yield "lamb_step", (*state, *scalars)
+    yield "grad_norm", ([x, w],)
+    for name, extra in INTO.items():
+        yield name, extra(x, dy, ids, key, tables, w, mean, rstd, drop, labels)
+
+
+# ops that write their large gradient into a buffer given by the caller
+INTO: dict = {}
+
+
+def test_opcheck_covers_every_op():
+    checked = set()
+    for name, args in opcheck_samples():
+        torch.library.opcheck(getattr(torch.ops.bertfast, name).default, args)
+        checked.add(name)
+    assert checked == set(ops.backends())
+
+
+def philox_python(seed, counters):
+    """Philox-4x32-7 on Python integers, from the paper's definition."""
+    c, k = list(counters), [seed & 0xFFFFFFFF, seed >> 32]
+    for _ in range(7):
+        p0, p1 = c[0] * 0xD2511F53, c[2] * 0xCD9E8D57
+        c = [(p1 >> 32) ^ c[1] ^ k[0], p1 & 0xFFFFFFFF, (p0 >> 32) ^ c[3] ^ k[1], p0 & 0xFFFFFFFF]
+        k = [(k[0] + 0x9E3779B9) & 0xFFFFFFFF, (k[1] + 0xBB67AE85) & 0xFFFFFFFF]
+    return c
+
+
+def test_dropout_is_as_defined():
+    seed, p, stream, heads, columns = SEED, 0.3, 11, 3, 150
+    row_key = torch.tensor([5 | 2 << 32, (1 << 31) + 7 | 9 << 32, 0])
+    mask = keep_mask(p, torch.tensor(seed), row_key, columns, stream, heads)
+    for head in (0, 2):
+        for row, key in enumerate(row_key.tolist()):
+            for column in (0, 15, 16, 63, 64, 149):
+                counters = (16 * (column // 64) + column % 16, key & 0xFFFFFFFF, key >> 32, stream << 8 | head)
+                word = philox_python(seed, counters)[column % 64 // 16]
+                assert mask[head, row, column] == (word >= threshold(p))
+    many = keep_mask(0.1, torch.tensor(seed), torch.arange(2000), 512, 1)
+    assert abs(many.float().mean().item() - 0.9) < 4 * math.sqrt(0.09 / many.numel())
+    assert keep_scale(0.1) == pytest.approx(1 / 0.9, rel=1e-9)
+    words = philox(torch.tensor(-1), *(torch.tensor([0xFFFFFFFF]) for _ in range(4)))
+    assert [int(w) for w in words] == philox_python(2**64 - 1, [0xFFFFFFFF] * 4)
+
+
+@pytest.mark.parametrize("bad", [-0.1, 1.0, float("nan")])
+def test_impossible_dropout_is_refused(bad):
+    with pytest.raises(ValueError, match="dropout probability"):
+        threshold(bad)
+
+
+def test_dropout_without_a_seed_is_refused():
+    x = torch.randn(2, 8)
+    with pytest.raises(ValueError, match="seed"):
+        ops.add_layer_norm(x, None, x, x[0], x[0], p=0.1)
+
+
+def test_attention_refuses_unknown_masks():
+    qkv, cu = torch.randn(3, 3, 1, 8), torch.tensor([0, 3], dtype=torch.int32)
+    with pytest.raises(ValueError, match="mask_mode"):
+        ops.attention_packed(qkv, cu, 3, mask_mode="upside-down")
+    with pytest.raises(ValueError, match="prefix_lens"):
+        ops.attention_packed(qkv, cu, 3, mask_mode="prefix")
+
+
+def test_nothing_masked_gives_zero():
+    hidden, weight, bias = (torch.randn(*s, requires_grad=True) for s in ((4, 8), (10, 8), (10,)))
+    loss, n_masked, n_correct = ops.masked_vocab_projection(hidden, weight, bias, torch.full((4,), -100))
+    loss.backward()
+    assert loss == 0 and n_masked == 0 and n_correct == 0
+    assert not any(t.grad.any() for t in (hidden, weight, bias))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_adamw_equals_torch(dtype):
+    torch.manual_seed(1)
+    shapes = [(7, 33), (5,), (256, 64), (1,)]
+    values = [torch.randn(s) for s in shapes]
+    masters = [v.clone() for v in values]
+    params = [v.to(dtype) for v in values]
+    expected = [torch.nn.Parameter(v.clone()) for v in values]
+    optimizer = torch.optim.AdamW(expected, lr=1e-2, betas=(0.9, 0.99), eps=1e-6, weight_decay=0.1)
+    m, v = ([torch.zeros(s) for s in shapes] for _ in range(2))
+    scalar = lambda x: torch.tensor(float(x))
+    for step in range(1, 4):
+        grads = [torch.randn(s).to(dtype) for s in shapes]
+        norm = ops.grad_norm(grads)
+        torch.testing.assert_close(norm, torch.cat([g.double().flatten() for g in grads]).norm().float())
+        for e, g in zip(expected, grads):
+            e.grad = g.float() * 0.5
+        optimizer.step()
+        keep = masters if dtype != torch.float32 else []
+        before = [t.clone() for t in (*params, *masters, *m, *v)]
+        args = (scalar(1e-2), scalar(step), scalar(0.5))
+        ops.adamw_step(params, grads, keep, m, v, *args, scalar(1), beta2=0.99, weight_decay=0.1)
+        assert all(torch.equal(a, b) for a, b in zip(before, (*params, *masters, *m, *v))), "a skipped step moved"
+        ops.adamw_step(params, grads, keep, m, v, *args, scalar(0), beta2=0.99, weight_decay=0.1)
+    for e, value, p in zip(expected, keep or params, params):
+        torch.testing.assert_close(value, e.detach(), rtol=2e-6, atol=1e-6)
+        assert torch.equal(p, value.to(dtype))
+
+
+def test_lamb_equals_its_definition():
+    torch.manual_seed(2)
+    p, g = torch.randn(8, 4), torch.randn(8, 4)
+    m, v, expected = torch.zeros_like(p), torch.zeros_like(p), p.clone()
+    one = torch.tensor(1.0)
+    ops.lamb_step([p], [g], [], [m], [v], torch.tensor(0.1), one, one, torch.tensor(0.0), weight_decay=0.01)
+    u = g / (g.abs() + 1e-6) + 0.01 * expected
+    torch.testing.assert_close(p, expected - 0.1 * expected.norm() / u.norm() * u)
