@@ -49,6 +49,118 @@ def prepare(
     prepare(text, out, vocab=vocab, vocab_size=vocab_size, cased=cased, field=field, workers=workers)
 
 
+@app.command()
+def pretrain(
+    context: typer.Context,
+    out: Annotated[Path, typer.Option(help="The run's folder: checkpoints, metrics.jsonl, loss.png.")],
+    data: Annotated[Path | None, typer.Option(help="A prepared set [the documentation on this machine].")] = None,
+    preset: Annotated[str, typer.Option(help="tiny, mini, small, medium, base or large.")] = "mini",
+    model_config: Annotated[Path | None, typer.Option(help="A Hugging Face config.json instead of a preset.")] = None,
+    init_from: Annotated[str | None, typer.Option(help="Go on training from this checkpoint's weights.")] = None,
+    steps: Annotated[int, typer.Option(help="Optimiser steps of the whole run.")] = 1000,
+    tokens: Annotated[int, typer.Option(help="Tokens of one packed batch.")] = 4096,
+    micro_batches: Annotated[int, typer.Option(help="Packed batches a step (gradient accumulation).")] = 1,
+    lr: Annotated[float, typer.Option(help="Peak learning rate.")] = 1e-3,
+    warmup: Annotated[float, typer.Option(help="Share of the steps with a rising learning rate.")] = 0.1,
+    optimizer: Annotated[str, typer.Option(help="adamw or lamb.")] = "adamw",
+    weight_decay: Annotated[float, typer.Option(help="On matrices and tables only.")] = 0.01,
+    max_grad_norm: Annotated[float, typer.Option(help="Gradient clipping; 0 turns it off.")] = 1.0,
+    dropout: Annotated[float, typer.Option(help="Hidden and attention dropout of a new model.")] = 0.1,
+    mlm_probability: Annotated[float, typer.Option(help="Share of the tokens that are predicted.")] = 0.15,
+    whole_word_masking: Annotated[bool, typer.Option("--whole-word-masking", help="Mask whole words.")] = False,
+    nsp: Annotated[bool, typer.Option("--nsp/--no-nsp", help="Next-sentence prediction.")] = True,
+    short_length: Annotated[int, typer.Option(help="Sequence length of the first phase.")] = 128,
+    long_length: Annotated[int, typer.Option(help="Sequence length of the second phase.")] = 512,
+    long_share: Annotated[float, typer.Option(help="Share of the steps in the second phase.")] = 0.1,
+    precision: Annotated[str, typer.Option(help="auto, fp32, bf16 or fp16.")] = "auto",
+    recompute: Annotated[bool, typer.Option("--recompute", help="Keep layer inputs only: less memory, slower.")] = False,
+    seed: Annotated[int, typer.Option(help="Everything random is a function of it.")] = 1,
+    log_every: Annotated[int, typer.Option(min=1, help="Steps between rows of metrics.jsonl.")] = 10,
+    eval_every: Annotated[int, typer.Option(min=1, help="Steps between validations.")] = 200,
+    save_every: Annotated[int, typer.Option(min=1, help="Steps between checkpoints (the last two are kept).")] = 500,
+    tensorboard: Annotated[bool, typer.Option("--tensorboard", help="Write TensorBoard events as well.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest checkpoint in --out.")] = False,
+) -> None:
+    """Pretrain a BERT: masked words and next sentences, 90 % of the steps on short sequences, then long ones.
+
+    Without --data it learns from the documentation that is already on this machine (docstrings of Python and its
+    packages), with a vocabulary of 8,192 made from it. Ctrl-C writes a checkpoint; --resume goes on from there, with
+    the settings the run began with.
+
+    Example: bertfast pretrain --data data/mine --preset small --steps 20000 --out runs/mine
+    """
+    from bertfast import machine
+
+    allocator = machine.keep_pages()
+    import time
+
+    from bertfast import report
+    from bertfast.data.prepare import prepare
+    from bertfast.pretrain import Settings, latest, start, stored_settings
+
+    given = {
+        name: str(value) if isinstance(value, Path) else value
+        for name, value in context.params.items()
+        if name not in ("out", "resume") and context.get_parameter_source(name).name == "COMMANDLINE"
+    }
+    if resume and latest(out):
+        settings = stored_settings(out)
+        changed = [f"--{n.replace('_', '-')} {v} (it began with {getattr(settings, n)})"
+                   for n, v in given.items() if getattr(settings, n) != v]
+        if changed:
+            raise UserError(f"{out} cannot be resumed with other settings: {', '.join(changed)}")
+    else:
+        if resume:
+            report.console.print(f"no checkpoint in {out} yet: starting anew")
+        if data is None:
+            given["data"] = str(out / "data")
+        settings = Settings(**given)
+        settings.check()
+        if data is None:
+            report.console.print("no --data: learning from the documentation on this machine")
+            prepare(None, out / "data", vocab_size=8192, console=report.console)
+    began = time.perf_counter()
+    run = start(out, settings, resume)
+    report.header(run.describe(allocator))
+    if run.step >= settings.steps:
+        report.console.print(f"this run is finished: {latest(out)}")
+        return
+    try:
+        result = run.train()
+    except KeyboardInterrupt:
+        report.console.print(f"stopped; {latest(out) or 'no checkpoint was written'}. "
+                             f"Go on with: bertfast pretrain --out {out} --resume")
+        raise typer.Exit(130) from None
+    report.closing_table(out, result, run.train_data.manifest["unigram_entropy"])
+    report.examples(latest(out), run.validation_data)
+    report.console.print(f"trained in {time.perf_counter() - began:.0f} s; checkpoint: {latest(out)}; "
+                         f"curves: {out / 'loss.png'}; rows: {out / 'metrics.jsonl'}", highlight=False)
+
+
+@app.command()
+def fill_mask(
+    text: Annotated[str, typer.Argument(help='A text with one [MASK] or more, in quotes.')],
+    model: Annotated[str, typer.Option(help="A checkpoint's folder, or an id on the Hugging Face hub.")],
+    top: Annotated[int, typer.Option(min=1, help="Candidates to show for each [MASK].")] = 5,
+) -> None:
+    """Show the likeliest words for each [MASK] of a text.
+
+    Example: bertfast fill-mask --model runs/mini/checkpoint-1000 "returns a new [MASK] object."
+    """
+    from bertfast.fill_mask import FillMask
+
+    for candidates in FillMask(model)(text, top):
+        print("  ".join(f"{token} {probability:.1%}" for token, probability in candidates))
+
+
+@app.command()
+def doctor() -> None:
+    """Tell what this machine offers and which kernels run on it, each with the reason."""
+    from bertfast import machine, report
+
+    report.header(machine.describe())
+
+
 def main() -> None:
     """The console script. Exit codes: 0, 2 for a user's mistake, 130 for Ctrl-C, 143 for a polite kill."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # as an exception, so that temporary files are removed

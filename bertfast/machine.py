@@ -65,3 +65,35 @@ def keep_pages() -> str:
         M_TOP_PAD, 64 << 20
     )
     return "glibc keeps freed pages (mallopt)" if done else "default allocator (mallopt refused)"
+
+
+def describe() -> dict[str, str]:
+    """What `bertfast doctor` prints: versions, devices, precision, kernels, allocator."""
+    from .ops import backends
+    from .version import __version__
+
+    device = choose_device()
+    precision, reason = choose_precision("auto", device)
+    rows = {
+        "bertfast": __version__,
+        "python": f"{platform.python_version()} on {platform.system()} {platform.machine()}",
+        "torch": f"{torch.__version__}, {torch.get_num_threads()} threads",
+        "cpu": torch.backends.cpu.get_cpu_capability()
+        + (" with bf16" if torch.cpu._is_avx512_bf16_supported() else ", no bf16"),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else "none found",
+        "precision": f"{precision}: {reason}",
+        "allocator": keep_pages(),
+        "loader": loader_implementation(),
+    }
+    for name, where in backends().items():
+        rows[name] = f"cpu: {where['cpu']}   cuda: {where['cuda']}"
+    for name in ("fp32", precision):
+        rows[f"GEMM rate {name}"] = f"{gemm_rate(DTYPES[name], device) / 1e9:,.0f} GFLOP/s"
+    return rows
+
+
+def loader_implementation() -> str:
+    """What plans, masks and packs the batches, and why not the faster."""
+    from .data import plan
+
+    return "C++" if plan._C else "numpy, slower: bertfast._C is not built (make install) or BERTFAST_NO_EXT=1"

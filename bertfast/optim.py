@@ -110,11 +110,9 @@ class Optimizer:
                 group.refresh_parameters()
 
     def culprit(self) -> str:
-        """The first parameter whose value is not finite, for the message that stops a run; or none."""
-        for name, t in self.master_state().items():
-            if not bool(torch.isfinite(t).all()):
-                return f"parameter {name}"
-        return "the gradients only (the parameters are finite)"
+        """The first parameter whose value is not finite, for the message that stops a run; "" if all are."""
+        bad = (n for n, t in self.master_state().items() if not bool(torch.isfinite(t).all()))
+        return next((f"parameter {name}" for name in bad), "")
 
 
 _COUNTERS = ("step_count", "loss_scale", "good_steps", "n_skipped", "skipped_in_a_row")

@@ -1,0 +1,47 @@
+"""Fill [MASK]: the first thing to try on a pretrained model."""
+
+from pathlib import Path
+
+import torch
+
+from .checkpoint import find
+from .config import BertConfig
+from .data.tokenizer import Tokenizer
+from .files import UserError
+from .model import BertForMaskedLM, BertForPreTraining
+
+
+class FillMask:
+    """A pretrained model and its tokenizer, from a checkpoint folder."""
+
+    def __init__(self, folder: str | Path):
+        folder = find(folder)
+        self.tokenizer = Tokenizer.load(folder)
+        architectures = BertConfig.from_file(folder / "config.json").extra.get("architectures") or [""]
+        cls = BertForPreTraining if architectures[0] == "BertForPreTraining" else BertForMaskedLM
+        self.model = cls.from_pretrained(folder)
+
+    def __call__(self, text: str, top: int = 5) -> list[list[tuple[str, float]]]:
+        """For each [MASK] in the text, the `top` most likely (token, probability). Raises UserError without a [MASK]."""
+        ids = self.tokenizer.encode(text)
+        positions = [i for i, token in enumerate(ids) if token == self.tokenizer.mask_id]
+        if not positions:
+            raise UserError(f"there is no [MASK] in {text!r}")
+        return self._candidates(ids, positions, top)
+
+    def at(self, ids: list[int], position: int, top: int = 5) -> list[tuple[str, float]]:
+        """Candidates for one token of a sentence of ids (without [CLS] and [SEP]), which is hidden from the model."""
+        hidden = [*ids[:position], self.tokenizer.mask_id, *ids[position + 1 :]]
+        return self._candidates([self.tokenizer.cls_id, *hidden, self.tokenizer.sep_id], [position + 1], top)[0]
+
+    @torch.no_grad()
+    def _candidates(self, ids: list[int], positions: list[int], top: int) -> list[list[tuple[str, float]]]:
+        longest = self.model.config.max_position_embeddings
+        if len(ids) > longest:
+            raise UserError(f"the text has {len(ids)} tokens, the model reads {longest}")
+        probabilities = self.model(torch.tensor([ids])).logits[0, positions].float().softmax(-1)
+        values, indices = probabilities.topk(min(top, probabilities.shape[1]))
+        return [
+            [(self.tokenizer.tokens[i], p) for i, p in zip(row.tolist(), ps.tolist())]
+            for row, ps in zip(indices, values)
+        ]

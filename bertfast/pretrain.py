@@ -1,0 +1,374 @@
+"""Pretraining: phases of growing sequence length in one run, one optimiser, one schedule.
+
+A step is `micro_batches` packed batches of `tokens` tokens each; its losses are normalised by the masked tokens (and
+sentence pairs) of the whole step. Everything random is a function of (seed, step, position): a run that was
+interrupted and resumed is the run that was not.
+"""
+
+import shutil
+import signal
+import time
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from . import machine, report
+from .batch import PackedBatch
+from .checkpoint import read_tensors
+from .config import BertConfig
+from .data.dataset import Dataset, Loader
+from .files import UserError, atomic_folder, read_json, write_json
+from .model import BertForMaskedLM, BertForPreTraining
+from .optim import Optimizer
+from .version import __version__
+
+KEEP_CHECKPOINTS = 2
+PATIENCE = 10  # steps skipped in a row before the run stops
+
+
+@dataclass
+class Settings:
+    """What defines a run; stored in RUN/config.json, and what --resume goes on with."""
+
+    data: str
+    preset: str = "mini"
+    model_config: str | None = None  # a config.json instead of a preset
+    init_from: str | None = None  # a checkpoint to go on training from
+    steps: int = 1000
+    tokens: int = 4096  # token budget of one packed batch
+    micro_batches: int = 1
+    lr: float = 1e-3
+    warmup: float = 0.1  # share of the steps
+    optimizer: str = "adamw"
+    weight_decay: float = 0.01
+    max_grad_norm: float = 1.0
+    dropout: float = 0.1
+    mlm_probability: float = 0.15
+    whole_word_masking: bool = False
+    nsp: bool = True
+    short_length: int = 128  # sequence length of the first phase
+    long_length: int = 512  # and of the second
+    long_share: float = 0.1  # share of the steps in the second phase
+    precision: str = "auto"
+    recompute: bool = False
+    seed: int = 1
+    log_every: int = 10
+    eval_every: int = 200
+    save_every: int = 500
+    tensorboard: bool = False
+
+    def phases(self) -> list[tuple[int, int, int]]:
+        """(first step, end, sequence length) of each phase that has steps."""
+        short = self.steps - round(self.steps * self.long_share)
+        both = [(0, short, self.short_length), (short, self.steps, self.long_length)]
+        return [phase for phase in both if phase[1] > phase[0]]
+
+    def check(self) -> None:
+        """Raises UserError for settings no run can have."""
+        if self.steps < 1 or self.micro_batches < 1:
+            raise UserError("--steps and --micro-batches must be at least 1")
+        if not 0 <= self.long_share <= 1 or not 0 <= self.warmup <= 1:
+            raise UserError("--long-share and --warmup are shares, between 0 and 1")
+        if self.optimizer not in ("adamw", "lamb"):
+            raise UserError(f"optimizer {self.optimizer!r} is unknown; known: adamw, lamb")
+        for _, _, length in self.phases():
+            if self.tokens < length:
+                raise UserError(f"a budget of {self.tokens} tokens is smaller than a sequence of {length}: raise --tokens")
+
+
+def learning_rate(settings: Settings, step: int) -> float:
+    """Linear warm-up, then linear decay to 0 (Devlin et al. 2019); `step` counts from 0."""
+    warmup = max(1, round(settings.steps * settings.warmup))
+    if step < warmup:
+        return settings.lr * (step + 1) / warmup
+    return settings.lr * max(0.0, (settings.steps - step) / max(1, settings.steps - warmup))
+
+
+def step_seed(seed: int, step: int, micro_batch: int = 0) -> int:
+    """The dropout key of one forward: 64 well-mixed bits (the finaliser of SplitMix64, Steele et al. 2014)."""
+    mask = 2**64 - 1
+    z = (seed * 0x9E3779B97F4A7C15 + step * 0xD1B54A32D192ED03 + micro_batch * 0x8CB92BA72F3D8DD7 + 1) & mask
+    z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9 & mask
+    z = (z ^ (z >> 27)) * 0x94D049BB133111EB & mask
+    z ^= z >> 31
+    return z - 2**64 if z >= 2**63 else z
+
+
+def useful_flops(config: BertConfig, batch: PackedBatch, backward: bool = True) -> float:
+    """FLOPs of one packed batch that the result needs: real tokens, last layer on read rows, masked-only projection."""
+    H, I, L = config.hidden_size, config.intermediate_size, config.num_hidden_layers
+    lengths = batch.cu_seqlens.diff().double()
+    reads = batch.cu_seqlens_read.diff().double()
+    tokens, read = float(lengths.sum()), float(reads.sum())
+    rows = tokens * ((L - 1) * (4 * H * H + 2 * H * I) + 2 * H * H) + read * (2 * H * H + 2 * H * I)
+    rows += batch.n_masked * (H * H + config.vocab_size * H)
+    scores = (L - 1) * float((lengths * lengths).sum()) + float((lengths * reads).sum())
+    return (3 if backward else 1) * (2 * rows + 4 * H * scores)
+
+
+class Run:
+    """One pretraining run in its folder: everything between `bertfast pretrain` and its closing table."""
+
+    def __init__(self, folder: Path, settings: Settings):
+        self.folder, self.settings = folder, settings
+        settings.check()
+        self.device = machine.choose_device()
+        self.precision, self.precision_reason = machine.choose_precision(settings.precision, self.device)
+        self.train_data = Dataset(settings.data, split="train")
+        self.validation_data = Dataset(settings.data, split="validation")
+        self.tokenizer = self.train_data.tokenizer
+        self.model = self._build_model().to(self.device).train()
+        self.config = self.model.config
+        longest = max(length for _, _, length in settings.phases())
+        if longest > self.config.max_position_embeddings:
+            raise UserError(
+                f"sequences of {longest} tokens, but the model has {self.config.max_position_embeddings} positions"
+            )
+        self.model.bert.recompute = settings.recompute
+        dtype = machine.DTYPES[self.precision]
+        self.optimizer = Optimizer(
+            self.model, dtype, kind=settings.optimizer, weight_decay=settings.weight_decay,
+            max_grad_norm=settings.max_grad_norm,
+        )
+        self.step = 0
+        self.tokens_seen = 0
+        self.loader_state: dict | None = None
+        self.peak = machine.gemm_rate(dtype, self.device)
+        self.stopping = False
+
+    def _build_model(self):
+        settings = self.settings
+        cls = BertForPreTraining if settings.nsp else BertForMaskedLM
+        torch.manual_seed(settings.seed)
+        if settings.init_from:
+            model = cls.from_pretrained(settings.init_from, new_heads=True)
+            config = model.config
+        else:
+            sizes = {"vocab_size": self.tokenizer.vocab_size, "pad_token_id": self.tokenizer.pad_id}
+            if settings.model_config:
+                config = replace(BertConfig.from_file(Path(settings.model_config)), **sizes)
+            else:
+                config = BertConfig.preset(settings.preset, **sizes)
+            config.hidden_dropout_prob = config.attention_probs_dropout_prob = settings.dropout
+            model = cls(config)
+        if config.vocab_size != self.tokenizer.vocab_size:
+            raise UserError(
+                f"{settings.data} was prepared with a vocabulary of {self.tokenizer.vocab_size}, "
+                f"the model has {config.vocab_size}: prepare it with the model's own vocabulary (--vocab)"
+            )
+        return model
+
+    def describe(self, allocator: str) -> dict[str, str]:
+        """The header: what is about to run, and why so."""
+        settings, config, data = self.settings, self.config, self.train_data
+        parameters = sum(p.numel() for p in self.model.parameters())
+        phases = ", ".join(f"{end - start} steps of sequences up to {length}" for start, end, length in settings.phases())
+        return {
+            "model": f"{type(self.model).__name__} {settings.model_config or settings.init_from or settings.preset}: "
+                     f"{config.num_hidden_layers} layers, hidden {config.hidden_size}, vocabulary {config.vocab_size:,}",
+            "parameters": f"{parameters:,}",
+            "data": f"{settings.data}: {data.n_tokens:,} tokens for training, {self.validation_data.n_tokens:,} for "
+                    f"validation; unigram entropy {data.manifest['unigram_entropy']:.3f} nats",
+            "steps": f"{phases}; {settings.micro_batches * settings.tokens:,} tokens a step",
+            "precision": f"{self.precision} ({self.precision_reason}), fp32 masters",
+            "device": f"{self.device}, {torch.get_num_threads()} threads; GEMM peak {self.peak / 1e9:,.0f} GFLOP/s",
+            "kernels": report.kernels_in_use(self.device.type),
+            "loader": machine.loader_implementation(),
+            "allocator": allocator,
+            "resumed": f"from step {self.step}" if self.step else "no",
+        }
+
+    # ---- the loop
+
+    def train(self) -> dict:
+        """Run to the end (or to Ctrl-C), and return the last evaluation."""
+        settings = self.settings
+        metrics = report.Metrics(self.folder, self.step, settings.tensorboard)
+        result = {}
+        with self._stop_on_interrupt(), report.progress(settings.steps, self.step, self.peak) as bar:
+            for start, end, length in settings.phases():
+                if self.step >= end:
+                    continue
+                loader = self._loader(self.train_data, length)
+                if self.loader_state and self.step > start:
+                    loader.load_state_dict(self.loader_state)
+                batches = iter(loader)
+                window = report.Window()
+                while self.step < end:
+                    micro = [next(batches) for _ in range(settings.micro_batches)]
+                    norm = self._train_step(micro, window)
+                    self.step += 1
+                    if self.step % settings.log_every == 0 or self.step in (end, settings.steps):
+                        row = window.row(self.step, learning_rate(settings, self.step - 1), norm, length)
+                        row["skipped"] = int(self.optimizer.n_skipped.item())
+                        metrics.write(row)
+                        bar.show(self.step, row, window.flops_per_second)
+                        window = report.Window()
+                        self._check_health(micro)
+                    if self.step % settings.eval_every == 0 or self.step in (end, settings.steps):
+                        began = time.perf_counter()
+                        result = self.evaluate(length)
+                        metrics.write({"step": self.step, **result})
+                        bar.note(self.step, result)
+                        window.paused(time.perf_counter() - began)
+                    if self.step % settings.save_every == 0 or self.step == settings.steps or self.stopping:
+                        self.loader_state = loader.state_dict()
+                        began = time.perf_counter()
+                        self.save()
+                        window.paused(time.perf_counter() - began)
+                    if self.stopping:
+                        raise KeyboardInterrupt
+        report.plot_loss(self.folder, self.train_data.manifest["unigram_entropy"])
+        return result
+
+    def _train_step(self, micro: list[PackedBatch], window: "report.Window") -> torch.Tensor:
+        settings, optimizer = self.settings, self.optimizer
+        masked = max(1, sum(b.n_masked for b in micro))
+        pairs = max(1, sum(int((b.next_sentence_label >= 0).sum()) for b in micro))
+        for i, host in enumerate(micro):
+            batch = self._to_device(host)
+            seed = torch.tensor([step_seed(settings.seed, self.step, i)], device=self.device)
+            out = self.model(
+                batch, seed=seed, mlm_scale=optimizer.loss_scale / masked, nsp_scale=optimizer.loss_scale / pairs
+            )
+            out.loss.backward()
+            if len(micro) > 1:
+                optimizer.accumulate()
+            window.add(out, host, optimizer.loss_scale, masked, pairs, useful_flops(self.config, host))
+            self.tokens_seen += host.n_tokens
+        return optimizer.step(learning_rate(settings, self.step))
+
+    @torch.no_grad()
+    def evaluate(self, length: int, max_batches: int = 32) -> dict:
+        """Losses and accuracies on the validation split: always the same sequences and masks, no dropout."""
+        self.model.eval()
+        totals = report.Window()
+        loader = self._loader(self.validation_data, length, validation=True)
+        one = torch.ones((), device=self.device)
+        for host in loader.validation_batches(max_batches):
+            totals.add(self.model(self._to_device(host), mlm_scale=one, nsp_scale=one), host, one, 1, 1, 0.0)
+        self.model.train()
+        return {f"validation_{name}": value for name, value in totals.means().items()}
+
+    def _loader(self, dataset: Dataset, length: int, validation: bool = False) -> Loader:
+        settings = self.settings
+        return Loader(
+            dataset, seed=0 if validation else settings.seed, max_seqlen=length, token_budget=settings.tokens,
+            mlm_probability=settings.mlm_probability, whole_word_masking=settings.whole_word_masking,
+            nsp=settings.nsp, micro_batches=1 if validation else settings.micro_batches,
+            pin_memory=self.device.type == "cuda",
+        )
+
+    def _to_device(self, batch: PackedBatch) -> PackedBatch:
+        return batch if self.device.type == "cpu" else batch.to(self.device, non_blocking=True)
+
+    @contextmanager
+    def _stop_on_interrupt(self):
+        """The first Ctrl-C ends the run after the step in progress, the second at once."""
+
+        def handle(*_):
+            self.stopping = True
+            signal.signal(signal.SIGINT, previous)
+
+        previous = signal.signal(signal.SIGINT, handle)
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGINT, previous)
+
+    def _check_health(self, micro: list[PackedBatch]) -> None:
+        """Raises UserError, naming the culprit, when steps are skipped in a row or the loss scale has collapsed."""
+        optimizer = self.optimizer
+        collapsed = optimizer.dynamic and float(optimizer.loss_scale) < 1.0
+        if int(optimizer.skipped_in_a_row) < PATIENCE and not collapsed:
+            return
+        culprit = optimizer.culprit() or self._first_bad_gradient(micro[0])
+        why = "the loss scale fell below 1" if collapsed else f"{PATIENCE} steps in a row were not finite"
+        raise UserError(
+            f"stopped at step {self.step}: {why}; first not finite: {culprit}. "
+            f"The last good checkpoint is {latest(self.folder) or 'none yet'}; try a lower --lr"
+        )
+
+    def _first_bad_gradient(self, host: PackedBatch) -> str:
+        seed = torch.tensor([step_seed(self.settings.seed, self.step)], device=self.device)
+        out = self.model(self._to_device(host), seed=seed)
+        if not torch.isfinite(out.loss):
+            return "the loss"
+        out.loss.backward()
+        bad = [n for n, p in self.model.named_parameters() if p.grad is not None and not torch.isfinite(p.grad).all()]
+        return f"the gradient of {bad[-1]}" if bad else "nothing any more"
+
+    # ---- checkpoints
+
+    def save(self) -> Path:
+        """Write checkpoint-<step> (a Hugging Face folder, and the state to go on from) atomically; keep the last two."""
+        path = self.folder / f"checkpoint-{self.step}"
+        with atomic_folder(path) as folder:
+            masters = self.optimizer.master_state()
+            self.model.save_pretrained(folder, {n: masters[n] for n in self.model.state_dict() if n in masters})
+            self.tokenizer.save(folder)
+            save_file(self.optimizer.state_dict(), folder / "optimizer.safetensors")
+            write_json(folder / "trainer.json", {
+                "step": self.step, "tokens_seen": self.tokens_seen, "settings": asdict(self.settings),
+                "precision": self.precision, "data_files": self.train_data.manifest["files"], "loader": self.loader_state,
+            })
+        for old in sorted(self.folder.glob("checkpoint-*"), key=_step_of)[:-KEEP_CHECKPOINTS]:
+            shutil.rmtree(old, ignore_errors=True)
+        return path
+
+    def resume(self, path: Path) -> None:
+        """Go on from a checkpoint of this run. Raises UserError where it belongs to another model or other data."""
+        trainer = read_json(path / "trainer.json")
+        if trainer["data_files"] != self.train_data.manifest["files"]:
+            raise UserError(f"{path} was trained on other data than {self.settings.data} holds now")
+        try:
+            state = load_file(path / "optimizer.safetensors")
+        except (SafetensorError, OSError) as error:
+            raise UserError(f"{path / 'optimizer.safetensors'} is missing or damaged: {error}") from error
+        self.optimizer.load_state_dict(read_tensors(path), state)
+        self.step, self.tokens_seen, self.loader_state = trainer["step"], trainer["tokens_seen"], trainer["loader"]
+
+
+def _step_of(path: Path) -> int:
+    digits = path.name.removeprefix("checkpoint-")
+    return int(digits) if digits.isdigit() else -1
+
+
+def latest(folder: Path) -> Path | None:
+    """The newest checkpoint of a run's folder."""
+    found = [p for p in folder.glob("checkpoint-*") if (p / "trainer.json").exists()]
+    return max(found, key=_step_of, default=None)
+
+
+def stored_settings(folder: Path) -> Settings:
+    """What a run's config.json says. Raises UserError where it is not one of ours."""
+    values = read_json(folder / "config.json").get("settings", {})
+    known = {f.name for f in fields(Settings)}
+    if "data" not in values or set(values) - known:
+        raise UserError(f"{folder / 'config.json'} is not that of a pretraining run")
+    return Settings(**values)
+
+
+def start(folder: Path, settings: Settings, resume: bool) -> Run:
+    """A run ready to train, new or resumed, with its config.json written."""
+    checkpoint = latest(folder)
+    if checkpoint and not resume:
+        raise UserError(f"{folder} already holds a run ({checkpoint.name}): add --resume to go on, or choose another --out")
+    run = Run(folder, settings)
+    if checkpoint:
+        run.resume(checkpoint)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot create {folder}: {error.strerror}") from error
+    write_json(folder / "config.json", {
+        "settings": asdict(settings), "bertfast": __version__, "torch": torch.__version__,
+        "precision": run.precision, "threads": torch.get_num_threads(), "data": run.train_data.manifest,
+    })
+    return run
+
+
