@@ -8,6 +8,7 @@ fixed prediction slots the original BERT's (`max_predictions_per_seq`).
 
 from collections.abc import Callable
 from dataclasses import dataclass, fields
+from typing import Any
 
 import torch
 
@@ -49,7 +50,8 @@ class PackedBatch:
         return self._map(torch.Tensor.pin_memory)
 
     def _map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> "PackedBatch":
-        values = {field.name: getattr(self, field.name) for field in fields(self)}
-        return PackedBatch(
-            **{k: function(v) if isinstance(v, torch.Tensor) else v for k, v in values.items()}
-        )
+        values: dict[str, Any] = {}
+        for field in fields(self):
+            value = getattr(self, field.name)
+            values[field.name] = function(value) if isinstance(value, torch.Tensor) else value
+        return PackedBatch(**values)

@@ -15,6 +15,11 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+try:
+    import fcntl
+except ImportError:  # Windows: two processes writing one folder are not told apart
+    fcntl = None  # type: ignore[assignment]
+
 
 class UserError(Exception):
     """A mistake of the user's, told in one line. The CLI prints it without a traceback and exits with code 2."""
@@ -42,34 +47,55 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
 
 @contextmanager
 def atomic_folder(path: str | Path) -> Iterator[Path]:
-    """Yields a new temporary sibling folder for the body to fill; afterwards that folder is `path`.
+    """Yields an empty temporary sibling folder for the body to fill; afterwards that folder is `path`.
 
-    A folder already at `path` is replaced as a whole. Whatever stops the body, Ctrl-C included, leaves the old state.
-    Raises UserError where the folder cannot be written.
+    A folder already at `path` is replaced as a whole. Whatever stops the body, Ctrl-C included, leaves the old state; a
+    killed process leaves the temporary folder, and the next one clears it away. Raises UserError where the folder
+    cannot be written, or is being written by another process.
     """
     path = Path(path).absolute()
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    old = path.with_name(f".{path.name}.{os.getpid()}.old")
+    temporary, old = path.with_name(f".{path.name}.tmp"), path.with_name(f".{path.name}.old")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir()
+        temporary.mkdir(exist_ok=True)
+    except OSError as error:
+        raise _explained(error, path) from error
+    lock = _locked(temporary, path)
+    try:
+        for leftover in temporary.iterdir():
+            shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
         yield temporary
         for folder, _, names in os.walk(temporary):
             for name in names:
                 _sync(Path(folder, name))
             _sync(Path(folder))
+        shutil.rmtree(old, ignore_errors=True)
         if path.exists():
             os.replace(path, old)  # a folder cannot be renamed over a full one
         os.replace(temporary, path)
         _sync(path.parent)
-        shutil.rmtree(old, ignore_errors=True)
     except Exception as error:
         raise _explained(error, path) from error
     finally:
         if old.exists() and not path.exists():
             os.replace(old, path)
+        shutil.rmtree(old, ignore_errors=True)
         shutil.rmtree(temporary, ignore_errors=True)
+        if lock is not None:
+            os.close(lock)
+
+
+def _locked(folder: Path, path: Path) -> int | None:
+    """A descriptor of `folder` that holds its lock, which ends with the process, however that ends."""
+    if fcntl is None:
+        return None
+    lock = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        os.close(lock)
+        raise UserError(f"{path} is being written by another process") from error
+    return lock
 
 
 def write_bytes(path: str | Path, data: bytes) -> None:

@@ -153,8 +153,9 @@ class Run:
                 config = replace(BertConfig.from_file(Path(settings.model_config)), **sizes)
             else:
                 config = BertConfig.preset(settings.preset, **sizes)
-            config.hidden_dropout_prob = config.attention_probs_dropout_prob = settings.dropout
-            model = cls(config)
+            rates = {"hidden_dropout_prob": settings.dropout, "attention_probs_dropout_prob": settings.dropout}
+            model = cls(replace(config, **rates))
+            config = model.config
         if config.vocab_size != self.tokenizer.vocab_size:
             raise UserError(
                 f"{settings.data} was prepared with a vocabulary of {self.tokenizer.vocab_size}, "

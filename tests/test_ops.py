@@ -13,15 +13,17 @@ ALL = [(c, shape, p) for c in CASES.values() for shape in c.shapes for p in ([0.
 IDS = [f"{case.name}-{shape}-p{p}".replace(" ", "") for case, shape, p in ALL]
 
 
-def assert_no_further(name: str, fused, eager, truth) -> None:
+def assert_no_further(name: str, fused, eager, truth, longest_sum: int) -> None:
     """The fused op may not be further from the truth than the eager op in the same dtype, plus two units in the last
-    place of the largest value (both round their result once; which way differs)."""
+    place of the largest value (both round their result once; which way differs). In fp32, where nothing is rounded
+    but the sums themselves, two orders of one sum of n terms differ by about eps * sqrt(n)."""
     assert fused.shape == truth.shape and torch.isfinite(fused).all(), name
     if truth.numel() == 0:
         return
     error = (fused.double() - truth).abs().max().item()
     allowed = (eager.double() - truth).abs().max().item()
-    tiny = 2 * torch.finfo(fused.dtype).eps * truth.abs().max().item() + 1e-30
+    ulps = max(2.0, math.sqrt(longest_sum)) if fused.dtype == torch.float32 else 2.0
+    tiny = ulps * torch.finfo(fused.dtype).eps * truth.abs().max().item() + 1e-30
     assert error <= allowed + tiny, f"{name}: error {error:.3g}, eager {allowed:.3g} + {tiny:.3g}"
 
 
@@ -31,8 +33,9 @@ def test_error_not_above_eager(case, shape, p, dtype):
     tensors = case.inputs(shape, dtype)
     truth = run(case.eager, case, case.inputs(shape, torch.float64), p)
     eager, fused, again = (run(call, case, tensors, p) for call in (case.eager, case.fused, case.fused))
+    longest_sum = max(size for t in tensors.values() for size in (1, *t.shape))
     for name in truth:
-        assert_no_further(name, fused[name], eager[name], truth[name])
+        assert_no_further(name, fused[name], eager[name], truth[name], longest_sum)
         assert torch.equal(again[name], fused[name]), f"{name} differs from run to run"
 
 
@@ -129,12 +132,12 @@ def opcheck_samples():
     yield "adamw_step", (*state, *scalars)
     yield "lamb_step", (*state, *scalars)
     yield "grad_norm", ([x, w],)
-    for name, extra in INTO.items():
-        yield name, extra(x, dy, ids, key, tables, w, mean, rstd, drop, labels)
-
-
-# ops that write their large gradient into a buffer given by the caller
-INTO: dict = {}
+    # the ops that put their large gradient into a buffer of the caller's
+    into = torch.randn(5, 16)
+    yield "embedding_sum_bwd_into", (dy, ids, key, ids, *tables, w, mean, rstd, 0, *drop, into)
+    for add in (False, True):
+        projected = (x, tables[0], torch.randn(5), labels, torch.tensor(0.25), into, add)
+        yield "masked_vocab_projection_fwd_into", projected
 
 
 def test_opcheck_covers_every_op():

@@ -33,18 +33,30 @@ def _embedding_sum_bwd(
     dy, input_ids, position_ids, token_type_ids, word, position, token_type, weight, mean, rstd, padding_idx, p, seed,
     row_key, stream,
 ):
+    dword = word.new_zeros(word.shape, dtype=accumulate_dtype(word))
+    others = _embedding_sum_bwd_into(
+        dy, input_ids, position_ids, token_type_ids, word, position, token_type, weight, mean, rstd, padding_idx, p,
+        seed, row_key, stream, dword,
+    )
+    return dword.to(word.dtype), *others
+
+
+def _embedding_sum_bwd_into(
+    dy, input_ids, position_ids, token_type_ids, word, position, token_type, weight, mean, rstd, padding_idx, p, seed,
+    row_key, stream, dword,
+):
     z = _gather_sum(input_ids, position_ids, token_type_ids, word, position, token_type)
     dy = dropout_scale(dy.to(z.dtype), p, seed, row_key, stream)
     dz, dweight, dbias = layer_norm_backward(dy, z, mean, rstd, weight.to(z.dtype))
 
     def segment_sum(table, ids, rows):
-        return z.new_zeros(table.shape).index_add_(0, ids, rows).to(table.dtype)
+        return z.new_zeros(table.shape).index_add_(0, ids, rows)
 
     read = dz if padding_idx is None else torch.where((input_ids == padding_idx).unsqueeze(-1), 0.0, dz)
+    dword.copy_(dword + segment_sum(word, input_ids, read))
     return (
-        segment_sum(word, input_ids, read),
-        segment_sum(position, position_ids, dz),
-        segment_sum(token_type, token_type_ids, dz),
+        segment_sum(position, position_ids, dz).to(position.dtype),
+        segment_sum(token_type, token_type_ids, dz).to(token_type.dtype),
         dweight.to(weight.dtype),
         dbias.to(weight.dtype),
     )
@@ -62,6 +74,15 @@ _bwd = define(
     "Tensor? seed, Tensor? row_key, int stream) "
     "-> (Tensor dword, Tensor dposition, Tensor dtoken_type, Tensor dweight, Tensor dbias)",
     _embedding_sum_bwd,
+)
+# The same, with the word table's gradient added into `dword` (V, H), in the compute dtype or float32: the gradient
+# sink that the tied embedding and projection share in the native loop.
+bwd_into = define(
+    "embedding_sum_bwd_into(Tensor dy, Tensor input_ids, Tensor position_ids, Tensor token_type_ids, Tensor word, "
+    "Tensor position, Tensor token_type, Tensor weight, Tensor mean, Tensor rstd, int? padding_idx, float p, "
+    "Tensor? seed, Tensor? row_key, int stream, Tensor(a!) dword) "
+    "-> (Tensor dposition, Tensor dtoken_type, Tensor dweight, Tensor dbias)",
+    _embedding_sum_bwd_into,
 )
 
 

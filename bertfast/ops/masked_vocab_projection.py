@@ -36,12 +36,19 @@ def _masked_vocab_projection_eval(hidden, weight, bias, labels):
 
 
 def _masked_vocab_projection_fwd(hidden, weight, bias, labels, scale):
+    dweight = torch.empty_like(weight, memory_format=torch.contiguous_format)
+    *sums, dhidden, dbias = _masked_vocab_projection_fwd_into(hidden, weight, bias, labels, scale, dweight, False)
+    return *sums, dhidden, dweight, dbias
+
+
+def _masked_vocab_projection_fwd_into(hidden, weight, bias, labels, scale, dweight, accumulate):
     logits, masked, target, loss_sum, n_masked, n_correct = _logits(hidden, weight, bias, labels)
     dlogits = (torch.softmax(logits, -1) - F.one_hot(target, weight.shape[0])) * (masked * scale).unsqueeze(1)
     dlogits = dlogits.to(logits.dtype)
     dhidden = (dlogits @ weight.to(logits.dtype)).to(hidden.dtype)
-    dweight = (dlogits.mT @ hidden.to(logits.dtype)).to(weight.dtype)
-    return loss_sum, n_masked, n_correct, dhidden, dweight, dlogits.sum(0).to(bias.dtype)
+    gradient = dlogits.mT @ hidden.to(logits.dtype)
+    dweight.add_(gradient) if accumulate else dweight.copy_(gradient)
+    return loss_sum, n_masked, n_correct, dhidden, dlogits.sum(0).to(bias.dtype)
 
 
 _eval = define(
@@ -53,6 +60,13 @@ _fwd = define(
     "masked_vocab_projection_fwd(Tensor hidden, Tensor weight, Tensor bias, Tensor labels, Tensor scale) "
     "-> (Tensor loss_sum, Tensor n_masked, Tensor n_correct, Tensor dhidden, Tensor dweight, Tensor dbias)",
     _masked_vocab_projection_fwd, kernels="masked_vocab_projection",
+)
+# The gradient sink of a tied weight: dweight (V, H), in weight's dtype or in fp32, is written, or added to, in place.
+masked_vocab_projection_fwd_into = define(
+    "masked_vocab_projection_fwd_into(Tensor hidden, Tensor weight, Tensor bias, Tensor labels, Tensor scale, "
+    "Tensor(a!) dweight, bool accumulate) "
+    "-> (Tensor loss_sum, Tensor n_masked, Tensor n_correct, Tensor dhidden, Tensor dbias)",
+    _masked_vocab_projection_fwd_into,
 )
 
 

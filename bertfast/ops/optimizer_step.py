@@ -65,6 +65,7 @@ _lamb = define("lamb_step" + _STATE, _lamb_step)
 grad_norm_op = define("grad_norm(Tensor[] grads) -> Tensor", _grad_norm, kernels="optimizer_step")
 
 
+@torch.no_grad()
 def adamw_step(
     params, grads, masters, exp_avgs, exp_avg_sqs, lr, step, grad_scale, skip, *, beta1=0.9, beta2=0.999, eps=1e-6,
     weight_decay=0.01,
@@ -74,6 +75,7 @@ def adamw_step(
     _adamw(params, grads, masters, exp_avgs, exp_avg_sqs, lr, step, grad_scale, skip, beta1, beta2, eps, weight_decay)
 
 
+@torch.no_grad()
 def lamb_step(
     params, grads, masters, exp_avgs, exp_avg_sqs, lr, step, grad_scale, skip, *, beta1=0.9, beta2=0.999, eps=1e-6,
     weight_decay=0.01,
@@ -83,6 +85,7 @@ def lamb_step(
     _lamb(params, grads, masters, exp_avgs, exp_avg_sqs, lr, step, grad_scale, skip, beta1, beta2, eps, weight_decay)
 
 
+@torch.no_grad()
 def grad_norm(grads: list[Tensor]) -> Tensor:
     """The Euclidean norm of all gradients together, 0-dim float32, summed in fp32 in a fixed order."""
     return grad_norm_op(grads)

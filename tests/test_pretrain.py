@@ -1,0 +1,310 @@
+"""The pretraining loop: it learns, resumes bit for bit, normalises over the whole step, survives and explains faults."""
+
+import json
+import os
+import pydoc_data.topics
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file
+
+import bertfast
+from bertfast import cli, pretrain
+from bertfast.data.prepare import prepare
+from bertfast.files import UserError
+from bertfast.fill_mask import FillMask
+from bertfast.optim import Optimizer
+from bertfast.pretrain import Settings, learning_rate, start, step_seed, useful_flops
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    """Some English that every Python carries, prepared with a vocabulary of its own; and a model that fits it."""
+    folder = tmp_path_factory.mktemp("corpus")
+    text = folder / "text.txt"
+    text.write_text("\n\n".join(pydoc_data.topics.topics[name] for name in sorted(pydoc_data.topics.topics)[:40]))
+    prepare([str(text)], folder / "data", vocab_size=600, workers=1)
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
+    (folder / "model.json").write_text(json.dumps({"model_type": "bert", "max_position_embeddings": 128, **sizes}))
+    return folder
+
+
+def settings(corpus, **changes):
+    defaults = dict(
+        data=str(corpus / "data"), model_config=str(corpus / "model.json"), steps=8, tokens=512, short_length=32,
+        long_length=64, long_share=0.25, lr=3e-3, precision="fp32", log_every=1, eval_every=100, save_every=4,
+    )
+    return Settings(**{**defaults, **changes})
+
+
+def rows(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def final_state(folder):
+    last = pretrain.latest(folder)
+    return {**load_file(last / "model.safetensors"), **load_file(last / "optimizer.safetensors")}
+
+
+def test_a_run_learns_and_leaves_everything_behind(corpus, tmp_path, capsys):
+    run = start(tmp_path, settings(corpus, steps=60, precision="bf16", eval_every=20), resume=False)
+    assert "bf16" in run.describe("")["precision"]
+    result = run.train()
+    logged = [r for r in rows(tmp_path) if "loss" in r]
+    assert [r["step"] for r in logged] == list(range(1, 61))
+    for key in ("mlm_loss", "nsp_loss", "lr", "grad_norm", "tokens_per_sec"):
+        assert all(r[key] is not None and r[key] >= 0 for r in logged), key
+    assert logged[-1]["mlm_loss"] < logged[0]["mlm_loss"] - 0.5
+    assert {r["max_seqlen"] for r in logged} == {32, 64}
+    assert result["validation_mlm_loss"] < logged[0]["mlm_loss"] - 0.5
+    assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
+    assert sorted(p.name for p in tmp_path.glob("checkpoint-*")) == ["checkpoint-56", "checkpoint-60"]
+
+    last = tmp_path / "checkpoint-60"
+    hf, report = transformers.BertForPreTraining.from_pretrained(last, output_loading_info=True)
+    assert not report["missing_keys"] and not report["unexpected_keys"]
+    tokenizer = transformers.AutoTokenizer.from_pretrained(last)
+    text = "The [MASK] statement raises an exception."
+    assert tokenizer(text)["input_ids"] == run.tokenizer.encode(text)
+    (candidates,) = FillMask(last)(text, top=3)
+    with torch.no_grad():
+        logits = hf.eval()(**tokenizer(text, return_tensors="pt")).prediction_logits[0]
+    expected = logits[tokenizer(text)["input_ids"].index(tokenizer.mask_token_id)].softmax(-1).topk(3)
+    assert [run.tokenizer.vocab[t] for t, _ in candidates] == expected.indices.tolist()
+    with pytest.raises(UserError, match="no \\[MASK\\]"):
+        FillMask(last)("nothing to fill")
+
+
+@pytest.mark.parametrize("crash_after", [3, 5, 7])  # before any checkpoint, after one, in the second phase
+def test_resuming_is_as_if_nothing_had_happened(crash_after, corpus, tmp_path, monkeypatch):
+    whole = start(tmp_path / "whole", settings(corpus, save_every=2, micro_batches=2), resume=False)
+    whole.train()
+
+    broken = start(tmp_path / "broken", settings(corpus, save_every=2, micro_batches=2), resume=False)
+    step = broken._train_step
+
+    def crash(*args):
+        if broken.step == crash_after:
+            raise RuntimeError("power cut")
+        return step(*args)
+
+    monkeypatch.setattr(broken, "_train_step", crash)
+    with pytest.raises(RuntimeError, match="power cut"):
+        broken.train()
+    again = start(tmp_path / "broken", settings(corpus, save_every=2, micro_batches=2), resume=True)
+    assert again.step == crash_after // 2 * 2
+    again.train()
+    a, b = final_state(tmp_path / "whole"), final_state(tmp_path / "broken")
+    assert a.keys() == b.keys() and all(torch.equal(a[n], b[n]) for n in a)
+    timeless = lambda folder: [{k: v for k, v in r.items() if k != "tokens_per_sec"} for r in rows(folder)]
+    assert timeless(tmp_path / "whole") == timeless(tmp_path / "broken")
+
+
+def test_the_loss_is_normalised_over_the_whole_step(corpus, tmp_path):
+    """Two micro-batches with unequal mask counts give the gradient of one mean over all masked tokens."""
+    run = start(tmp_path, settings(corpus, micro_batches=2, dropout=0.0), resume=False)
+    micro = [run._loader(run.train_data, 32).batch(i) for i in range(2)]
+    model = run.model
+    masked = sum(b.n_masked for b in micro)
+    pairs = sum(int((b.next_sentence_label >= 0).sum()) for b in micro)
+    assert micro[0].n_masked != micro[1].n_masked
+    total = 0.0
+    for b in micro:
+        out = model(b)
+        total = total + out.mlm_loss * b.n_masked / masked
+        total = total + out.nsp_loss * int((b.next_sentence_label >= 0).sum()) / pairs
+    expected = torch.autograd.grad(total, list(model.parameters()))
+    run.optimizer.step = lambda lr: None  # keep the gradients
+    run._train_step(micro, pretrain.report.Window())
+    sums = {n: g for group in run.optimizer.groups for n, g in zip(group.names, group.gradients())}
+    for (name, _), gradient in zip(model.named_parameters(), expected, strict=True):
+        torch.testing.assert_close(sums[name], gradient, rtol=1e-4, atol=1e-7)
+
+
+def test_steps_that_are_not_finite_are_skipped_and_counted(corpus, tmp_path, monkeypatch):
+    run = start(tmp_path, settings(corpus, steps=6), resume=False)
+    step = run._train_step
+
+    def poison(micro, window):
+        bias = run.model.cls.predictions.bias
+        hook = bias.register_hook(lambda g: g * float("nan")) if run.step in (1, 2) else None
+        norm = step(micro, window)
+        if hook:
+            hook.remove()
+        return norm
+
+    monkeypatch.setattr(run, "_train_step", poison)
+    run.train()
+    logged = [r for r in rows(tmp_path) if "loss" in r]
+    assert [r["skipped"] for r in logged] == [0, 1, 2, 2, 2, 2]
+    assert [r["grad_norm"] is None for r in logged] == [False, True, True, False, False, False]
+    assert all(torch.isfinite(t).all() for t in final_state(tmp_path).values())
+
+
+def test_a_run_that_stays_broken_stops_with_the_culprit(corpus, tmp_path):
+    run = start(tmp_path, settings(corpus, steps=40), resume=False)
+    with torch.no_grad():
+        run.model.bert.encoder.layer[0].output.dense.weight[0, 0] = float("inf")
+    with pytest.raises(UserError, match=r"10 steps in a row.*bert.encoder.layer.0.output.dense.weight"):
+        run.train()
+
+
+def test_fp16_loss_scaling_halves_and_recovers():
+    model = torch.nn.Linear(4, 4)
+    optimizer = Optimizer(model, torch.float16)
+    assert optimizer.loss_scale == 2**16
+    weight = optimizer.master_state()["weight"].clone()
+    for p in model.parameters():
+        p.grad = torch.full_like(p, torch.inf)
+    optimizer.step(0.1)
+    assert optimizer.loss_scale == 2**15 and optimizer.n_skipped == 1 and optimizer.step_count == 0
+    assert torch.equal(optimizer.master_state()["weight"], weight)
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
+    optimizer.good_steps.fill_(1999)
+    norm = optimizer.step(0.1)
+    assert float(norm) == pytest.approx(20**0.5 / 2**15, rel=1e-3)
+    assert optimizer.loss_scale == 2**16 and optimizer.good_steps == 0 and optimizer.skipped_in_a_row == 0
+    assert not torch.equal(optimizer.master_state()["weight"], weight)
+
+
+def test_the_optimiser_equals_torch_and_joins_query_key_value(corpus):
+    torch.manual_seed(0)
+    config = bertfast.BertConfig.from_file(corpus / "model.json")
+    ours, theirs = (bertfast.BertModel(config) for _ in range(2))
+    theirs.load_state_dict(ours.state_dict())
+    optimizer = Optimizer(ours, max_grad_norm=1.0, weight_decay=0.1)
+    groups = [{"params": [p for p in theirs.parameters() if (p.dim() > 1) is decay], "weight_decay": 0.1 * decay}
+              for decay in (True, False)]
+    reference = torch.optim.AdamW(groups, lr=1e-2, eps=1e-6)
+    for _ in range(3):
+        for a, b in zip(ours.parameters(), theirs.parameters()):
+            a.grad = torch.randn_like(a)
+            b.grad = a.grad.clone()
+        torch.nn.utils.clip_grad_norm_(theirs.parameters(), 1.0)
+        reference.step()
+        optimizer.step(1e-2)
+    for (name, a), b in zip(ours.named_parameters(), theirs.parameters()):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6, msg=name)
+    attention = ours.encoder.layer[0].attention.self
+    for a, b in ((attention.query, attention.key), (attention.key, attention.value)):
+        for x, y in ((a.weight, b.weight), (a.bias, b.bias)):
+            assert x.data_ptr() + x.numel() * 4 == y.data_ptr() or x.numel() * 4 % 64  # neighbours, up to alignment
+
+
+def test_schedule_and_seeds():
+    s = Settings(data="", steps=100, warmup=0.1, lr=1.0)
+    rates = [learning_rate(s, step) for step in range(100)]
+    assert rates[0] == pytest.approx(0.1) and max(rates) == rates[9] == rates[10] == 1.0
+    assert rates[99] == pytest.approx(1 / 90) and all(a > b for a, b in zip(rates[10:], rates[11:]))
+    seeds = {step_seed(1, step, micro) for step in range(100) for micro in range(2)}
+    assert len(seeds) == 200 and all(-(2**63) <= x < 2**63 for x in seeds)
+
+
+def test_useful_flops_count_what_is_computed(corpus, tmp_path):
+    run = start(tmp_path, settings(corpus), resume=False)
+    batch = run._loader(run.train_data, 32).batch(0)
+    H, I, V, reads = 32, 64, run.config.vocab_size, int(batch.cu_seqlens_read[-1])
+    lengths, read = batch.cu_seqlens.diff().tolist(), batch.cu_seqlens_read.diff().tolist()
+    expected = 2 * batch.n_tokens * (4 * H * H + 2 * H * I)  # first layer
+    expected += 2 * batch.n_tokens * 2 * H * H + 2 * reads * (2 * H * H + 2 * H * I)  # last layer
+    expected += 2 * batch.n_masked * (H * H + V * H)
+    expected += sum(4 * n * n * H + 4 * n * r * H for n, r in zip(lengths, read))
+    assert useful_flops(run.config, batch, backward=False) == expected
+    assert useful_flops(run.config, batch) == 3 * expected
+
+
+# ---- as a user types it
+
+
+def command(capsys, monkeypatch, *args):
+    """(exit code, the last line on stderr) of a command, in this process."""
+    monkeypatch.setattr(sys, "argv", ["bertfast", *map(str, args)])
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        with pytest.raises(SystemExit) as exit_info:
+            cli.main()
+            raise SystemExit(0)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    lines = capsys.readouterr().err.strip().splitlines()
+    return exit_info.value.code or 0, lines[-1] if lines else ""
+
+
+def test_every_mistake_is_one_line(corpus, tmp_path, capsys, monkeypatch):
+    data, model = corpus / "data", corpus / "model.json"
+    small = ["--model-config", model, "--steps", 4, "--tokens", 256, "--short-length", 32, "--long-length", 64]
+    done = tmp_path / "done"
+    assert command(capsys, monkeypatch, "pretrain", "--data", data, "--out", done, *small, "--save-every", 2)[0] == 0
+    read_only = tmp_path / "file"
+    read_only.write_text("")
+    foreign = tmp_path / "foreign"
+    prepare([str(corpus / "text.txt")], foreign, vocab_size=400, workers=1)
+    (tmp_path / "cut").mkdir()
+    for file in data.iterdir():
+        content = file.read_bytes()
+        (tmp_path / "cut" / file.name).write_bytes(content[:-7] if file.name == "tokens.bin" else content)
+    last = done / "checkpoint-4"
+    mistakes = [
+        ((["--data", tmp_path / "nowhere"]), "there is no prepared set"),
+        ((["--data", tmp_path / "cut"]), "tokens.bin is damaged"),
+        ((["--data", data, "--preset", "gigantic"]), "preset 'gigantic' is unknown"),
+        ((["--data", data, *small, "--tokens", 20]), "20 tokens is smaller than a sequence of 32"),
+        ((["--data", data, *small, "--short-length", 256]), "has 128 positions"),
+        ((["--data", data, *small, "--precision", "fp8"]), "precision 'fp8' is unknown"),
+        ((["--data", data, *small, "--optimizer", "sgd"]), "optimizer 'sgd' is unknown"),
+        ((["--data", data, *small, "--dropout", 1.5]), "dropout"),
+        ((["--data", data, *small, "--out", read_only / "run"]), "cannot create"),
+        ((["--data", foreign, *small, "--init-from", last]), "vocabulary of 400"),
+        ((["--data", data, *small, "--out", done]), "already holds a run"),
+        ((["--data", foreign, *small, "--out", done, "--resume"]), "cannot be resumed with other settings: --data"),
+        ((["--out", done, "--resume", "--preset", "tiny"]), "--preset tiny (it began with mini)"),
+    ]
+    for args, message in mistakes:
+        out = [] if "--out" in args else ["--out", tmp_path / "run"]
+        code, line = command(capsys, monkeypatch, "pretrain", *args, *out)
+        assert code == 2 and line.startswith("bertfast: ") and message in line, (message, code, line)
+    (last / "model.safetensors").write_bytes(b"\0" * 100)
+    code, line = command(capsys, monkeypatch, "pretrain", "--out", done, "--resume")
+    assert code == 2 and "damaged or truncated" in line
+    code, line = command(capsys, monkeypatch, "fill-mask", "--model", tmp_path / "nowhere", "a [MASK]")
+    assert code == 2 and "no checkpoint at" in line
+
+
+def test_ctrl_c_writes_a_checkpoint_and_resume_finishes(corpus, tmp_path):
+    small = ["--model-config", corpus / "model.json", "--tokens", "256", "--short-length", "32", "--long-length", "64"]
+    args = [sys.executable, "-m", "bertfast.cli", "pretrain", "--out", tmp_path / "run"]
+    first = subprocess.Popen([*args, "--data", corpus / "data", *small, "--steps", "100000", "--log-every", "1"],
+                             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    deadline = time.monotonic() + 120
+    while not (tmp_path / "run/metrics.jsonl").exists() or len(rows(tmp_path / "run")) < 3:
+        assert first.poll() is None and time.monotonic() < deadline, first.stdout.read()
+        time.sleep(0.1)
+    first.send_signal(signal.SIGINT)
+    output, _ = first.communicate(timeout=60)
+    assert first.returncode == 130 and "Go on with: bertfast pretrain" in " ".join(output.split()), output
+    checkpoint = pretrain.latest(tmp_path / "run")
+    assert checkpoint and rows(tmp_path / "run")[-1]["step"] == pretrain._step_of(checkpoint)
+
+
+def test_without_triton_and_extension_it_trains_and_says_why_it_is_slow(corpus, tmp_path):
+    program = f"""
+import sys
+sys.modules["triton"] = None  # importing it raises ImportError
+import bertfast
+from bertfast.pretrain import start, Settings
+run = start({str(tmp_path / 'run')!r}, Settings(**{vars(settings(corpus, steps=3))!r}), False)
+print(run.describe("")["kernels"], "|", run.describe("")["loader"])
+run.train()
+"""
+    program = program.replace(f"start({str(tmp_path / 'run')!r}", f"start(__import__('pathlib').Path({str(tmp_path / 'run')!r})")
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True,
+                          env={**os.environ, "BERTFAST_NO_EXT": "1"}, timeout=240)
+    assert done.returncode == 0, done.stderr
+    assert "reference: BERTFAST_NO_EXT=1" in done.stdout and "numpy, slower" in done.stdout
+    assert (tmp_path / "run/checkpoint-3/model.safetensors").exists()
