@@ -1,0 +1,149 @@
+// y = LayerNorm(dropout(x + bias) + residual) and its backward; formulas and shapes in
+// bertfast/ops/add_layer_norm.py. One pass over memory each: a row is read once, then stays in the L1 cache.
+
+#include <ATen/ops/empty.h>
+#include <torch/library.h>
+
+#include "common.h"
+#include "layer_norm.h"
+
+namespace bertfast {
+namespace {
+
+template <bool DROP, typename scalar_t, typename acc = acc_t<scalar_t>>
+void add_layer_norm_fwd(scalar_t* y, scalar_t* z, acc* mean, acc* rstd, const scalar_t* x, const acc* bias,
+                        const scalar_t* residual, const acc* weight, const acc* ln_bias, double eps,
+                        const Dropout& dropout, const RowKeys& row_key, int64_t n_rows, int64_t n_columns) {
+  using V = Vec<acc>;
+  const V scale(static_cast<acc>(dropout.scale));
+  for_parts(n_rows, n_parts(n_rows, n_columns), [&](int64_t, int64_t begin, int64_t end) {
+    for (int64_t row = begin; row < end; row++) {
+      const int64_t at = row * n_columns;
+      V total;
+      for_columns_dropped<DROP>(n_columns, dropout, row_key[row], [&](int64_t j, auto size, Mask kept) {
+        V h = V::load(x + at + j, size);
+        if (bias) h += V::load(bias + j, size);
+        if constexpr (DROP) h = keep(kept, h * scale);
+        const V sum_z = rounded<scalar_t>(h + V::load(residual + at + j, size));
+        sum_z.store(z + at + j, size);
+        total += sum_z;
+      });
+      const auto [row_mean, row_rstd] = statistics(z + at, n_columns, sum(total), eps);
+      mean[row] = row_mean, rstd[row] = row_rstd;
+      for_columns(n_columns, [&](int64_t j, auto size) {
+        const V x_hat = (V::load(z + at + j, size) - V(row_mean)) * V(row_rstd);
+        fma(x_hat, V::load(weight + j, size), V::load(ln_bias + j, size)).store(y + at + j, size);
+      });
+    }
+  });
+}
+
+// column_sums: dbias, dweight, dln_bias (3, n_columns) of each part
+template <bool DROP, typename scalar_t, typename acc = acc_t<scalar_t>>
+void add_layer_norm_bwd(scalar_t* dz, scalar_t* dx, acc* column_sums, const scalar_t* dy, const scalar_t* z,
+                        const acc* mean, const acc* rstd, const acc* weight, const Dropout& dropout,
+                        const RowKeys& row_key, int64_t n_rows, int64_t n_columns, int64_t parts) {
+  using V = Vec<acc>;
+  const V scale(static_cast<acc>(dropout.scale));
+  for_parts(n_rows, parts, [&](int64_t part, int64_t begin, int64_t end) {
+    ColumnSums<acc> sums(column_sums, part, 3 * n_columns);
+    for (int64_t row = begin; row < end; row++) {
+      const int64_t at = row * n_columns;
+      const V row_mean(mean[row]), row_rstd(rstd[row]);
+      const auto x_hat = [&](int64_t j, auto size) { return (V::load(z + at + j, size) - row_mean) * row_rstd; };
+      V sum_g, sum_gx;
+      for_columns(n_columns, [&](int64_t j, auto size) {
+        const V dy_j = V::load(dy + at + j, size), x_hat_j = x_hat(j, size), g = dy_j * V::load(weight + j, size);
+        sum_g += g;
+        sum_gx = fma(g, x_hat_j, sum_gx);
+        sums.add(n_columns + j, size, dy_j * x_hat_j);
+        sums.add(2 * n_columns + j, size, dy_j);
+      });
+      const V c1(sum(sum_g) / n_columns), c2(sum(sum_gx) / n_columns);
+      for_columns_dropped<DROP>(n_columns, dropout, row_key[row], [&](int64_t j, auto size, Mask kept) {
+        const V g = unfused(V::load(dy + at + j, size) * V::load(weight + j, size));  // so that H = 1 gives 0
+        V d = row_rstd * fnma(c2, x_hat(j, size), g - c1);
+        d.store(dz + at + j, size);
+        if constexpr (DROP) {
+          d = keep(kept, d * scale);
+          d.store(dx + at + j, size);
+        }
+        sums.add(j, size, d);
+      });
+      sums.end_row();
+    }
+    sums.end();
+  });
+}
+
+// x, residual (T, H), bias, weight, ln_bias (H,), row_key (T,) -> y, z (T, H), mean, rstd (T,)
+std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> add_layer_norm_fwd_cpu(
+    const at::Tensor& x_, const std::optional<at::Tensor>& bias, const at::Tensor& residual_, const at::Tensor& weight,
+    const at::Tensor& ln_bias, double eps, double p, const std::optional<at::Tensor>& seed,
+    const std::optional<at::Tensor>& row_key, int64_t stream) {
+  TORCH_CHECK(x_.dim() == 2, "x must be (T, H), got ", x_.sizes());
+  const int64_t n_rows = x_.size(0), n_columns = x_.size(1);
+  CHECK_SHAPE(residual_, n_rows, n_columns);
+  CHECK_SAME_DTYPE(x_, residual_);
+  if (bias) CHECK_SHAPE(*bias, n_columns);
+  CHECK_SHAPE(weight, n_columns);
+  CHECK_SHAPE(ln_bias, n_columns);
+  const Dropout dropout(p, seed, stream);
+  const RowKeys keys(row_key, n_rows);
+  const at::Tensor x = x_.contiguous(), residual = residual_.contiguous();
+  at::Tensor y = at::empty(x.sizes(), x.options()), z = at::empty(x.sizes(), x.options());
+  return DISPATCH_SCALAR(x.scalar_type(), "add_layer_norm", [&] {
+    using acc = acc_t<scalar_t>;
+    const auto options = x.options().dtype(c10::CppTypeToScalarType<acc>::value);
+    at::Tensor mean = at::empty({n_rows}, options), rstd = at::empty({n_rows}, options);
+    const auto run = dropout.active ? add_layer_norm_fwd<true, scalar_t> : add_layer_norm_fwd<false, scalar_t>;
+    run(y.mutable_data_ptr<scalar_t>(), z.mutable_data_ptr<scalar_t>(), mean.mutable_data_ptr<acc>(),
+        rstd.mutable_data_ptr<acc>(), x.const_data_ptr<scalar_t>(), bias ? parameter<acc, 1>(*bias) : nullptr,
+        residual.const_data_ptr<scalar_t>(), parameter<acc, 2>(weight), parameter<acc, 3>(ln_bias), eps, dropout, keys,
+        n_rows, n_columns);
+    return std::make_tuple(y, z, mean, rstd);
+  });
+}
+
+// dy, z (T, H), mean, rstd (T,), weight (H,), row_key (T,) -> dz (T, H), dx (T, H) or (0, H), dbias, dweight,
+// dln_bias (H,)
+std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> add_layer_norm_bwd_cpu(
+    const at::Tensor& dy_, const at::Tensor& z_, const at::Tensor& mean, const at::Tensor& rstd,
+    const at::Tensor& weight, double p, const std::optional<at::Tensor>& seed, const std::optional<at::Tensor>& row_key,
+    int64_t stream) {
+  TORCH_CHECK(z_.dim() == 2, "z must be (T, H), got ", z_.sizes());
+  const int64_t n_rows = z_.size(0), n_columns = z_.size(1);
+  CHECK_SHAPE(dy_, n_rows, n_columns);
+  CHECK_SAME_DTYPE(z_, dy_);
+  CHECK_SHAPE(mean, n_rows);
+  CHECK_SHAPE(rstd, n_rows);
+  CHECK_SHAPE(weight, n_columns);
+  const Dropout dropout(p, seed, stream);
+  const RowKeys keys(row_key, n_rows);
+  const at::Tensor dy = dy_.contiguous(), z = z_.contiguous();
+  at::Tensor dz = at::empty(z.sizes(), z.options());
+  at::Tensor dx = at::empty({dropout.active ? n_rows : 0, n_columns}, z.options());
+  at::Tensor dbias = at::empty({n_columns}, weight.options()), dweight = at::empty({n_columns}, weight.options());
+  at::Tensor dln_bias = at::empty({n_columns}, weight.options());
+  DISPATCH_SCALAR(z.scalar_type(), "add_layer_norm", [&] {
+    using acc = acc_t<scalar_t>;
+    const int64_t parts = n_parts(n_rows, n_columns);
+    acc* sums = scratch<acc>(ColumnSums<acc>::memory(parts, 3 * n_columns));
+    const auto run = dropout.active ? add_layer_norm_bwd<true, scalar_t> : add_layer_norm_bwd<false, scalar_t>;
+    run(dz.mutable_data_ptr<scalar_t>(), dx.mutable_data_ptr<scalar_t>(), sums, dy.const_data_ptr<scalar_t>(),
+        z.const_data_ptr<scalar_t>(), mean.const_data_ptr<acc>(), rstd.const_data_ptr<acc>(),
+        parameter<acc, 1>(weight), dropout, keys, n_rows, n_columns, parts);
+    add_parts(dbias, sums, parts, 3 * n_columns);
+    add_parts(dweight, sums, parts, 3 * n_columns, n_columns);
+    add_parts(dln_bias, sums, parts, 3 * n_columns, 2 * n_columns);
+  });
+  return {dz, dx, dbias, dweight, dln_bias};
+}
+
+}  // namespace
+}  // namespace bertfast
+
+TORCH_LIBRARY_IMPL(bertfast, CPU, m) {
+  m.impl("add_layer_norm_fwd", &bertfast::add_layer_norm_fwd_cpu);
+  m.impl("add_layer_norm_bwd", &bertfast::add_layer_norm_bwd_cpu);
+}

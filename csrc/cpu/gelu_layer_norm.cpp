@@ -1,0 +1,134 @@
+// y = LayerNorm(GELU(x + bias)) and its backward; formulas and shapes in bertfast/ops/gelu_layer_norm.py.
+
+#include <ATen/ops/empty.h>
+#include <torch/library.h>
+
+#include "common.h"
+#include "layer_norm.h"
+
+namespace bertfast {
+namespace {
+
+template <typename scalar_t, typename acc = acc_t<scalar_t>>
+void gelu_layer_norm_fwd(scalar_t* y, acc* mean, acc* rstd, const scalar_t* x, const acc* bias, const acc* weight,
+                         const acc* ln_bias, double eps, int64_t n_rows, int64_t n_columns) {
+  using V = Vec<acc>;
+  for_parts(n_rows, n_parts(n_rows, n_columns), [&](int64_t, int64_t begin, int64_t end) {
+    acc* activation = scratch<acc, 4>(n_columns);
+    for (int64_t row = begin; row < end; row++) {
+      const int64_t at = row * n_columns;
+      V total;
+      for_columns(n_columns, [&](int64_t j, auto size) {
+        const V a = gelu(V::load(x + at + j, size) + V::load(bias + j, size));
+        a.store(activation + j, size);
+        total += a;  // GELU(0) = 0: the lanes beyond the row add nothing
+      });
+      const auto [row_mean, row_rstd] = statistics(activation, n_columns, sum(total), eps);
+      mean[row] = row_mean, rstd[row] = row_rstd;
+      for_columns(n_columns, [&](int64_t j, auto size) {
+        const V x_hat = (V::load(activation + j, size) - V(row_mean)) * V(row_rstd);
+        fma(x_hat, V::load(weight + j, size), V::load(ln_bias + j, size)).store(y + at + j, size);
+      });
+    }
+  });
+}
+
+// column_sums: dbias, dweight, dln_bias (3, n_columns) of each part
+template <typename scalar_t, typename acc = acc_t<scalar_t>>
+void gelu_layer_norm_bwd(scalar_t* dx, acc* column_sums, const scalar_t* dy, const scalar_t* x, const acc* bias,
+                         const acc* weight, const acc* mean, const acc* rstd, int64_t n_rows, int64_t n_columns,
+                         int64_t parts) {
+  using V = Vec<acc>;
+  for_parts(n_rows, parts, [&](int64_t part, int64_t begin, int64_t end) {
+    ColumnSums<acc> sums(column_sums, part, 3 * n_columns);
+    acc* x_hat = scratch<acc, 4>(2 * n_columns);
+    acc* derivative = x_hat + n_columns;
+    for (int64_t row = begin; row < end; row++) {
+      const int64_t at = row * n_columns;
+      const V row_mean(mean[row]), row_rstd(rstd[row]);
+      V sum_g, sum_gx;
+      for_columns(n_columns, [&](int64_t j, auto size) {
+        const V z = V::load(x + at + j, size) + V::load(bias + j, size);
+        const Normal<acc> n = normal(z);
+        const V x_hat_j = (unfused(z * n.cdf) - row_mean) * row_rstd;
+        x_hat_j.store(x_hat + j, size);
+        fma(z, n.density, n.cdf).store(derivative + j, size);
+        const V dy_j = V::load(dy + at + j, size), g = dy_j * V::load(weight + j, size);
+        sum_g += g;
+        sum_gx = fma(g, x_hat_j, sum_gx);
+        sums.add(n_columns + j, size, dy_j * x_hat_j);
+        sums.add(2 * n_columns + j, size, dy_j);
+      });
+      const V c1(sum(sum_g) / n_columns), c2(sum(sum_gx) / n_columns);
+      for_columns(n_columns, [&](int64_t j, auto size) {
+        const V g = unfused(V::load(dy + at + j, size) * V::load(weight + j, size));
+        const V dg = row_rstd * fnma(c2, V::load(x_hat + j, size), g - c1);
+        const V dz = dg * V::load(derivative + j, size);
+        dz.store(dx + at + j, size);
+        sums.add(j, size, dz);
+      });
+      sums.end_row();
+    }
+    sums.end();
+  });
+}
+
+void check(const at::Tensor& x, const at::Tensor& bias, const at::Tensor& weight) {
+  TORCH_CHECK(x.dim() == 2, "x must be (P, H), got ", x.sizes());
+  CHECK_SHAPE(bias, x.size(1));
+  CHECK_SHAPE(weight, x.size(1));
+}
+
+// x (P, H), bias, weight, ln_bias (H,) -> y (P, H), mean, rstd (P,)
+std::tuple<at::Tensor, at::Tensor, at::Tensor> gelu_layer_norm_fwd_cpu(const at::Tensor& x_, const at::Tensor& bias,
+                                                                       const at::Tensor& weight,
+                                                                       const at::Tensor& ln_bias, double eps) {
+  check(x_, bias, weight);
+  CHECK_SHAPE(ln_bias, x_.size(1));
+  const at::Tensor x = x_.contiguous();
+  at::Tensor y = at::empty(x.sizes(), x.options());
+  return DISPATCH_SCALAR(x.scalar_type(), "gelu_layer_norm", [&] {
+    using acc = acc_t<scalar_t>;
+    const auto options = x.options().dtype(c10::CppTypeToScalarType<acc>::value);
+    at::Tensor mean = at::empty({x.size(0)}, options), rstd = at::empty({x.size(0)}, options);
+    gelu_layer_norm_fwd(y.mutable_data_ptr<scalar_t>(), mean.mutable_data_ptr<acc>(), rstd.mutable_data_ptr<acc>(),
+                        x.const_data_ptr<scalar_t>(), parameter<acc, 1>(bias), parameter<acc, 2>(weight),
+                        parameter<acc, 3>(ln_bias), eps, x.size(0), x.size(1));
+    return std::make_tuple(y, mean, rstd);
+  });
+}
+
+// dy, x (P, H), bias, weight (H,), mean, rstd (P,) -> dx (P, H), dbias, dweight, dln_bias (H,)
+std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> gelu_layer_norm_bwd_cpu(
+    const at::Tensor& dy_, const at::Tensor& x_, const at::Tensor& bias, const at::Tensor& weight,
+    const at::Tensor& mean, const at::Tensor& rstd) {
+  check(x_, bias, weight);
+  const int64_t n_rows = x_.size(0), n_columns = x_.size(1);
+  CHECK_SHAPE(dy_, n_rows, n_columns);
+  CHECK_SAME_DTYPE(x_, dy_);
+  CHECK_SHAPE(mean, n_rows);
+  CHECK_SHAPE(rstd, n_rows);
+  const at::Tensor dy = dy_.contiguous(), x = x_.contiguous();
+  at::Tensor dx = at::empty(x.sizes(), x.options()), dbias = at::empty({n_columns}, weight.options());
+  at::Tensor dweight = at::empty({n_columns}, weight.options()), dln_bias = at::empty({n_columns}, weight.options());
+  DISPATCH_SCALAR(x.scalar_type(), "gelu_layer_norm", [&] {
+    using acc = acc_t<scalar_t>;
+    const int64_t parts = n_parts(n_rows, n_columns);
+    acc* sums = scratch<acc>(ColumnSums<acc>::memory(parts, 3 * n_columns));
+    gelu_layer_norm_bwd(dx.mutable_data_ptr<scalar_t>(), sums, dy.const_data_ptr<scalar_t>(),
+                        x.const_data_ptr<scalar_t>(), parameter<acc, 1>(bias), parameter<acc, 2>(weight),
+                        mean.const_data_ptr<acc>(), rstd.const_data_ptr<acc>(), n_rows, n_columns, parts);
+    add_parts(dbias, sums, parts, 3 * n_columns);
+    add_parts(dweight, sums, parts, 3 * n_columns, n_columns);
+    add_parts(dln_bias, sums, parts, 3 * n_columns, 2 * n_columns);
+  });
+  return {dx, dbias, dweight, dln_bias};
+}
+
+}  // namespace
+}  // namespace bertfast
+
+TORCH_LIBRARY_IMPL(bertfast, CPU, m) {
+  m.impl("gelu_layer_norm_fwd", &bertfast::gelu_layer_norm_fwd_cpu);
+  m.impl("gelu_layer_norm_bwd", &bertfast::gelu_layer_norm_bwd_cpu);
+}

@@ -1,0 +1,426 @@
+"""From files to a prepared set: every kind of input, every mistake, interruption, and the files' own safety."""
+
+import gzip
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from rich.console import Console
+from typer.testing import CliRunner
+
+from bertfast import files
+from bertfast.data import corpus
+from bertfast.data import prepare as preparing
+from bertfast.data.dataset import Dataset
+from bertfast.data.prepare import prepare, split_sentences
+from bertfast.files import UserError
+
+DOCUMENTS = [
+    "The cat sat. The dog ran!\nIt rained, e.g. in Dr. Fog's garden.",
+    "One document more.",
+    "今天天气很好。我们去公园吧！",
+]
+CUT = [
+    ["The cat sat.", "The dog ran!", "It rained, e.g. in Dr. Fog's garden."],
+    ["One document more."],
+    ["今天天气很好。", "我们去公园吧！"],
+]
+
+
+@pytest.fixture(scope="module")
+def vocab(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    letters = "abcdefghijklmnopqrstuvwxyz,.!'今天气很好。我们去公园吧！"
+    path = tmp_path_factory.mktemp("vocab") / "vocab.txt"
+    path.write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *letters, *("##" + x for x in letters)]))
+    return path
+
+
+def text_of(folder: Path) -> list[list[str]]:
+    """The sentences of a set's documents, spelled from their ids without spaces."""
+    d = Dataset(folder)
+    pieces = [d.tokenizer.tokens[x].removeprefix("##") for x in d.tokens]
+    spell = lambda i: "".join(pieces[d.sentences[i] : d.sentences[i + 1]])
+    bounds = d.documents.tolist()
+    return [[spell(i) for i in range(a, b)] for a, b in zip(bounds, bounds[1:])]
+
+
+EXPECTED = [[sentence.lower().replace(" ", "") for sentence in document] for document in CUT]
+
+
+def write(path: Path, documents: list[str]) -> Path:
+    """One of the known kinds, by its name."""
+    if path.name.endswith(".parquet"):
+        pq.write_table(pa.table({"n": list(range(len(documents))), "text": documents}), path)
+        return path
+    if ".jsonl" in path.name:
+        content = "".join(json.dumps({"text": document}, ensure_ascii=False) + "\n" for document in documents)
+    else:
+        content = "\n\n".join(documents)
+    (gzip.open if path.name.endswith(".gz") else open)(path, "wb").write(content.encode())
+    return path
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.txt.gz", "a.jsonl", "a.jsonl.gz", "a.parquet"])
+def test_every_kind_gives_the_same(name: str, tmp_path: Path, vocab: Path) -> None:
+    manifest = prepare([str(write(tmp_path / name, DOCUMENTS))], tmp_path / "set", vocab=vocab, workers=1)
+    assert text_of(tmp_path / "set") == EXPECTED
+    assert (manifest["documents"], manifest["sentences"]) == (3, 6)
+    assert manifest["tokens"] == sum(len(sentence) for document in EXPECTED for sentence in document)
+    tokens = np.fromfile(tmp_path / "set" / "tokens.bin", "<u2")
+    share = np.bincount(tokens)[np.bincount(tokens) > 0] / len(tokens)
+    assert manifest["unigram_entropy"] == pytest.approx(-(share * np.log(share)).sum())
+
+
+def test_folders_globs_and_a_mixture(tmp_path: Path, vocab: Path) -> None:
+    (tmp_path / "in" / "deep").mkdir(parents=True)
+    for name, document in zip(["a.txt", "b.jsonl.gz", "deep/c.parquet"], DOCUMENTS):
+        write(tmp_path / "in" / name, [document])
+    (tmp_path / "in" / "notes.md").write_text("not read")
+    prepare([str(tmp_path / "in")], tmp_path / "one", vocab=vocab, workers=1)
+    inputs = [str(tmp_path / "in" / name) for name in ("*.txt", "b.jsonl.gz", "**/*.parquet")]
+    prepare([*inputs, inputs[1]], tmp_path / "two", vocab=vocab, workers=1)
+    assert text_of(tmp_path / "one") == text_of(tmp_path / "two") == EXPECTED
+
+
+def test_a_byte_order_mark_windows_line_ends_and_blank_lines(tmp_path: Path, vocab: Path) -> None:
+    content = "\ufeff\r\n \r\n" + "\r\n \t \r\n\r\n".join(x.replace("\n", "\r\n") for x in DOCUMENTS) + "\r\n\r\n"
+    (tmp_path / "a.txt").write_bytes(content.encode())
+    prepare([str(tmp_path / "a.txt")], tmp_path / "set", vocab=vocab, workers=1)
+    assert text_of(tmp_path / "set") == EXPECTED
+
+
+@pytest.mark.parametrize(
+    ("document", "sentences"),
+    [
+        ("A heading\nIt begins. It goes on.", ["A heading", "It begins.", "It goes on."]),
+        ("one sentence a line\nwithout stops", ["one sentence a line", "without stops"]),
+        ("Hard-wrapped lines of text that go on and on are\njoined again, so that a sentence is whole. That is so\n"
+         "with U.S. names and such.",
+         ["Hard-wrapped lines of text that go on and on are joined again, so that a sentence is whole.",
+          "That is so with U.S. names and such."]),
+        ("部分。\n\n 部分！", ["部分。", "部分！"]),
+        (" \n\t\n ", []),
+    ],
+)  # fmt: skip
+def test_sentences(document: str, sentences: list[str]) -> None:
+    assert split_sentences(document) == sentences
+
+
+def test_long_text_without_full_stops_is_cut_at_words(tmp_path: Path, vocab: Path) -> None:
+    words = ["abcdefg"[: 1 + i % 7] for i in range(2000)]
+    (tmp_path / "a.txt").write_text(" ".join(words))
+    prepare([str(tmp_path / "a.txt")], tmp_path / "set", vocab=vocab, workers=1)
+    dataset = Dataset(tmp_path / "set")
+    assert text_of(tmp_path / "set")[0] and "".join(text_of(tmp_path / "set")[0]) == "".join(words)
+    lengths = np.diff(dataset.sentences)
+    assert lengths.max() <= 128 and lengths[:-1].min() > 128 - 7
+    assert not dataset.tokenizer.is_continuation[dataset.tokens[dataset.sentences[:-1]]].any()
+
+
+@pytest.mark.parametrize("kind", ["a.txt", "a.jsonl"])
+def test_pieces_and_workers_change_nothing(
+    kind: str, tmp_path: Path, vocab: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Documents longer than a piece come in parts; what is written does not show it."""
+    rng = np.random.default_rng(0)
+    sentence = lambda k: f"The cat sat on {'abcdefghij'[k : k + 4]}."
+    documents = ["\n".join(map(sentence, rng.integers(0, 6, n))) for n in (3, 500, 1, 2000, 2)]
+    write(tmp_path / kind, documents)
+    expected = [[s.lower().replace(" ", "") for s in document.split("\n")] for document in documents]
+    results = []
+    for size, workers in [(1 << 20, 1), (5_000, 1), (5_000, 3)]:
+        monkeypatch.setattr(corpus, "PIECE", size)
+        prepare([str(tmp_path / kind)], tmp_path / f"{size}-{workers}", vocab=vocab, workers=workers)
+        assert text_of(tmp_path / f"{size}-{workers}") == expected
+        results.append(json.loads((tmp_path / f"{size}-{workers}" / "manifest.json").read_text()))
+    assert results[0] == results[1] == results[2]
+
+
+def test_learning_a_vocabulary_from_part_of_the_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(corpus, "PIECE", 1000)
+    monkeypatch.setattr(preparing, "VOCABULARY_TEXT", 10_000)
+    (tmp_path / "a.txt").write_text("\n\n".join(f"Word number {i} is here." for i in range(3000)))
+    pieces = list(corpus.read_files([tmp_path / "a.txt"]))
+    kept = preparing._spread(pieces)
+    assert 4_000 < sum(map(len, kept)) <= 10_000 and "number 0 " in kept[0] and int(kept[-1].split()[2]) > 2700
+    one, two = (prepare([str(tmp_path / "a.txt")], tmp_path / str(n), vocab_size=120, workers=n) for n in (1, 2))
+    assert one == two and 50 < one["vocab_size"] <= 120
+
+
+def test_a_second_run_does_nothing_and_a_changed_input_is_prepared_anew(tmp_path: Path, vocab: Path) -> None:
+    source, out = write(tmp_path / "a.txt", DOCUMENTS), tmp_path / "set"
+    console = Console(record=True, width=300)
+    prepare([str(source)], out, vocab=vocab, workers=1, console=console)
+    before = (out / "manifest.json").stat()
+    prepare([str(source)], out, vocab=vocab, workers=2, console=console)
+    assert (out / "manifest.json").stat() == before and "nothing to do" in console.export_text()
+    write(source, DOCUMENTS[:2])
+    assert prepare([str(source)], out, vocab=vocab, workers=1)["documents"] == 2
+    assert prepare([str(source)], out, vocab=vocab, cased=True, workers=1)["cased"]
+    (out / "tokens.bin").write_bytes(b"")
+    assert prepare([str(source)], out, vocab=vocab, cased=True, workers=1) and Dataset(out).n_tokens
+    assert sorted(x.name for x in tmp_path.iterdir()) == ["a.txt", "set"]
+
+
+# Mistakes, each one line
+
+
+def mistake(tmp_path: Path, name: str, content: bytes | None, message: str, *, field: str = "text") -> None:
+    if content is not None:
+        (tmp_path / name).write_bytes(content)
+    vocab = tmp_path / "v.txt"
+    vocab.write_text("[PAD]\n[UNK]\n[CLS]\n[SEP]\n[MASK]\n")
+    with pytest.raises(UserError, match=message) as caught:
+        prepare([str(tmp_path / name)], tmp_path / "set", vocab=vocab, field=field, workers=1)
+    assert "\n" not in str(caught.value) and not (tmp_path / "set").exists()
+    assert not list(tmp_path.glob(".*")), "something was left behind"
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("absent.txt", None, "there is no file .*absent.txt"),
+        ("*.nothing", None, "there is no file"),
+        ("a.txt", b"", "a.txt is empty"),
+        ("a.pdf", b"%PDF", "unknown kind: known are .txt"),
+        ("a.txt", b"text\0more", "binary file"),
+        ("a.txt", "text".encode("utf-16"), "not UTF-8 text"),
+        ("a.txt", b"caf\xe9", "not UTF-8 text"),
+        ("a.txt", b" \n\n \n", "there is no text in"),
+        ("a.txt.gz", b"not gzip", "damaged gzip"),
+        ("a.txt.gz", gzip.compress(b"a word. " * 9999)[:-20], "damaged gzip"),
+        ("a.jsonl", b'{"text": "a."}\n{"text": \n', "line 2 is not JSON"),
+        ("a.jsonl", b'{"body": "a."}\n', "line 1 has no text in a field 'text' .--field"),
+        ("a.jsonl", b'["a."]\n', "line 1 has no text"),
+        ("a.jsonl", b'{"text": 3}\n', "line 1 has no text"),
+        ("a.parquet", b"PAR1 no", "cannot read .* as parquet"),
+    ],
+)
+def test_mistakes_in_the_input(name: str, content: bytes | None, message: str, tmp_path: Path) -> None:
+    mistake(tmp_path, name, content, message)
+
+
+def test_mistakes_in_parquet_and_folders(tmp_path: Path) -> None:
+    write(tmp_path / "a.parquet", DOCUMENTS)
+    mistake(tmp_path, "a.parquet", None, "no column 'body' .*it has n, text", field="body")
+    mistake(tmp_path, "a.parquet", None, "column 'n' of .* does not hold text", field="n")
+    (tmp_path / "empty").mkdir()
+    mistake(tmp_path, "empty", None, "empty has no .txt .txt.gz .jsonl .jsonl.gz .parquet files")
+
+
+def test_mistakes_in_the_output(tmp_path: Path, vocab: Path) -> None:
+    source = str(write(tmp_path / "a.txt", DOCUMENTS))
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("precious")
+    (tmp_path / "file").write_text("")
+    other = "is no prepared set"
+    for out, message in [("mine", other), ("file", other), ("file/set", "cannot write .*set")]:
+        with pytest.raises(UserError, match=message):
+            prepare([source], tmp_path / out, vocab=vocab, workers=1)
+    assert (tmp_path / "mine" / "thesis.txt").read_text() == "precious"
+    with pytest.raises(UserError, match="not both"):
+        prepare([source], tmp_path / "set", vocab=vocab, vocab_size=100)
+
+
+def test_a_full_disk(tmp_path: Path, vocab: Path) -> None:
+    """A limit on file size stands in for the disk: the write fails at some byte."""
+    source = str(write(tmp_path / "a.txt", ["The cat sat. " * 40_000]))
+    code = f"""
+import resource, signal
+from bertfast.data.prepare import prepare
+from bertfast.files import UserError
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000))
+try:
+    prepare([{source!r}], {str(tmp_path / "set")!r}, vocab={str(vocab)!r}, workers=1)
+except UserError as error:
+    print("told:", error)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert re.search(r"told: cannot write .*set: File too large", done.stdout), done.stderr
+    assert sorted(x.name for x in tmp_path.iterdir()) == ["a.txt"]
+
+
+# A set that was damaged afterwards
+
+
+def test_damaged_sets_are_named(tmp_path: Path, vocab: Path) -> None:
+    out = tmp_path / "set"
+    prepare([str(write(tmp_path / "a.txt", DOCUMENTS))], out, vocab=vocab, workers=1)
+    good = {path: path.read_bytes() for path in out.iterdir()}
+    manifest = json.loads(good[out / "manifest.json"])
+    tokens = good[out / "tokens.bin"]
+    cases = [
+        ("tokens.bin", tokens[:-2], "tokens.bin is damaged .*bytes instead of"),
+        ("tokens.bin", b"\1" + tokens[1:], "tokens.bin is damaged .its checksum"),
+        ("sentences.bin", None, "sentences.bin is missing"),
+        ("vocab.txt", good[out / "vocab.txt"] + b"x", "vocab.txt is damaged"),
+        ("manifest.json", b'{"format', "manifest.json is damaged"),
+        ("manifest.json", b"[]", "not the manifest"),
+        ("manifest.json", json.dumps({**manifest, "version": 99}).encode(), "another version"),
+        ("manifest.json", json.dumps({**manifest, "files": 3}).encode(), "manifest.json is damaged"),
+        ("manifest.json", None, "cannot read .*manifest.json"),
+    ]
+    for name, content, message in cases:
+        (out / name).unlink() if content is None else (out / name).write_bytes(content)
+        with pytest.raises(UserError, match=message):
+            Dataset(out)
+        (out / name).write_bytes(good[out / name])
+    (out / "tokens.bin").write_bytes(b"\1" + tokens[1:])
+    Dataset(out, verify=False)
+    with pytest.raises(UserError, match="no prepared set"):
+        Dataset(tmp_path / "absent")
+    # Offsets that point elsewhere, checksums not compared: refused all the same, as C++ would read beyond the end.
+    (out / "documents.bin").write_bytes(np.array([0, 3, 4, 600], "<i8").tobytes())
+    with pytest.raises(UserError, match="documents.bin is damaged"):
+        Dataset(out, verify=False)
+
+
+# Interruption
+
+
+@pytest.mark.parametrize(
+    ("number", "code"),
+    [(signal.SIGINT, 130), (signal.SIGKILL, -9), pytest.param(signal.SIGTERM, 143, marks=pytest.mark.full)],
+)
+def test_interrupting_leaves_nothing_behind(number: signal.Signals, code: int, tmp_path: Path, vocab: Path) -> None:
+    write(tmp_path / "a.txt", ["The cat sat on a mat, and so it goes. " * 3000] * 200)
+    command = [sys.executable, "-c", "from bertfast.cli import main; main()", "prepare", str(tmp_path / "a.txt")]
+    command += ["--out", str(tmp_path / "set"), "--vocab", str(vocab), "--workers", "2"]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    for _ in range(1200):
+        if (tmp_path / ".set.tmp" / "tokens.bin").exists() or process.poll() is not None:
+            break
+        time.sleep(0.05)
+    process.send_signal(number)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == code, said
+    assert "Traceback" not in said and not (tmp_path / "set").exists()
+    assert (tmp_path / ".set.tmp").exists() == (number == signal.SIGKILL)
+    for _ in range(100):  # orphaned workers notice
+        if subprocess.run(["pgrep", "-g", str(process.pid)], capture_output=True).returncode:
+            break
+        time.sleep(0.1)
+    else:
+        raise AssertionError("workers outlived their parent")
+    small = write(tmp_path / "b.txt", DOCUMENTS)
+    prepare([str(small)], tmp_path / "set", vocab=vocab, workers=1)  # and what a killed run left is no hindrance
+    assert sorted(x.name for x in tmp_path.iterdir()) == ["a.txt", "b.txt", "set"]
+
+
+# The documentation corpus
+
+
+def test_docstrings_become_prose(tmp_path: Path) -> None:
+    (tmp_path / "m.py").write_text(
+        '''"""Say what the module does, in words
+that are wrapped.
+
+    >>> example(1)
+    2
+
+- A bullet that is a sentence.
+- ``code`` and :class:`Thing` in a sentence of some length.
+
+=====  =====
+a      b
+=====  =====
+
+x : int
+    The number of things to be counted here.
+"""
+raise SystemExit("never run")
+
+
+class A:
+    def f(self):
+        """A method's docstring is read as well."""
+'''
+    )
+    assert corpus.read_docstrings(tmp_path / "m.py") == [[
+        "Say what the module does, in words that are wrapped.",
+        "A bullet that is a sentence.",
+        "code and Thing in a sentence of some length.",
+        "The number of things to be counted here.",
+        "A method's docstring is read as well.",
+    ]]  # fmt: skip
+    (tmp_path / "broken.py").write_text('"""Not Python."""\nprint "2"\n')
+    assert corpus.read_docstrings(tmp_path / "broken.py") == []
+
+
+def test_documentation_is_gathered_once_and_up_to_a_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    sources = corpus.documentation_sources()
+    names = [name for _, name, _ in sources]
+    assert "pydoc_data/topics.py" in names and "json/__init__.py" in names
+    assert corpus.documentation_fingerprint(sources) != corpus.documentation_fingerprint(sources[1:])
+    paragraphs = ["A sentence that is used again and again. " * 4, "Another sentence stands here, and is long. " * 5]
+    pieces = list(corpus.gather_documentation(iter([paragraphs, paragraphs, ["Too short."], paragraphs[::-1]])))
+    assert [piece.documents for piece in pieces] == [["\n\n".join(paragraphs)]]
+    monkeypatch.setattr(corpus, "DOCUMENTATION_LIMIT", 1000)
+    many = ([f"Document {i} has something to say about itself. " * 9] for i in range(50))
+    assert sum(len(piece.documents) for piece in corpus.gather_documentation(many)) == 3
+
+
+def test_the_documentation_corpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sources = [source for source in corpus.documentation_sources() if source[1].split("/")[0] in ("json", "pydoc_data")]
+    monkeypatch.setattr(corpus, "documentation_sources", lambda: sources)
+    first = prepare(None, tmp_path / "one", vocab_size=1000, workers=2)
+    assert first == prepare(None, tmp_path / "two", vocab_size=1000, workers=1)
+    assert first["tokens"] > 50_000 and first["vocab_size"] == 1000
+
+
+# The command line and the file writers
+
+
+def test_the_command_line(tmp_path: Path, vocab: Path) -> None:
+    from bertfast.cli import app
+
+    write(tmp_path / "a.jsonl", DOCUMENTS)
+    run = lambda *arguments: CliRunner().invoke(app, ["prepare", str(tmp_path / "a.jsonl"), *arguments])
+    assert run("--out", str(tmp_path / "set"), "--vocab", str(vocab), "--workers", "1").exit_code == 0
+    assert text_of(tmp_path / "set") == EXPECTED
+    assert "blank line parts documents" in " ".join(CliRunner().invoke(app, ["prepare", "--help"]).output.split())
+    assert run().exit_code == 2
+    command = [sys.executable, "-c", "from bertfast.cli import main; main()", "prepare", "absent.txt", "--out", "x"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (2, "bertfast: there is no file absent.txt\n")
+
+
+def test_files_are_whole_or_absent(tmp_path: Path) -> None:
+    files.write_json(tmp_path / "a.json", {"é": 1})
+    with pytest.raises(ZeroDivisionError), files.atomic_path(tmp_path / "a.json") as temporary:
+        temporary.write_text("half")
+        1 / 0  # noqa: B018
+    assert files.read_json(tmp_path / "a.json") == {"é": 1}
+    with pytest.raises(UserError, match="there is no folder"):
+        files.write_bytes(tmp_path / "absent" / "a", b"")
+    with pytest.raises(UserError, match="cannot write .*: Is a directory"):
+        files.write_bytes(tmp_path, b"")
+    with pytest.raises(UserError, match="cannot read"):
+        files.sha256(tmp_path / "absent")
+
+    for content in ("one", "two"):  # a folder is replaced as a whole
+        with files.atomic_folder(tmp_path / "folder") as new:
+            (new / content).write_text(content)
+    with pytest.raises(KeyboardInterrupt), files.atomic_folder(tmp_path / "folder") as new:
+        raise KeyboardInterrupt
+    with files.atomic_folder(tmp_path / "folder2"), pytest.raises(UserError, match="is being written by another"):
+        with files.atomic_folder(tmp_path / "folder2"):
+            pass
+    assert [x.name for x in (tmp_path / "folder").iterdir()] == ["two"]
+    assert sorted(x.name for x in tmp_path.iterdir()) == ["a.json", "folder", "folder2"]
+
+
+@pytest.mark.skipif(os.name == "nt", reason="no such errors there")
+def test_errors_of_rust_libraries_are_understood(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="cannot write .*: No space left on device"), files.atomic_path(tmp_path / "a"):
+        raise Exception("I/O error: No space left on device (os error 28)")
