@@ -234,7 +234,8 @@ class _Pretraining(Checkpointed, nn.Module):
         out = ModelOutput()
         if self.mlm and (packed_call or labels is not None):
             out.mlm_loss, out.n_masked, out.n_correct = self.cls.predictions(
-                x[batch.mask_index], self.bert.embeddings.word_embeddings.weight, batch.labels, mlm_scale
+                x[batch.mask_index], self.bert.embeddings.word_embeddings.weight, batch.labels, mlm_scale,
+                self.bert.embeddings.sink,
             )
         elif self.mlm and not with_labels:
             logits = self.cls.predictions.logits(x, self.bert.embeddings.word_embeddings.weight)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from . import ops
 from .ops.joined_linear import joined_linear
+from .ops.masked_vocab_projection import GradientSink
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu_new": lambda x: F.gelu(x, approximate="tanh"),
@@ -54,12 +55,13 @@ class Embeddings(nn.Module):
         self.token_type_embeddings = nn.Embedding(type_vocab_size, hidden_size)
         self.LayerNorm = nn.LayerNorm(hidden_size, eps)
         self.p = p
+        self.sink: GradientSink | None = None  # set by bertfast.optim.Optimizer
 
     def forward(self, input_ids: Tensor, token_type_ids: Tensor, position_ids: Tensor, rows: Rows) -> Tensor:
         return ops.embedding_sum(
             input_ids, position_ids, token_type_ids, self.word_embeddings.weight, self.position_embeddings.weight,
             self.token_type_embeddings.weight, self.LayerNorm.weight, self.LayerNorm.bias, self.LayerNorm.eps,
-            self.word_embeddings.padding_idx, **rows.dropout(self.p, stream=0),
+            self.word_embeddings.padding_idx, **rows.dropout(self.p, stream=0), sink=self.sink,
         )
 
 
@@ -143,6 +145,7 @@ class MLMHead(nn.Module):
     def logits(self, x: Tensor, word_embeddings: Tensor) -> Tensor:
         return F.linear(self.hidden(x), word_embeddings, self.bias)
 
-    def forward(self, x: Tensor, word_embeddings: Tensor, labels: Tensor, scale: Tensor | None = None):
+    def forward(self, x: Tensor, word_embeddings: Tensor, labels: Tensor, scale: Tensor | None = None,
+                sink: GradientSink | None = None):
         """(loss, n_masked, n_correct) as in bertfast.ops.masked_vocab_projection."""
-        return ops.masked_vocab_projection(self.hidden(x), word_embeddings, self.bias, labels, scale)
+        return ops.masked_vocab_projection(self.hidden(x), word_embeddings, self.bias, labels, scale, sink)

@@ -11,6 +11,8 @@ from torch import Tensor, nn
 
 from . import ops
 from .files import UserError
+from .nn import Embeddings
+from .ops.masked_vocab_projection import GradientSink
 
 ALIGNMENT = 64  # bytes; a cache line, and more than any vector load wants
 
@@ -36,6 +38,9 @@ class Optimizer:
         for p in model.parameters():
             if not p.requires_grad:
                 p.data = p.data.to(compute_dtype)
+        self.sinks = [(e.word_embeddings.weight, e) for e in model.modules() if isinstance(e, Embeddings)]
+        for table, embeddings in self.sinks:
+            embeddings.sink = GradientSink(torch.empty_like(table)) if table.requires_grad else None
         scalar = lambda value: torch.full((), value, dtype=torch.float32, device=device)
         self.loss_scale = scalar(2.0**16 if compute_dtype == torch.float16 else 1.0)
         self.dynamic = compute_dtype == torch.float16
@@ -44,14 +49,21 @@ class Optimizer:
 
     def accumulate(self) -> None:
         """Add this micro-batch's gradients to fp32 sums; call after each backward of a step of several."""
+        self._collect_sinks()
         for group in self.groups:
             group.accumulate()
+
+    def _collect_sinks(self) -> None:
+        for table, embeddings in self.sinks:
+            if embeddings.sink is not None and embeddings.sink.filled:
+                table.grad, embeddings.sink.filled = embeddings.sink.buffer, False
 
     def step(self, lr: float) -> Tensor:
         """One update from the gradients, which are dropped; returns their norm before clipping, 0-dim on the device.
 
         Where the norm is not finite nothing changes but the counters (and the loss scale, which halves).
         """
+        self._collect_sinks()
         gradients = [g for group in self.groups for g in group.gradients()]
         norm = ops.grad_norm(gradients) / self.loss_scale
         self.skip.copy_(~torch.isfinite(norm))

@@ -187,7 +187,6 @@ def test_segments_cover_the_corpus(dataset: Dataset) -> None:
         document = iter(dataset.document_ids.tolist())
         end = 0
         gap_allowed = False
-        cut_before = cut_after = 0
         for sample in samples:
             a, b, a_len, b_len, label = sample.tolist()
             full = a_len + b_len == seqlen - 3
@@ -198,9 +197,7 @@ def test_segments_cover_the_corpus(dataset: Dataset) -> None:
                 gap_allowed = False
             assert a == at or (a > at and (full or gap_allowed)), "tokens were lost between two samples"
             assert a + a_len <= end
-            cut_before += a > at
             at = a + a_len
-            cut_after += label == 0 and b > at
             if label == 0:
                 assert b == at or (b > at and full), "B does not continue A"
                 at = b + b_len
@@ -208,7 +205,10 @@ def test_segments_cover_the_corpus(dataset: Dataset) -> None:
             gap_allowed = full
         assert next(document, None) is None and (at == end or gap_allowed)
         assert covered > 0.6 * dataset.n_tokens
-        assert min(cut_before, cut_after) > len(samples) // 20, "segments lose tokens at both ends"
+        for segment, length in [("a", "a_len"), ("b", "b_len")]:
+            ends = [samples[segment], samples[segment] + samples[length]]
+            cut = [1 - np.isin(end, dataset.sentences).mean() for end in ends]
+            assert 0.1 < cut[0] < 0.9 and 0.8 < cut[0] / cut[1] < 1.25, "tokens are lost at both ends alike"
 
 
 def test_half_of_b_is_random_and_from_elsewhere(dataset: Dataset) -> None:
@@ -222,6 +222,10 @@ def test_half_of_b_is_random_and_from_elsewhere(dataset: Dataset) -> None:
     assert (document_of(samples["a"])[~is_random] == document_of(samples["b"])[~is_random]).all()
     assert np.isin(document_of(samples["b"]), dataset.document_ids).all(), "B comes from the other split"
     assert samples["a_len"].min() >= 1 and samples["b_len"].min() >= 1
+    longer = Plan(dataset, 1, 0, 256).samples
+    assert 0.4 < (longer["a_len"] > longer["b_len"])[longer["label"] == 0].mean() < 0.6, (
+        "parted in the middle on average"
+    )
 
 
 def test_short_targets_make_short_samples(dataset: Dataset) -> None:
@@ -384,7 +388,7 @@ def test_packing_fills_the_budget(dataset: Dataset) -> None:
         loader = Loader(dataset, 0, 128, budget)
         samples, order, offsets = loader._epoch(0)
         filled = np.add.reduceat(plan.lengths(samples)[order], offsets[:-1])
-        assert filled.max() <= budget and filled[:-1].mean() >= 0.98 * budget
+        assert filled.max() <= budget and filled[:-1].mean() >= 0.995 * budget  # 0.99 by the worst fit
     few = Loader(dataset, 0, 128, 2048, max_sequences=3)
     assert np.diff(few._epoch(0).offsets).max() == 3 and few.batch(0).n_sequences == 3
 

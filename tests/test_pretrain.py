@@ -113,12 +113,14 @@ def test_the_loss_is_normalised_over_the_whole_step(corpus, tmp_path):
     masked = sum(b.n_masked for b in micro)
     pairs = sum(int((b.next_sentence_label >= 0).sum()) for b in micro)
     assert micro[0].n_masked != micro[1].n_masked
+    sink, model.bert.embeddings.sink = model.bert.embeddings.sink, None
     total = 0.0
     for b in micro:
         out = model(b)
         total = total + out.mlm_loss * b.n_masked / masked
         total = total + out.nsp_loss * int((b.next_sentence_label >= 0).sum()) / pairs
     expected = torch.autograd.grad(total, list(model.parameters()))
+    model.bert.embeddings.sink = sink
     run.optimizer.step = lambda lr: None  # keep the gradients
     run._train_step(micro, pretrain.report.Window())
     sums = {n: g for group in run.optimizer.groups for n, g in zip(group.names, group.gradients())}
@@ -278,7 +280,7 @@ def test_every_mistake_is_one_line(corpus, tmp_path, capsys, monkeypatch):
 
 def test_ctrl_c_writes_a_checkpoint_and_resume_finishes(corpus, tmp_path):
     small = ["--model-config", corpus / "model.json", "--tokens", "256", "--short-length", "32", "--long-length", "64"]
-    args = [sys.executable, "-m", "bertfast.cli", "pretrain", "--out", tmp_path / "run"]
+    args = [sys.executable, "-c", "from bertfast.cli import main; main()", "pretrain", "--out", tmp_path / "run"]
     first = subprocess.Popen([*args, "--data", corpus / "data", *small, "--steps", "100000", "--log-every", "1"],
                              stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     deadline = time.monotonic() + 120
@@ -308,3 +310,27 @@ run.train()
     assert done.returncode == 0, done.stderr
     assert "reference: BERTFAST_NO_EXT=1" in done.stdout and "numpy, slower" in done.stdout
     assert (tmp_path / "run/checkpoint-3/model.safetensors").exists()
+
+
+def test_a_gradient_sink_changes_nothing(corpus, tmp_path):
+    """The tied table's gradient, collected in one buffer, is autograd's sum of its two parts."""
+    run = start(tmp_path, settings(corpus), resume=False)
+    batch, embeddings = run._loader(run.train_data, 32).batch(0), run.model.bert.embeddings
+    seed, table = torch.tensor([3]), embeddings.word_embeddings.weight
+    assert embeddings.sink is not None
+    gradients = []
+    for sink in (embeddings.sink, None):
+        for loss in ("loss", "nsp_loss"):  # with the projection's part, and without
+            embeddings.sink = sink
+            if sink:
+                sink.filled = False
+                sink.buffer.fill_(float("nan"))
+            table.grad = None
+            if loss == "nsp_loss":
+                pooled = run.model.bert.pooler(run.model.bert.encode(batch, seed)[batch.cls_index])
+                pooled.square().sum().backward()
+            else:
+                run.model(batch, seed=seed).loss.backward()
+            gradients.append((sink.buffer if sink else table.grad).clone())
+    for with_sink, without in zip(gradients[:2], gradients[2:]):
+        torch.testing.assert_close(with_sink, without, rtol=1e-4, atol=1e-7)

@@ -40,12 +40,20 @@ def define(schema: str, reference: Callable, fake: Callable | None = None, kerne
     overload = getattr(torch.ops.bertfast, name).default  # bound once: attribute chains cost time
 
     def call(*args):
-        floating = next((a for a in args if isinstance(a, torch.Tensor) and a.is_floating_point()), None)
-        if floating is not None and floating.dtype == torch.float16 and floating.device.type == "cpu":
+        if _is_fp16_on_cpu(args):
             return reference(*args)  # the C++ kernels have no fp16 arithmetic to be fast with
         return overload(*args)
 
     return call
+
+
+def _is_fp16_on_cpu(args) -> bool:
+    """By the first floating-point tensor; the optimiser's tensors come in lists."""
+    for a in args:
+        a = a[0] if isinstance(a, list) and a else a
+        if isinstance(a, torch.Tensor) and a.is_floating_point():
+            return a.dtype == torch.float16 and a.device.type == "cpu"
+    return False
 
 
 def register_launchers(dispatch_key: str) -> None:

@@ -75,9 +75,8 @@ _bwd = define(
     "-> (Tensor dword, Tensor dposition, Tensor dtoken_type, Tensor dweight, Tensor dbias)",
     _embedding_sum_bwd,
 )
-# The same, with the word table's gradient added into `dword` (V, H), in the compute dtype or float32: the gradient
-# sink that the tied embedding and projection share in the native loop.
-bwd_into = define(
+# The same with the word table's gradient added into `dword` (V, H), in the compute dtype or float32: see GradientSink.
+_bwd_into = define(
     "embedding_sum_bwd_into(Tensor dy, Tensor input_ids, Tensor position_ids, Tensor token_type_ids, Tensor word, "
     "Tensor position, Tensor token_type, Tensor weight, Tensor mean, Tensor rstd, int? padding_idx, float p, "
     "Tensor? seed, Tensor? row_key, int stream, Tensor(a!) dword) "
@@ -90,33 +89,41 @@ class _EmbeddingSum(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx, input_ids, position_ids, token_type_ids, word, position, token_type, weight, bias, eps, padding_idx, p,
-        seed, row_key, stream,
+        seed, row_key, stream, sink,
     ):
         ids = (input_ids, position_ids, token_type_ids)
         tables = (word, position, token_type)
         y, mean, rstd = _fwd(*ids, *tables, weight, bias, eps, padding_idx, p, seed, row_key, stream)
         ctx.save_for_backward(*ids, *tables, weight, mean, rstd, seed, row_key)
-        ctx.padding_idx, ctx.p, ctx.stream = padding_idx, p, stream
+        ctx.padding_idx, ctx.p, ctx.stream, ctx.sink = padding_idx, p, stream, sink
         return y
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, dy):
         *saved, seed, row_key = ctx.saved_tensors
-        gradients = _bwd(dy, *saved, ctx.padding_idx, ctx.p, seed, row_key, ctx.stream)
-        return None, None, None, *gradients, None, None, None, None, None, None
+        args = (dy, *saved, ctx.padding_idx, ctx.p, seed, row_key, ctx.stream)
+        if ctx.sink is None:
+            gradients = _bwd(*args)
+        else:
+            if not ctx.sink.filled:
+                ctx.sink.buffer.zero_()
+                ctx.sink.filled = True
+            gradients = None, *_bwd_into(*args, ctx.sink.buffer)
+        return None, None, None, *gradients, *(None,) * 7
 
 
 def embedding_sum(
     input_ids, position_ids, token_type_ids, word, position, token_type, weight, bias, eps=1e-12, padding_idx=None,
-    p=0.0, seed=None, row_key=None, stream=0,
+    p=0.0, seed=None, row_key=None, stream=0, sink=None,
 ) -> Tensor:
     """BERT's embedding: three gathers, their sum, LayerNorm and dropout in one pass; (T, H) in the tables' dtype.
 
-    Shapes above; p, seed, row_key, stream: see bertfast.ops.dropout. Raises IndexError for an id outside a table
+    Shapes above; p, seed, row_key, stream: see bertfast.ops.dropout; sink: a GradientSink for the word table's
+    gradient (bertfast.ops.masked_vocab_projection), or None. Raises IndexError for an id outside a table
     (CPU), ValueError for p outside [0, 1) or p > 0 without a seed.
     """
     return _EmbeddingSum.apply(
         input_ids, position_ids, token_type_ids, word, position, token_type, weight, bias, eps, padding_idx, p, seed,
-        row_key, stream,
+        row_key, stream, sink,
     )

@@ -11,6 +11,8 @@ logits exist as a whole nowhere (cf. Wijmans et al. 2024, "Cut your losses in la
 With no label at all the loss is 0.
 """
 
+from dataclasses import dataclass
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -61,8 +63,8 @@ _fwd = define(
     "-> (Tensor loss_sum, Tensor n_masked, Tensor n_correct, Tensor dhidden, Tensor dweight, Tensor dbias)",
     _masked_vocab_projection_fwd, kernels="masked_vocab_projection",
 )
-# The gradient sink of a tied weight: dweight (V, H), in weight's dtype or in fp32, is written, or added to, in place.
-masked_vocab_projection_fwd_into = define(
+# The same with dweight (V, H), in weight's dtype or fp32, written or added to in place: see GradientSink.
+_fwd_into = define(
     "masked_vocab_projection_fwd_into(Tensor hidden, Tensor weight, Tensor bias, Tensor labels, Tensor scale, "
     "Tensor(a!) dweight, bool accumulate) "
     "-> (Tensor loss_sum, Tensor n_masked, Tensor n_correct, Tensor dhidden, Tensor dbias)",
@@ -70,31 +72,50 @@ masked_vocab_projection_fwd_into = define(
 )
 
 
+@dataclass
+class GradientSink:
+    """One (V, H) buffer in which the gradients of a tied word table meet: the projection writes it in its forward, the
+    embedding adds to it in its backward, and autograd sees no gradient of the table at all.
+
+    Only for a loop that backpropagates the returned loss itself, once and unscaled (bertfast.optim.Optimizer hands it
+    out): not under DDP or FSDP, nor in a patched model.
+    """
+
+    buffer: Tensor
+    filled: bool = False  # whether this step has written it
+
+
 class _MaskedVocabProjection(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, weight, bias, labels, scale):
-        loss_sum, n_masked, n_correct, *gradients = _fwd(hidden, weight, bias, labels, scale)
-        ctx.save_for_backward(*gradients)
+    def forward(ctx, hidden, weight, bias, labels, scale, sink):
+        if sink is None:
+            loss_sum, n_masked, n_correct, dhidden, dweight, dbias = _fwd(hidden, weight, bias, labels, scale)
+        else:
+            loss_sum, n_masked, n_correct, dhidden, dbias = _fwd_into(
+                hidden, weight, bias, labels, scale, sink.buffer, sink.filled
+            )
+            dweight, sink.filled = None, True
+        ctx.save_for_backward(dhidden, dweight, dbias)
         ctx.mark_non_differentiable(n_masked, n_correct)
         return loss_sum * scale, n_masked, n_correct
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, dloss, *_):
-        return *(g * dloss.to(g.dtype) for g in ctx.saved_tensors), None, None
+        return *(g if g is None else g * dloss.to(g.dtype) for g in ctx.saved_tensors), None, None, None
 
 
-def masked_vocab_projection(hidden, weight, bias, labels, scale=None) -> tuple[Tensor, Tensor, Tensor]:
+def masked_vocab_projection(hidden, weight, bias, labels, scale=None, sink=None) -> tuple[Tensor, Tensor, Tensor]:
     """`F.cross_entropy(F.linear(hidden, weight, bias), labels, reduction="sum") * scale`, and two counts.
 
     hidden: (R, H); weight: (V, H); bias: (V,); labels: (R,) int64, -100 ignored; scale: a scalar tensor, 1 / masked
-    count by default (a mean; 0 where nothing is masked). Returns (loss, n_masked, n_correct), all 0-dim: loss in
-    fp32 (fp64 for fp64 input), the counts int64 and not differentiable.
+    count by default (a mean; 0 where nothing is masked); sink: a GradientSink for weight's gradient, or None. Returns
+    (loss, n_masked, n_correct), all 0-dim: loss in fp32 (fp64 for fp64 input), the counts int64, not differentiable.
     """
     if scale is None:
         acc = accumulate_dtype(hidden)
         scale = (labels != IGNORE_INDEX).sum().clamp(min=1).to(acc).reciprocal()
     if torch.is_grad_enabled() and any(t.requires_grad for t in (hidden, weight, bias)):
-        return _MaskedVocabProjection.apply(hidden, weight, bias, labels, scale)
+        return _MaskedVocabProjection.apply(hidden, weight, bias, labels, scale, sink)
     loss_sum, n_masked, n_correct = _eval(hidden, weight, bias, labels)
     return loss_sum * scale, n_masked, n_correct
