@@ -122,7 +122,8 @@ def _attention_inputs(shape, dtype, subset=False):
     g = _generator(shape)
     total = sum(lengths) + tail
     cu = _bounds(lengths)
-    rows = torch.cat([torch.arange(n) + (b << 32) for b, n in enumerate(lengths)] + [torch.zeros(tail, dtype=torch.int64)])
+    keys = [torch.arange(n) + (b << 32) for b, n in enumerate(lengths)]
+    rows = torch.cat([*keys, torch.zeros(tail, dtype=torch.int64)])
     tensors = {
         "qkv": _normal(g, total, 3, heads, dim),
         "dy": _normal(g, total, heads, dim),
@@ -210,7 +211,8 @@ def _projection_inputs(shape, dtype):
         peaked = labels[:: 2].clamp(min=0)
         x[::2] += 3 * hidden**0.5 * weight[peaked]
     return _cast({
-        "hidden": x, "weight": weight, "bias": _normal(g, vocab, std=0.1), "labels": labels, "dy": torch.tensor(1.7),
+        "hidden": x, "weight": weight, "bias": _normal(g, vocab, std=0.1), "labels": labels,
+        "dy": torch.tensor(1.7),
     }, dtype)
 
 

@@ -24,11 +24,15 @@ TIED = {  # tensor of the file -> the parameter it repeats
 HEADS = ("pooler.", "bert.pooler.", "cls.", "classifier.", "qa_outputs.")
 
 
-class Checkpointed:
+class Checkpointed(torch.nn.Module):
     """`from_pretrained` and `save_pretrained` for a module with a `config` and a `base_prefix` before the encoder."""
 
     config: BertConfig
     base_prefix: str
+
+    def __init__(self, config: BertConfig):
+        super().__init__()
+        self.config = config
 
     @classmethod
     def from_pretrained(cls, name: str | Path, *, new_heads: bool = False, **config_changes):

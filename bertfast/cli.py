@@ -6,7 +6,7 @@ Heavy imports stand inside the commands, so that --help answers at once.
 import signal
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -73,7 +73,7 @@ def pretrain(
     long_length: Annotated[int, typer.Option(help="Sequence length of the second phase.")] = 512,
     long_share: Annotated[float, typer.Option(help="Share of the steps in the second phase.")] = 0.1,
     precision: Annotated[str, typer.Option(help="auto, fp32, bf16 or fp16.")] = "auto",
-    recompute: Annotated[bool, typer.Option("--recompute", help="Keep layer inputs only: less memory, slower.")] = False,
+    recompute: Annotated[bool, typer.Option("--recompute", help="Keep layer inputs only: less memory.")] = False,
     seed: Annotated[int, typer.Option(help="Everything random is a function of it.")] = 1,
     log_every: Annotated[int, typer.Option(min=1, help="Steps between rows of metrics.jsonl.")] = 10,
     eval_every: Annotated[int, typer.Option(min=1, help="Steps between validations.")] = 200,
@@ -93,15 +93,16 @@ def pretrain(
 
     allocator = machine.keep_pages()
     import time
+    from dataclasses import replace
 
     from bertfast import report
     from bertfast.data.prepare import prepare
     from bertfast.pretrain import Settings, latest, start, stored_settings
 
-    given = {
+    given: dict[str, Any] = {
         name: str(value) if isinstance(value, Path) else value
         for name, value in context.params.items()
-        if name not in ("out", "resume") and context.get_parameter_source(name).name == "COMMANDLINE"
+        if name not in ("out", "resume") and str(context.get_parameter_source(name)).endswith("COMMANDLINE")
     }
     if resume and latest(out):
         settings = stored_settings(out)
@@ -114,7 +115,7 @@ def pretrain(
             report.console.print(f"no checkpoint in {out} yet: starting anew")
         if data is None:
             given["data"] = str(out / "data")
-        settings = Settings(**given)
+        settings = replace(Settings(data=""), **given)
         settings.check()
         if data is None:
             report.console.print("no --data: learning from the documentation on this machine")
@@ -126,14 +127,14 @@ def pretrain(
         report.console.print(f"this run is finished: {latest(out)}")
         return
     try:
-        result = run.train()
+        result, checkpoint = run.train()
     except KeyboardInterrupt:
         report.console.print(f"stopped; {latest(out) or 'no checkpoint was written'}. "
                              f"Go on with: bertfast pretrain --out {out} --resume")
         raise typer.Exit(130) from None
     report.closing_table(out, result, run.train_data.manifest["unigram_entropy"])
-    report.examples(latest(out), run.validation_data)
-    report.console.print(f"trained in {time.perf_counter() - began:.0f} s; checkpoint: {latest(out)}; "
+    report.examples(checkpoint, run.validation_data)
+    report.console.print(f"trained in {time.perf_counter() - began:.0f} s; checkpoint: {checkpoint}; "
                          f"curves: {out / 'loss.png'}; rows: {out / 'metrics.jsonl'}", highlight=False)
 
 

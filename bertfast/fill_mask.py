@@ -22,7 +22,7 @@ class FillMask:
         self.model = cls.from_pretrained(folder)
 
     def __call__(self, text: str, top: int = 5) -> list[list[tuple[str, float]]]:
-        """For each [MASK] in the text, the `top` most likely (token, probability). Raises UserError without a [MASK]."""
+        """For each [MASK] in the text, the `top` likeliest (token, probability). Raises UserError without a [MASK]."""
         ids = self.tokenizer.encode(text)
         positions = [i for i, token in enumerate(ids) if token == self.tokenizer.mask_id]
         if not positions:

@@ -7,6 +7,7 @@ Padded:  model(input_ids, attention_mask, token_type_ids, ...), as in Hugging Fa
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -44,19 +45,20 @@ class BertLayer(nn.Module):
     def __init__(self, config: BertConfig, index: int):
         super().__init__()
         eps, p = config.layer_norm_eps, config.hidden_dropout_prob
-        self.attention = nn.Module()
-        self.attention.self = SelfAttention(
-            config.hidden_size, config.num_attention_heads, config.attention_probs_dropout_prob, 3 * index + 1
-        )
-        self.attention.output = AddLayerNorm(config.hidden_size, config.hidden_size, eps, p, 3 * index + 2)
+        self.attention = nn.ModuleDict({
+            "self": SelfAttention(
+                config.hidden_size, config.num_attention_heads, config.attention_probs_dropout_prob, 3 * index + 1
+            ),
+            "output": AddLayerNorm(config.hidden_size, config.hidden_size, eps, p, 3 * index + 2),
+        })
         self.intermediate = FeedForward(config.hidden_size, config.intermediate_size, config.hidden_act)
         self.output = AddLayerNorm(config.intermediate_size, config.hidden_size, eps, p, 3 * index + 3)
 
     def forward(self, x: Tensor, rows: Rows, read: Rows | None = None, read_rows: Tensor | None = None) -> Tensor:
-        context = self.attention.self(x, rows, read, read_rows)
+        context = self.attention["self"](x, rows, read, read_rows)
         if read is not None:
             x, rows = x[read_rows], read
-        x = self.attention.output(context, x, rows)
+        x = self.attention["output"](context, x, rows)
         return self.output(self.intermediate(x), x, rows)
 
 
@@ -99,7 +101,8 @@ def unpad(input_ids, attention_mask=None, token_type_ids=None, position_ids=None
         attention_mask = torch.ones_like(input_ids)
     if attention_mask.shape != input_ids.shape:
         raise ValueError(
-            f"attention_mask must be a padding mask of shape {tuple(input_ids.shape)}, got {tuple(attention_mask.shape)}"
+            f"attention_mask must be a padding mask of shape {tuple(input_ids.shape)}, "
+            f"got {tuple(attention_mask.shape)}"
         )
     attended = attention_mask != 0
     if bool((attended.any(1) & ~attended[:, 0]).any()):
@@ -136,20 +139,19 @@ def unpad(input_ids, attention_mask=None, token_type_ids=None, position_ids=None
     return batch, _Padding(indices, (n_sequences, length))
 
 
-class BertModel(Checkpointed, nn.Module):
+class BertModel(Checkpointed):
     """The encoder, with or without pooler; `recompute` keeps only layer inputs and computes the rest again."""
 
     base_prefix = ""
 
     def __init__(self, config: BertConfig, add_pooling_layer: bool = True):
-        super().__init__()
-        self.config = config
+        super().__init__(config)
         self.embeddings = Embeddings(
             config.vocab_size, config.hidden_size, config.max_position_embeddings, config.type_vocab_size,
             config.pad_token_id, config.layer_norm_eps, config.hidden_dropout_prob,
         )
-        self.encoder = nn.Module()
-        self.encoder.layer = nn.ModuleList(BertLayer(config, i) for i in range(config.num_hidden_layers))
+        layers = nn.ModuleList(BertLayer(config, i) for i in range(config.num_hidden_layers))
+        self.encoder = nn.ModuleDict({"layer": layers})
         self.pooler = Pooler(config.hidden_size) if add_pooling_layer else None
         self.recompute = False
         self.apply(lambda module: _initialise(module, config.initializer_range))
@@ -172,11 +174,12 @@ class BertModel(Checkpointed, nn.Module):
             )
         rows = Rows(batch.cu_seqlens, batch.max_seqlen, batch.row_key, seed)
         x = self.embeddings(batch.input_ids, batch.token_type_ids, batch.position_ids, rows)
-        for layer in self.encoder.layer:
+        layers: Any = self.encoder["layer"]
+        for layer in layers:
             if hidden_states is not None:
                 hidden_states.append(x)
             subset: tuple = ()
-            if read and layer is self.encoder.layer[-1]:
+            if read and layer is layers[-1]:
                 subset = rows.subset(batch.read_rows, batch.cu_seqlens_read), batch.read_rows
             if self.recompute and torch.is_grad_enabled():
                 x = checkpoint(layer, x, rows, *subset, use_reentrant=False, preserve_rng_state=False)
@@ -185,6 +188,12 @@ class BertModel(Checkpointed, nn.Module):
         if hidden_states is not None:
             hidden_states.append(x)
         return x
+
+    def pool(self, cls: Tensor) -> Tensor:
+        """[CLS] rows (B, H) -> (B, H). Raises ValueError for a model without pooler."""
+        if self.pooler is None:
+            raise ValueError("this model has no pooler")
+        return self.pooler(cls)
 
     def forward(self, input_ids, attention_mask=None, token_type_ids=None, position_ids=None, *, seed=None,
                 output_hidden_states: bool = False) -> ModelOutput:
@@ -195,28 +204,27 @@ class BertModel(Checkpointed, nn.Module):
         restore = padding.restore if padding else lambda rows: rows
         return ModelOutput(
             last_hidden_state=restore(x),
-            pooler_output=self.pooler(_first_rows(x, batch)) if self.pooler else None,
+            pooler_output=self.pool(_first_rows(x, batch)) if self.pooler else None,
             hidden_states=tuple(restore(s) for s in states) if states is not None else None,
         )
 
 
-class _Pretraining(Checkpointed, nn.Module):
+class _Pretraining(Checkpointed):
     """What the three pretraining models share; `mlm` and `nsp` say which heads there are."""
 
     base_prefix = "bert."
     mlm = nsp = True
 
     def __init__(self, config: BertConfig):
-        super().__init__()
-        self.config = config
+        super().__init__(config)
         self.bert = BertModel(config, add_pooling_layer=self.nsp)
-        self.cls = nn.Module()
+        self.cls = nn.ModuleDict()
         if self.mlm:
-            self.cls.predictions = MLMHead(
+            self.cls["predictions"] = MLMHead(
                 config.vocab_size, config.hidden_size, config.layer_norm_eps, config.hidden_act
             )
         if self.nsp:
-            self.cls.seq_relationship = nn.Linear(config.hidden_size, 2)
+            self.cls["seq_relationship"] = nn.Linear(config.hidden_size, 2)
         self.cls.apply(lambda module: _initialise(module, config.initializer_range))
 
     def forward(self, input_ids, attention_mask=None, token_type_ids=None, position_ids=None, labels=None,
@@ -231,26 +239,26 @@ class _Pretraining(Checkpointed, nn.Module):
         batch, padding = _packed(input_ids, attention_mask, token_type_ids, position_ids, labels, next_sentence_label)
         with_labels = packed_call or labels is not None or next_sentence_label is not None
         x = self.bert.encode(batch, seed, read=with_labels)
+        heads: Any = self.cls
         out = ModelOutput()
         if self.mlm and (packed_call or labels is not None):
-            out.mlm_loss, out.n_masked, out.n_correct = self.cls.predictions(
+            out.mlm_loss, out.n_masked, out.n_correct = heads["predictions"](
                 x[batch.mask_index], self.bert.embeddings.word_embeddings.weight, batch.labels, mlm_scale,
                 self.bert.embeddings.sink,
             )
         elif self.mlm and not with_labels:
-            logits = self.cls.predictions.logits(x, self.bert.embeddings.word_embeddings.weight)
+            logits = heads["predictions"].logits(x, self.bert.embeddings.word_embeddings.weight)
             out.logits = padding.restore(logits) if padding else logits
         if self.nsp:
             cls = x[batch.cls_index] if with_labels else _first_rows(x, batch)
-            out.seq_relationship_logits = self.cls.seq_relationship(self.bert.pooler(cls))
+            out.seq_relationship_logits = heads["seq_relationship"](self.bert.pool(cls))
             if packed_call or next_sentence_label is not None:
-                self._next_sentence_loss(out, batch.next_sentence_label, nsp_scale)
+                self._next_sentence_loss(out, out.seq_relationship_logits.float(), batch.next_sentence_label, nsp_scale)
         losses = [loss for loss in (out.mlm_loss, out.nsp_loss) if loss is not None]
-        out.loss = sum(losses) if losses else None
+        out.loss = torch.stack(losses).sum() if losses else None
         return out
 
-    def _next_sentence_loss(self, out: ModelOutput, labels: Tensor, scale: Tensor | None) -> None:
-        logits = out.seq_relationship_logits.float()
+    def _next_sentence_loss(self, out: ModelOutput, logits: Tensor, labels: Tensor, scale: Tensor | None) -> None:
         used = labels != IGNORE_INDEX
         out.n_pairs, out.n_pairs_correct = used.sum(), ((logits.argmax(-1) == labels) & used).sum()
         if scale is None:

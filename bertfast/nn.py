@@ -7,6 +7,7 @@ rows besides their values is in `Rows`. Dropout streams are constants of layer a
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -130,14 +131,14 @@ class MLMHead(nn.Module):
 
     def __init__(self, vocab_size, hidden_size, eps=1e-12, activation="gelu"):
         super().__init__()
-        self.transform = nn.Module()
-        self.transform.dense = nn.Linear(hidden_size, hidden_size)
-        self.transform.LayerNorm = nn.LayerNorm(hidden_size, eps)
+        dense, norm = nn.Linear(hidden_size, hidden_size), nn.LayerNorm(hidden_size, eps)
+        self.transform = nn.ModuleDict({"dense": dense, "LayerNorm": norm})
         self.bias = nn.Parameter(torch.zeros(vocab_size))
         self.activation = activation
 
     def hidden(self, x: Tensor) -> Tensor:
-        dense, norm = self.transform.dense, self.transform.LayerNorm
+        dense: Any = self.transform["dense"]
+        norm: Any = self.transform["LayerNorm"]
         if self.activation == "gelu":
             return ops.gelu_layer_norm(F.linear(x, dense.weight), dense.bias, norm.weight, norm.bias, norm.eps)
         return norm(ACTIVATIONS[self.activation](dense(x)))

@@ -77,7 +77,7 @@ class Settings:
             raise UserError(f"optimizer {self.optimizer!r} is unknown; known: adamw, lamb")
         for _, _, length in self.phases():
             if self.tokens < length:
-                raise UserError(f"a budget of {self.tokens} tokens is smaller than a sequence of {length}: raise --tokens")
+                raise UserError(f"a budget of {self.tokens} tokens is smaller than a sequence of {length} (--tokens)")
 
 
 def learning_rate(settings: Settings, step: int) -> float:
@@ -148,14 +148,15 @@ class Run:
             model = cls.from_pretrained(settings.init_from, new_heads=True)
             config = model.config
         else:
-            sizes = {"vocab_size": self.tokenizer.vocab_size, "pad_token_id": self.tokenizer.pad_id}
             if settings.model_config:
-                config = replace(BertConfig.from_file(Path(settings.model_config)), **sizes)
+                config = BertConfig.from_file(Path(settings.model_config))
             else:
-                config = BertConfig.preset(settings.preset, **sizes)
-            rates = {"hidden_dropout_prob": settings.dropout, "attention_probs_dropout_prob": settings.dropout}
-            model = cls(replace(config, **rates))
-            config = model.config
+                config = BertConfig.preset(settings.preset)
+            config = replace(
+                config, vocab_size=self.tokenizer.vocab_size, pad_token_id=self.tokenizer.pad_id,
+                hidden_dropout_prob=settings.dropout, attention_probs_dropout_prob=settings.dropout,
+            )
+            model = cls(config)
         if config.vocab_size != self.tokenizer.vocab_size:
             raise UserError(
                 f"{settings.data} was prepared with a vocabulary of {self.tokenizer.vocab_size}, "
@@ -167,14 +168,14 @@ class Run:
         """The header: what is about to run, and why so."""
         settings, config, data = self.settings, self.config, self.train_data
         parameters = sum(p.numel() for p in self.model.parameters())
-        phases = ", ".join(f"{end - start} steps of sequences up to {length}" for start, end, length in settings.phases())
+        phases = [f"{end - start} steps of sequences up to {length}" for start, end, length in settings.phases()]
         return {
-            "model": f"{type(self.model).__name__} {settings.model_config or settings.init_from or settings.preset}: "
-                     f"{config.num_hidden_layers} layers, hidden {config.hidden_size}, vocabulary {config.vocab_size:,}",
+            "model": f"{type(self.model).__name__}, {settings.init_from or settings.model_config or settings.preset}: "
+                     f"{config.num_hidden_layers} layers of {config.hidden_size}, vocabulary {config.vocab_size:,}",
             "parameters": f"{parameters:,}",
             "data": f"{settings.data}: {data.n_tokens:,} tokens for training, {self.validation_data.n_tokens:,} for "
                     f"validation; unigram entropy {data.manifest['unigram_entropy']:.3f} nats",
-            "steps": f"{phases}; {settings.micro_batches * settings.tokens:,} tokens a step",
+            "steps": f"{', '.join(phases)}; {settings.micro_batches * settings.tokens:,} tokens a step",
             "precision": f"{self.precision} ({self.precision_reason}), fp32 masters",
             "device": f"{self.device}, {torch.get_num_threads()} threads; GEMM peak {self.peak / 1e9:,.0f} GFLOP/s",
             "kernels": report.kernels_in_use(self.device.type),
@@ -185,11 +186,11 @@ class Run:
 
     # ---- the loop
 
-    def train(self) -> dict:
-        """Run to the end (or to Ctrl-C), and return the last evaluation."""
+    def train(self) -> tuple[dict, Path]:
+        """Run to the end; the last evaluation and the last checkpoint. Raises KeyboardInterrupt after a Ctrl-C."""
         settings = self.settings
         metrics = report.Metrics(self.folder, self.step, settings.tensorboard)
-        result = {}
+        result, checkpoint = {}, self.folder
         with self._stop_on_interrupt(), report.progress(settings.steps, self.step, self.peak) as bar:
             for start, end, length in settings.phases():
                 if self.step >= end:
@@ -219,12 +220,12 @@ class Run:
                     if self.step % settings.save_every == 0 or self.step == settings.steps or self.stopping:
                         self.loader_state = loader.state_dict()
                         began = time.perf_counter()
-                        self.save()
+                        checkpoint = self.save()
                         window.paused(time.perf_counter() - began)
                     if self.stopping:
                         raise KeyboardInterrupt
         report.plot_loss(self.folder, self.train_data.manifest["unigram_entropy"])
-        return result
+        return result, checkpoint
 
     def _train_step(self, micro: list[PackedBatch], window: "report.Window") -> torch.Tensor:
         settings, optimizer = self.settings, self.optimizer
@@ -300,13 +301,14 @@ class Run:
         if not torch.isfinite(out.loss):
             return "the loss"
         out.loss.backward()
-        bad = [n for n, p in self.model.named_parameters() if p.grad is not None and not torch.isfinite(p.grad).all()]
+        named = [(n, p.grad) for n, p in self.model.named_parameters() if p.grad is not None]
+        bad = [n for n, gradient in named if not torch.isfinite(gradient).all()]
         return f"the gradient of {bad[-1]}" if bad else "nothing any more"
 
     # ---- checkpoints
 
     def save(self) -> Path:
-        """Write checkpoint-<step> (a Hugging Face folder, and the state to go on from) atomically; keep the last two."""
+        """Write checkpoint-<step>, a Hugging Face folder and the state to go on from, atomically; keep two."""
         path = self.folder / f"checkpoint-{self.step}"
         with atomic_folder(path) as folder:
             masters = self.optimizer.master_state()
@@ -315,7 +317,8 @@ class Run:
             save_file(self.optimizer.state_dict(), folder / "optimizer.safetensors")
             write_json(folder / "trainer.json", {
                 "step": self.step, "tokens_seen": self.tokens_seen, "settings": asdict(self.settings),
-                "precision": self.precision, "data_files": self.train_data.manifest["files"], "loader": self.loader_state,
+                "precision": self.precision, "loader": self.loader_state,
+                "data_files": self.train_data.manifest["files"],
             })
         for old in sorted(self.folder.glob("checkpoint-*"), key=_step_of)[:-KEEP_CHECKPOINTS]:
             shutil.rmtree(old, ignore_errors=True)
@@ -358,7 +361,7 @@ def start(folder: Path, settings: Settings, resume: bool) -> Run:
     """A run ready to train, new or resumed, with its config.json written."""
     checkpoint = latest(folder)
     if checkpoint and not resume:
-        raise UserError(f"{folder} already holds a run ({checkpoint.name}): add --resume to go on, or choose another --out")
+        raise UserError(f"{folder} already holds a run ({checkpoint.name}): add --resume, or choose another --out")
     run = Run(folder, settings)
     if checkpoint:
         run.resume(checkpoint)

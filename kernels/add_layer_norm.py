@@ -12,7 +12,7 @@ from bertfast.ops.dropout import keep_scale
 
 from .dropout import keep_mask, signed_threshold
 from .hardware import backward_programs
-from .rows import row_tile, sum_partials
+from .rows import row_tile, store_partial, sum_partials
 
 
 @triton.jit
@@ -23,6 +23,29 @@ def row_counters(row_key_ptr, rows, inside, HAS_ROW_KEY: tl.constexpr):
         return key.to(tl.uint32), (key >> 32).to(tl.uint32)
     else:
         return rows[:, None].to(tl.uint32), 0
+
+
+@triton.jit
+def normalize(z, inside, n_columns, eps):
+    """mean (rows,), rstd (rows,) and x_hat (rows, columns) of fp32 rows; two passes for the variance."""
+    mean = tl.sum(z, 1) / n_columns
+    centred = tl.where(inside, z - mean[:, None], 0.0)
+    rstd = tl.rsqrt(tl.sum(centred * centred, 1) / n_columns + eps)
+    return mean, rstd, centred * rstd[:, None]
+
+
+@triton.jit
+def normalize_gradient(g, x_hat, rstd, n_columns):
+    """dz of LayerNorm for g = dy * weight; x_hat and g are zero outside the row."""
+    c1 = tl.sum(g, 1) / n_columns
+    c2 = tl.sum(g * x_hat, 1) / n_columns
+    return (g - c1[:, None] - c2[:, None] * x_hat) * rstd[:, None]
+
+
+@triton.jit
+def load_row(ptr, columns, n_columns):
+    """A parameter (H,) as (1, columns) float32."""
+    return tl.load(ptr + columns, mask=columns < n_columns, other=0.0).to(tl.float32)[None, :]
 
 
 @triton.jit(do_not_specialize=["n_rows", "threshold", "stream"])
@@ -41,7 +64,7 @@ def add_layer_norm_fwd_kernel(
 
     z = tl.load(x_ptr + at, mask=inside, other=0.0).to(tl.float32)
     if HAS_BIAS:
-        z += tl.load(bias_ptr + columns, mask=columns < n_columns, other=0.0).to(tl.float32)[None, :]
+        z += load_row(bias_ptr, columns, n_columns)
     if DROPOUT:
         position, sequence = row_counters(row_key_ptr, rows, rows < n_rows, HAS_ROW_KEY)
         c3 = (stream << 8).to(tl.uint32)
@@ -51,13 +74,8 @@ def add_layer_norm_fwd_kernel(
     z = z.to(z_ptr.dtype.element_ty)  # the statistics are those of the stored z, which is what the backward reads
     tl.store(z_ptr + at, z, mask=inside)
 
-    z = z.to(tl.float32)
-    mean = tl.sum(z, 1) / n_columns
-    centred = tl.where(inside, z - mean[:, None], 0.0)
-    rstd = tl.rsqrt(tl.sum(centred * centred, 1) / n_columns + eps)
-    weight = tl.load(weight_ptr + columns, mask=columns < n_columns, other=0.0).to(tl.float32)
-    ln_bias = tl.load(ln_bias_ptr + columns, mask=columns < n_columns, other=0.0).to(tl.float32)
-    y = centred * rstd[:, None] * weight[None, :] + ln_bias[None, :]
+    mean, rstd, x_hat = normalize(z.to(tl.float32), inside, n_columns, eps)
+    y = x_hat * load_row(weight_ptr, columns, n_columns) + load_row(ln_bias_ptr, columns, n_columns)
     tl.store(y_ptr + at, y.to(y_ptr.dtype.element_ty), mask=inside)
     tl.store(mean_ptr + rows, mean, mask=rows < n_rows)
     tl.store(rstd_ptr + rows, rstd, mask=rows < n_rows)
@@ -73,7 +91,7 @@ def add_layer_norm_bwd_kernel(
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, DROPOUT: tl.constexpr, HAS_ROW_KEY: tl.constexpr,
 ):  # fmt: skip
     columns = tl.arange(0, COLUMNS)
-    weight = tl.load(weight_ptr + columns, mask=columns < n_columns, other=0.0).to(tl.float32)
+    weight = load_row(weight_ptr, columns, n_columns)
     dbias = tl.zeros((ROWS, COLUMNS), tl.float32)
     dweight = tl.zeros((ROWS, COLUMNS), tl.float32)
     dln_bias = tl.zeros((ROWS, COLUMNS), tl.float32)
@@ -87,10 +105,7 @@ def add_layer_norm_bwd_kernel(
         rstd = tl.load(rstd_ptr + rows, mask=rows < n_rows, other=0.0)
 
         x_hat = tl.where(inside, (z - mean[:, None]) * rstd[:, None], 0.0)
-        g = dy * weight[None, :]
-        c1 = tl.sum(g, 1) / n_columns
-        c2 = tl.sum(g * x_hat, 1) / n_columns
-        dz = (g - c1[:, None] - c2[:, None] * x_hat) * rstd[:, None]
+        dz = normalize_gradient(dy * weight, x_hat, rstd, n_columns)
         tl.store(dz_ptr + at, dz.to(dz_ptr.dtype.element_ty), mask=inside)
         dweight += dy * x_hat
         dln_bias += dy
@@ -102,11 +117,9 @@ def add_layer_norm_bwd_kernel(
             tl.store(dx_ptr + at, dz.to(dx_ptr.dtype.element_ty), mask=inside)
         dbias += dz
 
-    to = partial_ptr + tl.program_id(0).to(tl.int64) * n_columns + columns
-    stride = tl.num_programs(0).to(tl.int64) * n_columns
-    tl.store(to, tl.sum(dbias, 0), mask=columns < n_columns)
-    tl.store(to + stride, tl.sum(dweight, 0), mask=columns < n_columns)
-    tl.store(to + 2 * stride, tl.sum(dln_bias, 0), mask=columns < n_columns)
+    store_partial(partial_ptr, 0, dbias, columns, n_columns)
+    store_partial(partial_ptr, 1, dweight, columns, n_columns)
+    store_partial(partial_ptr, 2, dln_bias, columns, n_columns)
 
 
 def add_layer_norm_fwd(x, bias, residual, weight, ln_bias, eps, p, seed, row_key, stream):

@@ -303,8 +303,10 @@ def attention_bwd_dkdv_kernel(
     store_rows(dv_ptr, columns, stride_dk_row * VECTOR, columns < n_keys, dv * kept_scale, D, BLOCK_D)
 
 
-def configuration(kernel: str, arch: int, block_d: int, element_size: int) -> tuple[int, int, int, int]:
-    """BLOCK_M, BLOCK_N, warps and stages of one of the kernels, chosen from the compiled resource reports."""
+# (BLOCK_M, BLOCK_N, warps, stages) by kernel, family of architectures and head size (padded to a power of two) for
+# sixteen-bit types, chosen from benchmarks/aot.py. A kernel in two lines: without dropout, with dropout.
+def configuration(kernel: str, arch: int | str, block_d: int, element_size: int, dropout: bool):
+    """BLOCK_M, BLOCK_N, warps and stages of one of the kernels; None where the whole-sequence backward does not fit."""
     if element_size == 4:
         return 32, 64, 4, 1
     return 64, 64, 4, 2
@@ -319,23 +321,26 @@ def vector_and_strides(*tensors):
     return vector, [s // vector for s in strides]
 
 
-def check(q, k, v, scale):
+def check(q, k, v, scale, longest):
+    """q, k, v with contiguous heads; ValueError for what the kernels cannot do."""
     if not 16 <= q.shape[2] <= 128:
         raise ValueError(f"the Triton attention needs a head size from 16 to 128, got {q.shape[2]}")
-    if scale <= 0:
+    if scale <= 0.0:
         raise ValueError(f"the Triton attention needs a positive scale, got {scale}")
+    if longest * max(t.stride(0) for t in (q, k, v)) >= 2**31:
+        raise ValueError(f"rows of a sequence of up to {longest} lie too far apart: its offsets must fit in int32")
     return [t if t.stride(-1) == 1 else t.contiguous() for t in (q, k, v)]
 
 
 def attention_fwd(
     q, k, v, cu_seqlens_q, cu_seqlens_k, max_q, max_k, scale, mask_mode, prefix_lens, p, seed, q_row_key, stream
 ):
-    q, k, v = check(q, k, v, scale)
+    q, k, v = check(q, k, v, scale, max(max_q, max_k))
     n_rows, n_heads, d = q.shape
     out = torch.empty((n_rows, n_heads, d), dtype=q.dtype, device=q.device)
     lse = torch.empty((n_heads, n_rows), dtype=torch.float32, device=q.device)
     block_d = triton.next_power_of_2(d)
-    block_m, block_n, warps, stages = configuration("fwd", architecture(q.device), block_d, q.element_size())
+    block_m, block_n, warps, stages = configuration("fwd", architecture(), block_d, q.element_size(), p > 0.0)
     vector, strides = vector_and_strides(q, k, v)
     n_sequences, n_blocks = cu_seqlens_q.numel() - 1, max(1, triton.cdiv(max_q, block_m))
     attention_fwd_kernel[((n_sequences + 1) * n_blocks, n_heads)](
@@ -365,13 +370,13 @@ def backward(
     seed, q_row_key, stream,
 ):  # fmt: skip
     """Write dq, dk and dv, which may be views of one tensor; dk and dv have the same strides."""
-    q, k, v = check(q, k, v, scale)
+    q, k, v = check(q, k, v, scale, max(max_q, max_k))
     dout = dout.contiguous()
     n_heads, d = q.shape[1:]
     block_d = triton.next_power_of_2(d)
     vector, strides = vector_and_strides(q, k, v, dq, dk)
     n_sequences = cu_seqlens_q.numel() - 1
-    arch, size = architecture(q.device), q.element_size()
+    arch, size = architecture(), q.element_size()
     options = dict(
         D=d, BLOCK_D=block_d, VECTOR=vector, MASK_MODE=mask_mode, DROPOUT=p > 0.0, HAS_ROW_KEY=q_row_key is not None
     )
@@ -379,10 +384,10 @@ def backward(
     numbers = scale, signed_threshold(p), keep_scale(p), stream
     delta = torch.empty_like(lse)
 
-    block_m, block_n, warps, stages = configuration("bwd_whole", arch, block_d, size)
+    block_m, block_n, warps, stages = configuration("bwd_whole", arch, block_d, size, p > 0.0)
     whole = max_q <= block_m
     if not whole:
-        block_m, block_n, warps, stages = configuration("bwd_dq", arch, block_d, size)
+        block_m, block_n, warps, stages = configuration("bwd_dq", arch, block_d, size, p > 0.0)
     n_blocks = max(1, triton.cdiv(max_q, block_m))
     attention_bwd_dq_kernel[((n_sequences + 1) * n_blocks, n_heads)](
         dout, q, k, v, out, lse, dq, dk, dv, delta, *layout, *strides,
@@ -390,7 +395,7 @@ def backward(
         **options, BLOCK_M=block_m, BLOCK_N=block_n, WHOLE=whole, num_warps=warps, num_stages=stages,
     )  # fmt: skip
     if not whole:
-        block_m, block_n, warps, stages = configuration("bwd_dkdv", arch, block_d, size)
+        block_m, block_n, warps, stages = configuration("bwd_dkdv", arch, block_d, size, p > 0.0)
         n_blocks = max(1, triton.cdiv(max_k, block_n))
         attention_bwd_dkdv_kernel[(n_sequences * n_blocks, n_heads)](
             dout, q, k, v, lse, delta, dk, dv, *layout, *strides[:6], *strides[8:],

@@ -1,19 +1,19 @@
-"""What the launchers ask about a device; a CPU tensor (Triton's interpreter, compiling without a GPU) counts as sm_80."""
+"""What the launchers ask about the GPU they run on."""
 
 from functools import cache
 
 import torch
+import triton
 
 
-@cache
-def architecture(device: torch.device) -> int:
-    """80, 90, 100, ... for CUDA compute capabilities; 942 stands for every ROCm GPU."""
-    if device.type != "cuda":
+def architecture() -> int | str:
+    """80, 90, 100, … for CUDA compute capabilities, "gfx942" and the like on ROCm: the target of Triton's driver.
+
+    In Triton's interpreter, which has no target, it is 80.
+    """
+    if triton.knobs.runtime.interpret:
         return 80
-    if torch.version.hip:
-        return 942
-    major, minor = torch.cuda.get_device_capability(device)
-    return 10 * major + minor
+    return triton.runtime.driver.active.get_current_target().arch
 
 
 @cache

@@ -7,6 +7,13 @@ from torch import Tensor
 
 
 @triton.jit
+def store_partial(partial_ptr, index, value, columns, n_columns):
+    """Sum `value` (rows, columns) over its rows into entry (index, program) of (n_sums, n_programs, n_columns)."""
+    row = (index * tl.num_programs(0) + tl.program_id(0)).to(tl.int64)
+    tl.store(partial_ptr + row * n_columns + columns, tl.sum(value, 0), mask=columns < n_columns)
+
+
+@triton.jit
 def sum_partials_kernel(
     partial_ptr,  # (n_sums, n_partials, n_columns) float32
     out_ptr,  # (n_sums, n_columns)

@@ -1,12 +1,12 @@
-"""All fused ops against fp64 truth, one table: whatever implementation runs here, by the rule of the parity contract."""
+"""All fused ops against fp64 truth, in one table, by the rule of the parity contract; whatever runs on this machine."""
 
 import math
 
 import pytest
 import torch
+from bertfast.benchmarks.cases import CASES, SEED, STREAM, run
 
 from bertfast import ops
-from bertfast.benchmarks.cases import CASES, SEED, STREAM, run
 from bertfast.ops.dropout import keep_mask, keep_scale, philox, threshold
 
 ALL = [(c, shape, p) for c in CASES.values() for shape in c.shapes for p in ([0.0, 0.1] if c.dropout else [0.0])]

@@ -1,10 +1,11 @@
 """A prepared set, and the loader that makes `PackedBatch`es of it: any batch at any time, the same on every call."""
 
-import queue
 import threading
+from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import cached_property
+from itertools import count
 from math import ceil
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -174,7 +175,9 @@ class Loader:
         self.position = 0  # this rank's next batch
         self._starts = {0: 0}  # epoch -> its first batch
         self._epochs: dict[int, Future[_Epoch]] = {}
+        # Executors and not bare threads: Python waits for them at exit, whereas a thread caught inside C++ would abort.
         self._planner = ThreadPoolExecutor(1, "bertfast-plan")
+        self._prefetcher = ThreadPoolExecutor(1, "bertfast-prefetch")
         self._lock = threading.Lock()
         first = Plan(dataset, self.seed, 0, max_seqlen, nsp, short_seq_prob)
         # A fifth more than fit on average: a batch of many short samples may leave a few tokens unused.
@@ -206,35 +209,18 @@ class Loader:
 
     def __iter__(self) -> Iterator[PackedBatch]:
         """From `position` on, without end."""
-        ready: queue.Queue = queue.Queue(PREFETCH)
-        stop = threading.Event()
-
-        def work(i: int) -> None:
-            try:
-                while not stop.is_set():
-                    batch = self.batch(i)
-                    with self._lock:  # plan the next epoch while this one is used
-                        self._plan_ahead(self._locate(i * self.world_size + self.rank)[0] + 1)
-                    ready.put(batch.pin_memory() if self.pin_memory else batch)
-                    i += 1
-            except BaseException as error:  # told to whoever waits for a batch
-                ready.put(error)
-
-        thread = threading.Thread(target=work, args=(self.position,), name="bertfast-prefetch", daemon=True)
-        thread.start()
+        pending: deque[Future[PackedBatch]] = deque()
+        upcoming = count(self.position)
         try:
             while True:
-                batch = ready.get()
-                if isinstance(batch, BaseException):
-                    raise batch
+                while len(pending) < PREFETCH:
+                    pending.append(self._prefetcher.submit(self._prefetch, next(upcoming)))
+                batch = pending.popleft().result()
                 self.position += 1
                 yield batch
         finally:
-            stop.set()
-            while thread.is_alive():  # it may be waiting for room
-                while not ready.empty():
-                    ready.get()
-                thread.join(0.01)
+            for future in pending:
+                future.cancel()
 
     def validation_batches(self, limit: int | None = None) -> Iterator[PackedBatch]:
         """This rank's share of epoch 0, or of its first `limit` batches: the same on every call."""
@@ -265,6 +251,12 @@ class Loader:
         names = ("seed", "max_seqlen", "token_budget", "max_sequences", "nsp", "short_seq_prob", "mlm_probability")
         checksum = self.dataset.manifest["files"]["tokens.bin"]["sha256"]
         return {"data": checksum, **{name: getattr(self, name) for name in (*names, "whole_word_masking")}}
+
+    def _prefetch(self, i: int) -> PackedBatch:
+        batch = self.batch(i)
+        with self._lock:  # plan the next epoch while this one is used
+            self._plan_ahead(self._locate(i * self.world_size + self.rank)[0] + 1)
+        return batch.pin_memory() if self.pin_memory else batch
 
     def _locate(self, number: int) -> tuple[int, int]:
         """Epoch and batch in it of a batch number of all ranks."""

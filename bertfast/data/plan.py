@@ -3,7 +3,7 @@
 Every draw is Philox-4x32-7 (Salmon et al. 2011) of the seed and of counters that name what is drawn (epoch, purpose,
 document or sample, draw), never the state of a generator. So a sample is the same in any process and at any time,
 whatever was computed before it. Four steps, each in C++ in csrc/loader.cpp and here in Python with the same result bit
-for bit; the C++ is used where it was built (BERTFAST_NO_EXT=1 declines it), and is some 100 times faster:
+for bit; the C++ is used where it was built (BERTFAST_NO_EXT=1 declines it), and is 30 to 60 times faster:
 
   plan     walk each document, collect sentences up to a length, part them into segments A and B
   shuffle  the order of the epoch's samples

@@ -24,6 +24,7 @@ from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from functools import lru_cache, partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -81,15 +82,13 @@ def prepare(
         "cased": tokenizer.cased if tokenizer else cased,
     }
     if done := _already(out, recipe):
-        console.print(f"{out} is up to date: {_counts(done)}; nothing to do")
+        console.print(f"{out} is up to date: {_counts(done)}; nothing to do", soft_wrap=True)
         return done
 
     began = time.perf_counter()
     with atomic_folder(out) as folder, _processes(workers) as in_order, _progress(console) as progress:
         if inputs is None:
-            batches = [[path for path, _, _ in sources[i : i + 64]] for i in range(0, len(sources), 64)]
-            found = in_order(_read_docstrings, progress("reading docstrings", batches, len(batches)))
-            pieces = list(corpus.gather_documentation(document for batch in found for document in batch))
+            pieces = _documentation([path for path, _, _ in sources], in_order, progress)
             read: Callable[[], Iterable[corpus.Piece]] = lambda: pieces
         else:
             read = partial(corpus.read_files, files, field)
@@ -118,7 +117,7 @@ def prepare(
             "recipe": recipe,
         }
         write_json(folder / "manifest.json", manifest)
-    console.print(f"{out}: {_counts(manifest)} in {time.perf_counter() - began:.1f} s")
+    console.print(f"{out}: {_counts(manifest)} in {time.perf_counter() - began:.1f} s", soft_wrap=True)
     return manifest
 
 
@@ -133,8 +132,16 @@ def _already(out: Path, recipe: dict[str, Any]) -> dict[str, Any] | None:
     manifest = read_json(out / "manifest.json")
     if not isinstance(manifest, dict) or manifest.get("format") != "bertfast data":
         raise UserError(f"{out} exists and is no prepared set: choose another folder")
-    whole = all((out / x).is_file() and (out / x).stat().st_size == y["bytes"] for x, y in manifest["files"].items())
-    return manifest if whole and manifest["version"] == VERSION and manifest["recipe"] == recipe else None
+    if manifest.get("version") != VERSION or manifest.get("recipe") != recipe:
+        return None
+    sizes = {out / name: entry["bytes"] for name, entry in manifest["files"].items()}
+    return manifest if all(path.is_file() and path.stat().st_size == size for path, size in sizes.items()) else None
+
+
+def _documentation(paths: list[Path], in_order: InOrder, progress: Track) -> list[corpus.Piece]:
+    batches = [paths[i : i + 64] for i in range(0, len(paths), 64)]
+    found = in_order(_read_docstrings, progress("reading docstrings", batches, len(batches)))
+    return list(corpus.gather_documentation(chain.from_iterable(found)))
 
 
 def _counts(manifest: dict[str, Any]) -> str:
@@ -324,14 +331,16 @@ def _progress(console: Console) -> Iterator[Track]:
         def track(what: str, items: Iterable[Any], total: int) -> Iterator[Any]:
             task = progress.add_task(what, total=total, speed="")
             began, characters = time.perf_counter(), 0
-            for item in items:
-                yield item
-                if isinstance(item, corpus.Piece):
-                    characters += sum(map(len, item.documents))
-                    speed = f"{characters / 1e6 / (time.perf_counter() - began):.1f} MB/s of text"
-                    progress.update(task, advance=item.disk_bytes, speed=speed)
-                else:
-                    progress.advance(task)
-            progress.update(task, completed=total)
+            try:
+                for item in items:
+                    yield item
+                    if isinstance(item, corpus.Piece):
+                        characters += sum(map(len, item.documents))
+                        speed = f"{characters / 1e6 / (time.perf_counter() - began):.1f} MB/s of text"
+                        progress.update(task, advance=item.disk_bytes, speed=speed)
+                    else:
+                        progress.advance(task)
+            except GeneratorExit:  # the documentation's limit was reached
+                progress.update(task, completed=total)
 
         yield track

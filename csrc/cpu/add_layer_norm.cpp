@@ -17,25 +17,73 @@ void add_layer_norm_fwd(scalar_t* y, scalar_t* z, acc* mean, acc* rstd, const sc
   using V = Vec<acc>;
   const V scale(static_cast<acc>(dropout.scale));
   for_parts(n_rows, n_parts(n_rows, n_columns), [&](int64_t, int64_t begin, int64_t end) {
-    for (int64_t row = begin; row < end; row++) {
+    const auto gather = [&](int64_t row, acc* z_row) {
       const int64_t at = row * n_columns;
       V total;
       for_columns_dropped<DROP>(n_columns, dropout, row_key[row], [&](int64_t j, auto size, Mask kept) {
         V h = V::load(x + at + j, size);
         if (bias) h += V::load(bias + j, size);
         if constexpr (DROP) h = keep(kept, h * scale);
-        const V sum_z = rounded<scalar_t>(h + V::load(residual + at + j, size));
-        sum_z.store(z + at + j, size);
-        total += sum_z;
+        const V z_j = rounded<scalar_t>(h + V::load(residual + at + j, size));
+        z_j.store(z + at + j, size);
+        z_j.store(z_row + j, size);
+        total += keep(size, z_j);
       });
-      const auto [row_mean, row_rstd] = statistics(z + at, n_columns, sum(total), eps);
-      mean[row] = row_mean, rstd[row] = row_rstd;
+      return sum(total);
+    };
+    for_normalised_rows<acc>(begin, end, n_columns, eps, gather, [&](int64_t row, const acc* z_row, Statistics<acc> s) {
+      mean[row] = s.mean, rstd[row] = s.rstd;
       for_columns(n_columns, [&](int64_t j, auto size) {
-        const V x_hat = (V::load(z + at + j, size) - V(row_mean)) * V(row_rstd);
-        fma(x_hat, V::load(weight + j, size), V::load(ln_bias + j, size)).store(y + at + j, size);
+        const V x_hat = (V::load(z_row + j, size) - V(s.mean)) * V(s.rstd);
+        fma(x_hat, V::load(weight + j, size), V::load(ln_bias + j, size)).store(y + row * n_columns + j, size);
       });
-    }
+    });
   });
+}
+
+// Rows row .. row + ROWS - 1: first what a row needs of all its columns, then column by column, so that the sums
+// over rows are kept in registers. masks: scratch for the kept lanes, ceil(n_columns / 16) a row.
+template <int ROWS, bool DROP, typename scalar_t, typename acc>
+inline void bwd_rows(scalar_t* dz, scalar_t* dx, ColumnSums<acc>& sums, Mask* masks, const scalar_t* dy,
+                     const scalar_t* z, const acc* mean, const acc* rstd, const acc* weight, const Dropout& dropout,
+                     const RowKeys& row_key, int64_t row, int64_t n_columns) {
+  using V = Vec<acc>;
+  const int64_t n_masks = (n_columns + LANES - 1) / LANES;
+  acc c1[ROWS], c2[ROWS];
+  for (int r = 0; r < ROWS; r++) {
+    const int64_t at = (row + r) * n_columns;
+    V sum_g, sum_gx;
+    for_columns_dropped<DROP>(n_columns, dropout, row_key[row + r], [&](int64_t j, auto size, Mask kept) {
+      const V g = V::load(dy + at + j, size) * V::load(weight + j, size);
+      sum_g += g;
+      sum_gx = fma(g, (V::load(z + at + j, size) - V(mean[row + r])) * V(rstd[row + r]), sum_gx);
+      if constexpr (DROP) masks[r * n_masks + j / LANES] = kept;
+    });
+    c1[r] = sum(sum_g) / n_columns, c2[r] = sum(sum_gx) / n_columns;
+  }
+  const V scale(static_cast<acc>(dropout.scale));
+  for_columns(n_columns, [&](int64_t j, auto size) {
+    const V weight_j = V::load(weight + j, size);
+    V dbias, dweight, dln_bias;
+    for (int r = 0; r < ROWS; r++) {
+      const int64_t at = (row + r) * n_columns + j;
+      const V dy_j = V::load(dy + at, size), x_hat = (V::load(z + at, size) - V(mean[row + r])) * V(rstd[row + r]);
+      const V g = unfused(dy_j * weight_j);  // so that H = 1 gives 0
+      V d = V(rstd[row + r]) * fnma(V(c2[r]), x_hat, g - V(c1[r]));
+      d.store(dz + at, size);
+      if constexpr (DROP) {
+        d = keep(masks[r * n_masks + j / LANES], d * scale);
+        d.store(dx + at, size);
+      }
+      dbias += d;
+      dweight = fma(dy_j, x_hat, dweight);
+      dln_bias += dy_j;
+    }
+    sums.add(j, size, dbias);
+    sums.add(n_columns + j, size, dweight);
+    sums.add(2 * n_columns + j, size, dln_bias);
+  });
+  sums.end_row();
 }
 
 // column_sums: dbias, dweight, dln_bias (3, n_columns) of each part
@@ -43,34 +91,16 @@ template <bool DROP, typename scalar_t, typename acc = acc_t<scalar_t>>
 void add_layer_norm_bwd(scalar_t* dz, scalar_t* dx, acc* column_sums, const scalar_t* dy, const scalar_t* z,
                         const acc* mean, const acc* rstd, const acc* weight, const Dropout& dropout,
                         const RowKeys& row_key, int64_t n_rows, int64_t n_columns, int64_t parts) {
-  using V = Vec<acc>;
-  const V scale(static_cast<acc>(dropout.scale));
+  constexpr int ROWS = 4;
   for_parts(n_rows, parts, [&](int64_t part, int64_t begin, int64_t end) {
     ColumnSums<acc> sums(column_sums, part, 3 * n_columns);
-    for (int64_t row = begin; row < end; row++) {
-      const int64_t at = row * n_columns;
-      const V row_mean(mean[row]), row_rstd(rstd[row]);
-      const auto x_hat = [&](int64_t j, auto size) { return (V::load(z + at + j, size) - row_mean) * row_rstd; };
-      V sum_g, sum_gx;
-      for_columns(n_columns, [&](int64_t j, auto size) {
-        const V dy_j = V::load(dy + at + j, size), x_hat_j = x_hat(j, size), g = dy_j * V::load(weight + j, size);
-        sum_g += g;
-        sum_gx = fma(g, x_hat_j, sum_gx);
-        sums.add(n_columns + j, size, dy_j * x_hat_j);
-        sums.add(2 * n_columns + j, size, dy_j);
-      });
-      const V c1(sum(sum_g) / n_columns), c2(sum(sum_gx) / n_columns);
-      for_columns_dropped<DROP>(n_columns, dropout, row_key[row], [&](int64_t j, auto size, Mask kept) {
-        const V g = unfused(V::load(dy + at + j, size) * V::load(weight + j, size));  // so that H = 1 gives 0
-        V d = row_rstd * fnma(c2, x_hat(j, size), g - c1);
-        d.store(dz + at + j, size);
-        if constexpr (DROP) {
-          d = keep(kept, d * scale);
-          d.store(dx + at + j, size);
-        }
-        sums.add(j, size, d);
-      });
-      sums.end_row();
+    Mask* masks = scratch<Mask>(ROWS * (n_columns / LANES + 1));
+    int64_t row = begin;
+    for (; row + ROWS <= end; row += ROWS) {
+      bwd_rows<ROWS, DROP>(dz, dx, sums, masks, dy, z, mean, rstd, weight, dropout, row_key, row, n_columns);
+    }
+    for (; row < end; row++) {
+      bwd_rows<1, DROP>(dz, dx, sums, masks, dy, z, mean, rstd, weight, dropout, row_key, row, n_columns);
     }
     sums.end();
   });

@@ -11,6 +11,7 @@
 #include <torch/library.h>
 
 #include <atomic>
+#include <bit>
 #include <limits>
 #include <numeric>
 #include <tuple>
@@ -37,6 +38,14 @@ inline F32 exp2(F32 x) {  // within 1 ulp for x <= 128: 2^n times a polynomial i
   return times_two_to(fma(r, q, F32(1.0f)), n);
 }
 inline F64 exp2(const F64& x) { return each_lane([&](int64_t i) { return std::exp2(x.v[i]); }); }
+
+inline float log2(float x) {  // of a normal number, within 2 ulp; without a call or a branch, so that loops vectorise
+  const int32_t bits = std::bit_cast<int32_t>(x), n = (bits - std::bit_cast<int32_t>(0.75f)) >> 23;
+  const float m = std::bit_cast<float>(bits - (n << 23)), s = (m - 1) / (m + 1), z = s * s;  // 3/4 <= m < 3/2
+  const float series = ((((z / 9 + 1.0f / 7) * z + 0.2f) * z + 1.0f / 3) * z + 1) * s;       // atanh(s)
+  return static_cast<float>(n) + series * static_cast<float>(2 * LOG2_E) + (x - x);           // a NaN stays one
+}
+inline double log2(double x) { return std::log2(x); }
 
 struct Problem {
   const int32_t *cu_q, *cu_k;
@@ -119,26 +128,31 @@ void zero_columns(T* row, int64_t from, int64_t to) {
   for (int64_t j = round_up(from, LANES); j < to; j += LANES) Vec<acc>().store(row + j);
 }
 
-// One row of scores becomes exp(scale * score - max), dropped elements 0, as elements of words, in place. Returns
-// log sum exp in base 2 and the reciprocal of the sum.
-template <typename Word, bool DROP, typename acc = tile_acc_t<Word>>
-std::pair<acc, acc> softmax_row(const Problem& p, acc* scores, int64_t n, int64_t width, int64_t row_key, int64_t head) {
-  const Vec<acc> scale(static_cast<acc>(p.scale * LOG2_E)), lowest(-std::numeric_limits<acc>::infinity());
-  Vec<acc> highest = lowest, total;
+template <typename acc>
+acc scaled_max(const acc* scores, int64_t n, acc scale) {
+  const Vec<acc> factor(scale), lowest(-std::numeric_limits<acc>::infinity());
+  Vec<acc> highest = lowest;
   for_columns(n, [&](int64_t j, auto size) {
-    highest = max(highest, select(lanes(size), Vec<acc>::load(scores + j) * scale, lowest));
+    highest = max(highest, select(lanes(size), Vec<acc>::load(scores + j) * factor, lowest));
   });
-  const acc row_max = max(highest);
-  const Vec<acc> minus_max(-row_max);
+  return max(highest);
+}
+
+// One row of scores becomes 2^(scale * score - max), dropped ones 0, as elements of words, in place. Returns the sum,
+// dropped ones included.
+template <typename Word, bool DROP, typename acc = tile_acc_t<Word>>
+acc exponentiate(acc* scores, int64_t n, int64_t width, acc scale, acc max, const Dropout& dropout, int64_t row_key,
+                 int64_t head) {
+  const Vec<acc> factor(scale), minus_max(-max);
+  Vec<acc> total;
   auto* out = reinterpret_cast<element_t<Word>*>(scores);  // never ahead of what is still to be read
-  for_kept<DROP>(n, p.dropout, row_key, head, [&](int64_t j, auto size, Mask kept) {
-    const Vec<acc> e = keep(size, exp2(fma(Vec<acc>::load(scores + j), scale, minus_max)));
+  for_kept<DROP>(n, dropout, row_key, head, [&](int64_t j, auto size, Mask kept) {
+    const Vec<acc> e = keep(size, exp2(fma(Vec<acc>::load(scores + j), factor, minus_max)));
     total += e;
     (DROP ? keep(kept, e) : e).store(out + j);
   });
   zero_columns<element_t<Word>, acc>(out, n, width);
-  const acc row_sum = sum(total);
-  return {row_max + std::log2(row_sum), 1 / row_sum};
+  return sum(total);
 }
 
 // One row of scores and of dP = dout V^T becomes P with dropped elements 0, and P (dP M - delta), in place.
@@ -197,13 +211,13 @@ struct ForwardBuffers {
   using acc = tile_acc_t<Word>;
   int64_t steps, dim, score_stride;
   Word *keys, *values, *block, *queries;
-  acc *scores, *sums, *inverse;
+  acc *scores, *out;
   ForwardBuffers(Carver& c, const Problem& p, int64_t n_keys)
       : steps(round_up(steps_of<Word>(p.head_dim), WORDS<Word>)), dim(round_up(p.head_dim, LANES)),
         score_stride(round_up(n_keys, LANES) + LANES),  // odd in cache lines, so that a column isn't one set
         keys(c.take<Word>(packed_size<Word>(p.head_dim, n_keys))), values(c.take<Word>(packed_size<Word>(n_keys, p.head_dim))),
         block(c.take<Word>(LANES * steps)), queries(c.take<Word>(BLOCK * steps)), scores(c.take<acc>(BLOCK * score_stride)),
-        sums(c.take<acc>(BLOCK * dim)), inverse(c.take<acc>(BLOCK)) {}
+        out(c.take<acc>(BLOCK * dim)) {}
 };
 
 template <typename Word, bool DROP, typename scalar_t>
@@ -222,17 +236,26 @@ void forward_task(const Problem& p, const Task& task, Heads<const scalar_t> q, H
     copy_rows<Word>(q.at(row, head), rows, dim, buffers.queries, buffers.steps);
     multiply<Word>(buffers.queries, buffers.steps, 1, buffers.keys, key_width, steps, steps, buffers.scores,
                    buffers.score_stride, rows, seen, false);
-    for (int64_t i = 0; i < rows; i++) {
-      const int64_t n = p.visible(b, first + i);
-      const auto [lse2, inverse] = softmax_row<Word, DROP>(p, buffers.scores + i * buffers.score_stride, n,
-                                                           round_up(seen, LANES), p.row_key(b, first + i), head);
-      lse[head * p.n_queries + row + i] = n ? static_cast<acc>(lse2 * LN_2) : std::numeric_limits<acc>::infinity();
-      buffers.inverse[i] = n ? static_cast<acc>(inverse * p.dropout.scale) : acc(0);
+    acc maxima[BLOCK], sums[BLOCK];
+    const int64_t width = round_up(seen, LANES);
+    const acc scale = static_cast<acc>(p.scale * LOG2_E);
+    for (int64_t group = 0; group < rows; group += 4) {  // four rows at a time: one's reduction hides behind another's
+      const int64_t end = std::min(rows, group + 4);
+      for (int64_t i = group; i < end; i++)
+        maxima[i] = scaled_max(buffers.scores + i * buffers.score_stride, p.visible(b, first + i), scale);
+      for (int64_t i = group; i < end; i++)
+        sums[i] = exponentiate<Word, DROP>(buffers.scores + i * buffers.score_stride, p.visible(b, first + i), width, scale,
+                                           maxima[i], p.dropout, p.row_key(b, first + i), head);
+    }
+    for (int64_t i = 0; i < rows; i++) {  // a row without keys has max -inf and sum 0
+      lse[head * p.n_queries + row + i] = sums[i] == 0 ? std::numeric_limits<acc>::infinity()
+                                                       : static_cast<acc>((maxima[i] + log2(sums[i])) * LN_2);
+      sums[i] = sums[i] == 0 ? acc(0) : static_cast<acc>(p.dropout.scale / sums[i]);
     }
     multiply<Word>(reinterpret_cast<const Word*>(buffers.scores), buffers.score_stride, 1, buffers.values, dim_width,
-                   steps_of<Word>(n_keys), steps_of<Word>(seen), buffers.sums, buffers.dim, rows, dim, false);
+                   steps_of<Word>(n_keys), steps_of<Word>(seen), buffers.out, buffers.dim, rows, dim, false);
     for (int64_t i = 0; i < rows; i++)
-      store_row(out.at(row + i, head).data, buffers.sums + i * buffers.dim, dim, buffers.inverse[i]);
+      store_row(out.at(row + i, head).data, buffers.out + i * buffers.dim, dim, sums[i]);
   });
 }
 

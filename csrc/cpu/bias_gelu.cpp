@@ -4,6 +4,7 @@
 #include <torch/library.h>
 
 #include "common.h"
+#include "gelu.h"
 
 namespace bertfast {
 namespace {
@@ -12,10 +13,11 @@ template <typename scalar_t, typename acc = acc_t<scalar_t>>
 void bias_gelu_fwd(scalar_t* y, const scalar_t* x, const acc* bias, int64_t n_rows, int64_t n_columns) {
   using V = Vec<acc>;
   for_parts(n_rows, n_parts(n_rows, n_columns), [&](int64_t, int64_t begin, int64_t end) {
+    const Gelu<acc> gelu;
     for (int64_t row = begin; row < end; row++) {
       const int64_t at = row * n_columns;
       for_columns(n_columns, [&](int64_t j, auto size) {
-        gelu(V::load(x + at + j, size) + V::load(bias + j, size)).store(y + at + j, size);
+        gelu.value(V::load(x + at + j, size) + V::load(bias + j, size)).store(y + at + j, size);
       });
     }
   });
@@ -26,12 +28,13 @@ void bias_gelu_bwd(scalar_t* dx, acc* column_sums, const scalar_t* dy, const sca
                    int64_t n_rows, int64_t n_columns, int64_t parts) {
   using V = Vec<acc>;
   for_parts(n_rows, parts, [&](int64_t part, int64_t begin, int64_t end) {
+    const Gelu<acc> gelu;
     ColumnSums<acc> dbias(column_sums, part, n_columns);
     for (int64_t row = begin; row < end; row++) {
       const int64_t at = row * n_columns;
       for_columns(n_columns, [&](int64_t j, auto size) {
         const V z = V::load(x + at + j, size) + V::load(bias + j, size);
-        const V dz = V::load(dy + at + j, size) * gelu_derivative(z);
+        const V dz = V::load(dy + at + j, size) * gelu.derivative(z);
         dz.store(dx + at + j, size);
         dbias.add(j, size, dz);
       });

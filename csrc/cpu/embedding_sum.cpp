@@ -48,24 +48,25 @@ void embedding_sum_fwd(scalar_t* y, acc* mean, acc* rstd, const Ids& ids, const 
   using V = Vec<acc>;
   const V scale(static_cast<acc>(dropout.scale));
   for_parts(n_rows, n_parts(n_rows, n_columns), [&](int64_t, int64_t begin, int64_t end) {
-    acc* z = scratch<acc, 4>(n_columns);
-    for (int64_t row = begin; row < end; row++) {
-      const Gather<scalar_t> gather(tables, ids, row, n_columns);
+    const auto gather = [&](int64_t row, acc* z) {
+      const Gather<scalar_t> tokens(tables, ids, row, n_columns);
       V total;
       for_columns(n_columns, [&](int64_t j, auto size) {
-        const V z_j = gather.load(j, size);
+        const V z_j = tokens.load(j, size);
         z_j.store(z + j, size);
-        total += z_j;
+        total += keep(size, z_j);
       });
-      const auto [row_mean, row_rstd] = statistics(z, n_columns, sum(total), eps);
-      mean[row] = row_mean, rstd[row] = row_rstd;
+      return sum(total);
+    };
+    for_normalised_rows<acc>(begin, end, n_columns, eps, gather, [&](int64_t row, const acc* z, Statistics<acc> s) {
+      mean[row] = s.mean, rstd[row] = s.rstd;
       for_columns_dropped<DROP>(n_columns, dropout, row_key[row], [&](int64_t j, auto size, Mask kept) {
-        const V x_hat = (V::load(z + j, size) - V(row_mean)) * V(row_rstd);
+        const V x_hat = (V::load(z + j, size) - V(s.mean)) * V(s.rstd);
         V y_j = fma(x_hat, V::load(weight + j, size), V::load(bias + j, size));
         if constexpr (DROP) y_j = keep(kept, y_j * scale);
         y_j.store(y + row * n_columns + j, size);
       });
-    }
+    });
   });
 }
 

@@ -4,6 +4,7 @@
 #include <torch/library.h>
 
 #include "common.h"
+#include "gelu.h"
 #include "layer_norm.h"
 
 namespace bertfast {
@@ -14,22 +15,23 @@ void gelu_layer_norm_fwd(scalar_t* y, acc* mean, acc* rstd, const scalar_t* x, c
                          const acc* ln_bias, double eps, int64_t n_rows, int64_t n_columns) {
   using V = Vec<acc>;
   for_parts(n_rows, n_parts(n_rows, n_columns), [&](int64_t, int64_t begin, int64_t end) {
-    acc* activation = scratch<acc, 4>(n_columns);
-    for (int64_t row = begin; row < end; row++) {
-      const int64_t at = row * n_columns;
+    const Gelu<acc> gelu;
+    const auto gather = [&](int64_t row, acc* activation) {
       V total;
       for_columns(n_columns, [&](int64_t j, auto size) {
-        const V a = gelu(V::load(x + at + j, size) + V::load(bias + j, size));
+        const V a = gelu.value(V::load(x + row * n_columns + j, size) + V::load(bias + j, size));
         a.store(activation + j, size);
-        total += a;  // GELU(0) = 0: the lanes beyond the row add nothing
+        total += keep(size, a);
       });
-      const auto [row_mean, row_rstd] = statistics(activation, n_columns, sum(total), eps);
-      mean[row] = row_mean, rstd[row] = row_rstd;
+      return sum(total);
+    };
+    for_normalised_rows<acc>(begin, end, n_columns, eps, gather, [&](int64_t row, const acc* a, Statistics<acc> s) {
+      mean[row] = s.mean, rstd[row] = s.rstd;
       for_columns(n_columns, [&](int64_t j, auto size) {
-        const V x_hat = (V::load(activation + j, size) - V(row_mean)) * V(row_rstd);
-        fma(x_hat, V::load(weight + j, size), V::load(ln_bias + j, size)).store(y + at + j, size);
+        const V x_hat = (V::load(a + j, size) - V(s.mean)) * V(s.rstd);
+        fma(x_hat, V::load(weight + j, size), V::load(ln_bias + j, size)).store(y + row * n_columns + j, size);
       });
-    }
+    });
   });
 }
 
@@ -40,6 +42,7 @@ void gelu_layer_norm_bwd(scalar_t* dx, acc* column_sums, const scalar_t* dy, con
                          int64_t parts) {
   using V = Vec<acc>;
   for_parts(n_rows, parts, [&](int64_t part, int64_t begin, int64_t end) {
+    const Gelu<acc> gelu;
     ColumnSums<acc> sums(column_sums, part, 3 * n_columns);
     acc* x_hat = scratch<acc, 4>(2 * n_columns);
     acc* derivative = x_hat + n_columns;
@@ -49,10 +52,10 @@ void gelu_layer_norm_bwd(scalar_t* dx, acc* column_sums, const scalar_t* dy, con
       V sum_g, sum_gx;
       for_columns(n_columns, [&](int64_t j, auto size) {
         const V z = V::load(x + at + j, size) + V::load(bias + j, size);
-        const Normal<acc> n = normal(z);
-        const V x_hat_j = (unfused(z * n.cdf) - row_mean) * row_rstd;
+        const GeluPair<acc> activation = gelu.both(z);
+        const V x_hat_j = (unfused(activation.value) - row_mean) * row_rstd;
         x_hat_j.store(x_hat + j, size);
-        fma(z, n.density, n.cdf).store(derivative + j, size);
+        activation.derivative.store(derivative + j, size);
         const V dy_j = V::load(dy + at + j, size), g = dy_j * V::load(weight + j, size);
         sum_g += g;
         sum_gx = fma(g, x_hat_j, sum_gx);

@@ -111,18 +111,6 @@ struct Buffer {
   acc_t<scalar_t>* wide = nullptr;
 };
 
-// out = block (+ prior), n_rows rows of n columns; rows of prior and out are H apart.
-template <typename acc, typename Prior, typename Out>
-void write_rows(const acc* block, int64_t stride, int64_t n_rows, int64_t n, const Prior* prior, Out* out, int64_t H) {
-  for (int64_t i = 0; i < n_rows; i++) {
-    for_columns(n, [&](int64_t j, auto size) {
-      Vec<acc> x = Vec<acc>::load(block + i * stride + j, size);
-      if (prior) x += Vec<acc>::load(prior + i * H + j, size);
-      x.store(out + i * H + j, size);
-    });
-  }
-}
-
 template <typename scalar_t, typename Word>
 struct Chunk {
   using acc = acc_t<scalar_t>;
@@ -276,6 +264,19 @@ struct Chunk {
     }
   }
 
+  // dweight = block (+ prior), n_vocab rows of n columns; `at`: where they lie in (V, H).
+  void write_dweight(const acc* block, int64_t n_vocab, int64_t n, Buffer<scalar_t> prior, Buffer<scalar_t> dweight, int64_t at) const {
+    for (int64_t v = 0; v < n_vocab; v++, at += H, block += h_width) {
+      for_columns(n, [&](int64_t h, auto size) {
+        Vec<acc> x = Vec<acc>::load(block + h, size);
+        if (prior.narrow) x += Vec<acc>::load(prior.narrow + at + h, size);
+        if (prior.wide) x += Vec<acc>::load(prior.wide + at + h, size);
+        if (dweight.narrow) x.store(dweight.narrow + at + h, size);
+        else x.store(dweight.wide + at + h, size);
+      });
+    }
+  }
+
   // dbias (V,) is added to; dweight = prior + ...; dhidden is (the whole call's R, H), `index` its rows of this chunk.
   void gradients(const Kept* kept, acc scale, Buffer<scalar_t> prior, Buffer<scalar_t> dweight, acc* dbias,
                  scalar_t* dhidden, const int64_t* index) const {
@@ -292,14 +293,10 @@ struct Chunk {
         form_dlogits(t, kept, scale, factor, reinterpret_cast<Element*>(by_vocab), woven, dbias);
         for (int64_t h = 0; h < columns; h += h_width) {
           const int64_t n = std::min(h_width, H - h), at = v0 * H + h;
-          multiply<Word>(by_vocab, row_words, 1, down + h * r_steps, h_width, r_steps, r_steps, block, h_width, n_vocab, n, false);
-          if (dweight.narrow) {
-            if (prior.wide) write_rows(block, h_width, n_vocab, n, prior.wide + at, dweight.narrow + at, H);
-            else write_rows(block, h_width, n_vocab, n, prior.narrow ? prior.narrow + at : nullptr, dweight.narrow + at, H);
-          } else {
-            if (prior.narrow) write_rows(block, h_width, n_vocab, n, prior.narrow + at, dweight.wide + at, H);
-            else write_rows(block, h_width, n_vocab, n, prior.wide ? prior.wide + at : nullptr, dweight.wide + at, H);
-          }
+          const bool in_place = dweight.wide && !prior.narrow && n % LANES == 0;
+          multiply<Word>(by_vocab, row_words, 1, down + h * r_steps, h_width, r_steps, r_steps, in_place ? dweight.wide + at : block,
+                         in_place ? H : h_width, n_vocab, n, in_place && prior.wide);
+          if (!in_place) write_dweight(block, n_vocab, n, prior, dweight, at);
           pack_rows<Word>(RowsOf<scalar_t>{weight + at, H}, n_vocab, n, panel, h_width);
           multiply<Word>(woven, 1, lanes, panel, h_width, v_steps, v_steps, partial + part * R * columns + h, columns, R, n, t > first);
         }

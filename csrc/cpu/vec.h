@@ -1,4 +1,4 @@
-// 16 lanes of fp32 (or fp64): loads and stores that convert, masked tails, exp, GELU.
+// 16 lanes of fp32 (or fp64): loads and stores that convert, masked tails, exp.
 //
 // A block is 16 columns in every instruction set (one AVX-512 register, two of AVX2), since one Philox call of 16
 // lanes serves 64 columns. fp64 is plain loops: it is there so that gradcheck runs on the native path.
@@ -290,39 +290,6 @@ inline Vec<acc> rounded(const Vec<acc>& a) {
     return {half(a.lo), half(a.hi)};
 #endif
   }
-}
-
-// ---- GELU ----
-
-// Phi(z) and phi(z), the normal distribution and its density.
-template <typename acc>
-struct Normal {
-  Vec<acc> cdf, density;
-};
-// Phi(-|z|) = exp(-z^2 / 2) P(1 / (1 + 0.27 |z|)): the density comes with it, and no digits are lost in the tail.
-// P: degree 6, minimax for the absolute error of z Phi(z), 3e-9.
-inline Normal<float> normal(F32 z) {
-  const F32 size = min(F32(20.0f), abs(z));  // finite, so that t is a number
-  const F32 e = exp(z * z * F32(-0.5f)), t = reciprocal(fma(size, F32(0.27f), F32(1.0f)));
-  F32 q = fma(t, F32(-0.134820239f), F32(0.574620028f));
-  q = fma(t, q, F32(-0.553629602f));
-  q = fma(t, q, F32(0.539064123f));
-  q = fma(t, q, F32(-0.0675557507f));
-  q = fma(t, q, F32(0.145822084f));
-  q = fma(t, q, F32(-0.00350064633f));
-  return {select(less(z, F32()), q * e, fnma(q, e, F32(1.0f))), e * F32(0.398942280f)};
-}
-inline Normal<double> normal(const F64& z) {
-  return {each_lane([&](int64_t i) { return 0.5 * std::erfc(-z.v[i] * M_SQRT1_2); }),
-          each_lane([&](int64_t i) { return std::exp(-0.5 * z.v[i] * z.v[i]) * (0.5 * M_2_SQRTPI * M_SQRT1_2); })};
-}
-
-template <typename acc>
-inline Vec<acc> gelu(const Vec<acc>& z) { return z * normal(z).cdf; }
-template <typename acc>
-inline Vec<acc> gelu_derivative(const Vec<acc>& z) {
-  const Normal<acc> n = normal(z);
-  return fma(z, n.density, n.cdf);
 }
 
 }  // namespace bertfast

@@ -2,17 +2,18 @@
 
 import os
 
-import pytest
-
 if os.environ.get("TRITON_INTERPRET") == "1":
     import torch
 
-    import bertfast.ops
     from bertfast.ops import _define
 
     from . import checked_interpreter
 
     checked_interpreter.install()
+    _define.register_launchers("CPU")
+    _define._is_fp16_on_cpu = lambda args: False  # the launchers take fp16
     torch.set_num_threads(1)
+    torch.use_deterministic_algorithms(True, warn_only=True)  # torch.empty gives NaN: what is not written shows
+    torch.utils.deterministic.fill_uninitialized_memory = True
 else:
     collect_ignore_glob = ["*.py"]

@@ -1,0 +1,260 @@
+"""What the Triton kernels compile to, without a GPU: `python benchmarks/aot.py [--full] [--arch 80,90] [--json FILE]`.
+
+The real launchers are called with CPU tensors while a stub stands in for the CUDA driver: every kernel is compiled with
+the arguments, alignments and configuration that a training step gives it, and never launched. The cubin is then taken
+apart with the tools that Triton brings, and held against the rules:
+  bf16 and fp16   no spills, tensor-core instructions of the generation in every matrix kernel, 128-bit global access
+  all             shared memory within the limit of a block
+  attention       dropout adds at most 14 instructions a score to the loop, on sm_80 and sm_90
+fp32 is a correctness path and gfx942 is compiled only. A broken rule ends with exit code 1. Occupancy is computed from
+registers, shared and tensor memory; nothing here is a measurement of speed.
+"""
+
+import argparse
+import hashlib
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from concurrent.futures import ProcessPoolExecutor
+from itertools import chain
+from pathlib import Path
+
+os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")  # what a GPU run has today; 3.10 will change the default
+os.environ.setdefault("BERTFAST_NO_EXT", "1")
+
+import torch
+import triton
+from bertfast.kernels import (
+    add_layer_norm,
+    attention,
+    bias_gelu,
+    gelu_layer_norm,
+    masked_vocab_projection,
+    optimizer_step,
+)
+from triton.backends.compiler import GPUTarget
+from triton.runtime.jit import JITFunction
+
+CACHE = Path(__file__).resolve().parent.parent / "build" / "aot.json"  # disassembly by the hash of the cubin
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+#          threads and blocks of an SM, KiB of shared memory of an SM and of a block, tensor-core instruction
+HARDWARE = {
+    80: (2048, 32, 164, 163, r"\bHMMA\."),
+    86: (1536, 16, 100, 99, r"\bHMMA\."),
+    89: (1536, 24, 100, 99, r"\bHMMA\."),
+    90: (2048, 32, 228, 227, r"\bHGMMA\."),
+    100: (2048, 32, 228, 227, r"\bUTC\w*MMA"),
+    120: (1536, 24, 100, 99, r"\bHMMA\."),
+}
+COUNTS = {
+    "mma": r"\b(?:HMMA|HGMMA)\.|\bUTC\w*MMA",
+    "load128": r"\b(?:LDG|LDGSTS)\.E\.(?:\w+\.)*128|\bUTMALDG",
+    "store128": r"\bSTG\.E\.(?:\w+\.)*128|\bUTMASTG",
+    "narrow": r"\b(?:LDG|STG)\.E\.(?:\w+\.)*(?:U16|U8|S16)\b",
+    "local": r"\b(?:LDL|STL)\b",
+}
+COLUMNS = ("kernel", "case", "arch", "warps", "registers", "spill", "shared", "blocks", "occupancy", "instructions",
+           "loop", "per_element", *COUNTS)  # fmt: skip
+
+
+class StubDriver:
+    """Stands where the CUDA driver would, for one architecture: enough for Triton to compile and no more."""
+
+    def __init__(self, arch: int | str):
+        self.target = GPUTarget("cuda", arch, 32) if isinstance(arch, int) else GPUTarget("hip", arch, 64)
+
+    def get_current_target(self):
+        return self.target
+
+    def get_current_device(self):
+        return 0
+
+    def set_current_device(self, device):
+        pass
+
+    def get_current_stream(self, device):
+        return 0
+
+    def get_active_torch_device(self):
+        return torch.device("cpu")
+
+
+def compile_only(arch: int | str) -> list:
+    """Make every launch of this process compile for `arch` instead; returns the list the kernels are put on."""
+    compiled = []
+    triton.runtime.driver.set_active(StubDriver(arch))
+    run = JITFunction.run
+
+    def compile_instead(self, *args, grid, warmup, **kwargs):
+        kernel = run(self, *args, grid=grid, warmup=True, **kwargs)
+        compiled.append((self.fn.__name__, kwargs, kernel))
+        return kernel
+
+    JITFunction.run = compile_instead
+    return compiled
+
+
+def row_cases(dtype, h, dropouts):
+    x, w = torch.zeros(64, h, dtype=dtype), torch.zeros(h, dtype=dtype)
+    statistic, seed, key = torch.zeros(64), torch.zeros(1, dtype=torch.int64), torch.zeros(64, dtype=torch.int64)
+    for p in dropouts:
+        drop = p, seed, key, 3
+        yield f"H{h} p{p}", lambda: add_layer_norm.add_layer_norm_fwd(x, w, x, w, w, 1e-12, *drop)
+        yield f"H{h} p{p}", lambda: add_layer_norm.add_layer_norm_bwd(x, x, statistic, statistic, w, *drop)
+    yield f"H{h}", lambda: gelu_layer_norm.gelu_layer_norm_fwd(x, w, w, w, 1e-12)
+    yield f"H{h}", lambda: gelu_layer_norm.gelu_layer_norm_bwd(x, x, w, w, statistic, statistic)
+
+
+def attention_cases(dtype, d, dropouts, masks=(0,)):
+    n, s = 2, 128
+    qkv, out = torch.zeros(s, 3, n, d, dtype=dtype), torch.zeros(s, n, d, dtype=dtype)
+    lse, seed, key = torch.zeros(n, s), torch.zeros(1, dtype=torch.int64), torch.zeros(s, dtype=torch.int64)
+    cu, prefix = torch.tensor([0, s], dtype=torch.int32), torch.tensor([1], dtype=torch.int32)
+    q, k, v = qkv.unbind(1)
+    for p in dropouts:
+        for mask in masks:
+            for longest in (128, 512):  # the one kernel of short sequences, the two of long ones
+                layout = cu, cu, longest, longest, d**-0.5, mask, prefix, p, seed, key, 3
+                name = f"D{d} S{longest} p{p}" + ("", " causal", " prefix")[mask]
+                yield name, lambda: attention.attention_fwd(q, k, v, *layout)
+                yield name, lambda: attention.attention_packed_bwd(out, q, k, v, out, lse, *layout)
+
+
+def other_cases(dtype):
+    x, w = torch.zeros(64, 3072, dtype=dtype), torch.zeros(3072, dtype=dtype)
+    yield "I3072", lambda: bias_gelu.bias_gelu_fwd(x, w)
+    yield "I3072", lambda: bias_gelu.bias_gelu_bwd(x, x, w)
+    hidden, table, bias = (torch.zeros(s, dtype=dtype) for s in ((16, 64), (30522, 64), (30522,)))
+    labels, one = torch.zeros(16, dtype=torch.int64), torch.ones(())
+    yield "V30522", lambda: masked_vocab_projection.masked_vocab_projection_fwd(hidden, table, bias, labels, one)
+    p, state = [torch.zeros(4096, dtype=dtype)], [torch.zeros(4096)]
+    masters = state if dtype != torch.float32 else []
+    yield "", lambda: optimizer_step.adamw_step(p, p, masters, state, state, one, one, one, one, 0.9, 0.999, 1e-6, 0.01)
+    yield "", lambda: optimizer_step.grad_norm(p)
+
+
+def cases(full: bool):
+    """(name, dtype's name, launch): BERT-base in bf16, or everything that ships."""
+    both = 0.0, 0.1
+    for short, dtype in DTYPES.items() if full else [("bf16", torch.bfloat16)]:
+        groups = [row_cases(dtype, 768, both), attention_cases(dtype, 64, both), other_cases(dtype)]
+        if full:
+            groups += [row_cases(dtype, h, both) for h in (128, 256, 512, 1024, 2048, 4096, 8192)]
+            groups += [attention_cases(dtype, d, both) for d in (16, 24, 32, 48, 80, 96, 128)]
+            groups += [attention_cases(dtype, 64, both, masks=(1, 2))]
+        for name, launch in chain.from_iterable(groups):  # one at a time: a launch belongs to its loop's turn
+            yield name, short, launch
+
+
+def disassemble(cubin: bytes) -> dict:
+    """Resources and instruction counts of a cubin, kept by its hash: taking it apart costs longer than a cached compile."""
+    tools = triton.knobs.nvidia
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        run = lambda *command: subprocess.run([*command, file.name], capture_output=True, text=True).stdout
+        usage = dict(re.findall(r"(REG|STACK|LOCAL):(\d+)", run(tools.cuobjdump.path, "-res-usage")))
+        lines = run(tools.nvdisasm.path, "-c").splitlines()
+    row = {"registers": int(usage["REG"]), "spill": int(usage["STACK"]) + int(usage["LOCAL"])}
+    row |= {name: sum(bool(re.search(pattern, line)) for line in lines) for name, pattern in COUNTS.items()}
+    row["tensor_core"] = sorted({m[0] for line in lines if (m := re.search(COUNTS["mma"], line))})
+    labels, row["instructions"], row["loop"] = {}, 0, 0
+    for line in lines:
+        if label := re.match(r"^(\.L_x_\d+):", line):
+            labels[label[1]] = row["instructions"]
+        elif re.match(r"\s+/\*[0-9a-f]{4,}\*/", line):
+            row["instructions"] += 1
+            if (jump := re.search(r"BRA.*`\((\.L_x_\d+)\)", line)) and jump[1] in labels:
+                row["loop"] = max(row["loop"], row["instructions"] - labels[jump[1]])
+    return row
+
+
+def report(arch: int, name: str, case: str, dtype: str, kwargs: dict, kernel, known: dict) -> dict:
+    """One row of the table, with the rules it breaks under "broken"."""
+    meta, cubin = kernel.metadata, kernel.asm["cubin"]
+    key = hashlib.sha256(cubin).hexdigest()
+    known[key] = known.get(key) or disassemble(cubin)
+    row = {"kernel": name.removesuffix("_kernel"), "case": f"{dtype} {case}".strip(), "arch": arch} | known[key]
+    threads_of_sm, blocks_of_sm, shared_of_sm, shared_of_block, tensor_core = HARDWARE[arch]
+    warps, tensor_memory = meta.num_warps, getattr(meta, "tmem_size", 0) or 0
+    registers_of_block = -(-row["registers"] * 32 // 256) * 256 * warps
+    blocks = min(blocks_of_sm, threads_of_sm // (32 * warps), 65536 // registers_of_block,
+                 shared_of_sm * 1024 // (meta.shared + 1024), 512 // tensor_memory if tensor_memory else blocks_of_sm)  # fmt: skip
+    row |= {"warps": warps, "shared": meta.shared, "blocks": blocks, "occupancy": blocks * warps * 32 / threads_of_sm}
+    tile = kwargs.get("BLOCK_M", 0) * kwargs.get("BLOCK_N", 0) or kwargs.get("ROWS", 1) * kwargs.get("COLUMNS", 0)
+    row["elements_per_thread"] = (tile or 1024) / (32 * warps)
+    row["per_element"] = row["instructions"] / row["elements_per_thread"]
+
+    broken = [f"{meta.shared} B of shared memory"] if meta.shared > shared_of_block * 1024 else []
+    if dtype != "fp32":
+        broken += [f"{row['spill']} B spilled"] if row["spill"] or row["local"] else []
+        if name.startswith("attention") and not any(re.match(tensor_core, m) for m in row["tensor_core"]):
+            broken.append("no tensor-core instruction of this generation")
+        if not name.startswith(("sum_partials", "norm")) and not (row["load128"] or row["store128"]):
+            broken.append("no 128-bit access")
+    row["broken"] = broken
+    return row
+
+
+def report_architecture(arch: int | str, full: bool) -> list[dict]:
+    known = json.loads(CACHE.read_text()) if CACHE.exists() else {}
+    compiled, rows, seen = compile_only(arch), [], set()
+    for case, dtype, launch in cases(full):
+        launch()
+        for name, kwargs, kernel in compiled:
+            if isinstance(arch, str):
+                rows.append({"kernel": name, "case": case, "arch": arch, "broken": []})
+            elif kernel.hash not in seen:
+                seen.add(kernel.hash)
+                rows.append(report(arch, name, case, dtype, kwargs, kernel, known))
+        compiled.clear()
+    for row in rows:  # what dropout costs: this kernel's loop against its twin's without dropout
+        twin = [r for r in rows if r["kernel"] == row["kernel"] and r["case"] == row["case"].replace("p0.1", "p0.0")]
+        if "p0.1" in row["case"] and twin and row["warps"] == twin[0]["warps"] and row["loop"]:
+            row["dropout"] = (row["loop"] - twin[0]["loop"]) / row["elements_per_thread"]
+            if row["kernel"] == "attention_fwd" and arch in (80, 90) and "D64" in row["case"] and row["dropout"] > 14:
+                row["broken"].append(f"dropout adds {row['dropout']:.1f} instructions a score")
+    save({**(json.loads(CACHE.read_text()) if CACHE.exists() else {}), **known}, CACHE)
+    return rows
+
+
+def save(value, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f"{path.name}.{os.getpid()}")
+    temporary.write_text(json.dumps(value, indent=1))
+    temporary.replace(path)
+
+
+def show(rows: list[dict]) -> None:
+    def text(value) -> str:
+        return f"{value:.2f}" if isinstance(value, float) else "-" if value is None else str(value)
+
+    cells = [[*COLUMNS, "dropout"], *([text(row.get(c)) for c in (*COLUMNS, "dropout")] for row in rows)]
+    widths = [max(len(line[i]) for line in cells) for i in range(len(cells[0]))]
+    for line, row in zip(cells, [None, *rows]):
+        mark = "  <<< " + "; ".join(row["broken"]) if row and row["broken"] else ""
+        print("  ".join(cell.ljust(width) for cell, width in zip(line, widths)) + mark)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--full", action="store_true", help="all shipped configurations, not BERT-base in bf16 alone")
+    parser.add_argument("--arch", default="", help="a list such as 80,90,gfx942")
+    parser.add_argument("--json", type=Path, default=CACHE.with_name("aot_report.json"), help="where the table goes")
+    options = parser.parse_args()
+    names = options.arch or ("80,86,89,90,100,120,gfx942" if options.full else "80,90,100,120")
+    archs = [int(a) if a.isdigit() else a for a in names.split(",")]
+    with ProcessPoolExecutor(max_workers=min(2, os.cpu_count() or 1), max_tasks_per_child=1) as pool:
+        rows = [row for of_arch in pool.map(report_architecture, archs, [options.full] * len(archs)) for row in of_arch]
+    show(rows)
+    save(rows, options.json)
+    broken = sum(bool(row["broken"]) for row in rows)
+    print(f"{len(rows)} kernels compiled for {', '.join(map(str, archs))}; {broken} break a rule")
+    return 1 if broken else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,85 @@
+"""y = GELU(x + bias), exact erf, and its gradient: one read and one write of each (T, I) tensor.
+
+The backward's programs keep the sum of dx over their rows in registers; a second stage adds them in a fixed order.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from .hardware import backward_programs
+from .rows import store_partial, sum_partials
+
+COLUMNS = 512  # of a tile: two warps of 16-byte accesses
+
+
+@triton.jit
+def gelu(z):
+    return 0.5 * z * (1.0 + tl.erf(z * 0.7071067811865476))
+
+
+@triton.jit
+def gelu_derivative(z):
+    """Phi(z) + z phi(z)."""
+    cdf = 0.5 + 0.5 * tl.erf(z * 0.7071067811865476)
+    return cdf + z * (tl.exp2(z * z * -0.7213475204444817) * 0.3989422804014327)
+
+
+@triton.jit(do_not_specialize=["n_rows"])
+def bias_gelu_fwd_kernel(
+    x_ptr, bias_ptr, y_ptr,  # (T, I), (I,), (T, I)
+    n_rows, n_columns,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    columns = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    inside = (rows < n_rows)[:, None] & (columns < n_columns)[None, :]
+    at = rows[:, None] * n_columns + columns[None, :]
+    bias = tl.load(bias_ptr + columns, mask=columns < n_columns, other=0.0).to(tl.float32)
+    z = tl.load(x_ptr + at, mask=inside, other=0.0).to(tl.float32) + bias[None, :]
+    tl.store(y_ptr + at, gelu(z).to(y_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit(do_not_specialize=["n_rows"])
+def bias_gelu_bwd_kernel(
+    dy_ptr, x_ptr, bias_ptr, dx_ptr,  # (T, I), (T, I), (I,), (T, I)
+    partial_ptr,  # (1, n_programs, I) float32: dbias
+    n_rows, n_columns,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    columns = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    bias = tl.load(bias_ptr + columns, mask=columns < n_columns, other=0.0).to(tl.float32)
+    dbias = tl.zeros((ROWS, COLUMNS), tl.float32)
+    for first in tl.range(tl.program_id(0) * ROWS, n_rows, tl.num_programs(0) * ROWS):
+        rows = (first + tl.arange(0, ROWS)).to(tl.int64)
+        inside = (rows < n_rows)[:, None] & (columns < n_columns)[None, :]
+        at = rows[:, None] * n_columns + columns[None, :]
+        z = tl.load(x_ptr + at, mask=inside, other=0.0).to(tl.float32) + bias[None, :]
+        dx = tl.load(dy_ptr + at, mask=inside, other=0.0).to(tl.float32) * gelu_derivative(z)
+        tl.store(dx_ptr + at, dx.to(dx_ptr.dtype.element_ty), mask=inside)
+        dbias += dx
+    store_partial(partial_ptr, 0, dbias, columns, n_columns)
+
+
+def bias_gelu_fwd(x, bias):
+    x = x.contiguous()
+    n_rows, n_columns = x.shape
+    y = torch.empty_like(x)
+    if n_rows:
+        bias_gelu_fwd_kernel[(triton.cdiv(n_rows, 4), triton.cdiv(n_columns, COLUMNS))](
+            x, bias, y, n_rows, n_columns, ROWS=4, COLUMNS=COLUMNS, num_warps=4
+        )
+    return y
+
+
+def bias_gelu_bwd(dy, x, bias):
+    dy, x = dy.contiguous(), x.contiguous()
+    n_rows, n_columns = x.shape
+    dx = torch.empty_like(x)
+    column_blocks = triton.cdiv(n_columns, COLUMNS)
+    programs = max(1, min(triton.cdiv(n_rows, 4), triton.cdiv(backward_programs(x.device), column_blocks)))
+    partial = torch.empty((1, programs, n_columns), dtype=torch.float32, device=x.device)
+    bias_gelu_bwd_kernel[(programs, column_blocks)](
+        dy, x, bias, dx, partial, n_rows, n_columns, ROWS=4, COLUMNS=COLUMNS, num_warps=4
+    )
+    return dx, *sum_partials(partial, bias.dtype)

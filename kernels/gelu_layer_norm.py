@@ -1,0 +1,94 @@
+"""y = LayerNorm(GELU(x + bias)) and its gradient, the transform of the masked-language-model head, in one pass each.
+
+GELU(x + bias) is formed again in the backward from x: a few instructions instead of another (P, H) tensor.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from .add_layer_norm import load_row, normalize, normalize_gradient
+from .bias_gelu import gelu, gelu_derivative
+from .hardware import backward_programs
+from .rows import row_tile, store_partial, sum_partials
+
+
+@triton.jit(do_not_specialize=["n_rows"])
+def gelu_layer_norm_fwd_kernel(
+    x_ptr, bias_ptr, weight_ptr, ln_bias_ptr,  # (P, H), (H,), (H,), (H,)
+    y_ptr, mean_ptr, rstd_ptr,  # (P, H), (P,), (P,)
+    n_rows, n_columns, eps,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    columns = tl.arange(0, COLUMNS)
+    inside = (rows < n_rows)[:, None] & (columns < n_columns)[None, :]
+    at = rows[:, None] * n_columns + columns[None, :]
+    z = tl.load(x_ptr + at, mask=inside, other=0.0).to(tl.float32) + load_row(bias_ptr, columns, n_columns)
+    mean, rstd, x_hat = normalize(gelu(z), inside, n_columns, eps)
+    y = x_hat * load_row(weight_ptr, columns, n_columns) + load_row(ln_bias_ptr, columns, n_columns)
+    tl.store(y_ptr + at, y.to(y_ptr.dtype.element_ty), mask=inside)
+    tl.store(mean_ptr + rows, mean, mask=rows < n_rows)
+    tl.store(rstd_ptr + rows, rstd, mask=rows < n_rows)
+
+
+@triton.jit(do_not_specialize=["n_rows"])
+def gelu_layer_norm_bwd_kernel(
+    dy_ptr, x_ptr, bias_ptr, weight_ptr, mean_ptr, rstd_ptr,  # (P, H), (P, H), (H,), (H,), (P,), (P,)
+    dx_ptr,  # (P, H)
+    partial_ptr,  # (3, n_programs, H): dbias, dweight, dln_bias
+    n_rows, n_columns,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    columns = tl.arange(0, COLUMNS)
+    bias = load_row(bias_ptr, columns, n_columns)
+    weight = load_row(weight_ptr, columns, n_columns)
+    dbias = tl.zeros((ROWS, COLUMNS), tl.float32)
+    dweight = tl.zeros((ROWS, COLUMNS), tl.float32)
+    dln_bias = tl.zeros((ROWS, COLUMNS), tl.float32)
+    for first in tl.range(tl.program_id(0) * ROWS, n_rows, tl.num_programs(0) * ROWS):
+        rows = (first + tl.arange(0, ROWS)).to(tl.int64)
+        inside = (rows < n_rows)[:, None] & (columns < n_columns)[None, :]
+        at = rows[:, None] * n_columns + columns[None, :]
+        dy = tl.load(dy_ptr + at, mask=inside, other=0.0).to(tl.float32)
+        z = tl.load(x_ptr + at, mask=inside, other=0.0).to(tl.float32) + bias
+        mean = tl.load(mean_ptr + rows, mask=rows < n_rows, other=0.0)
+        rstd = tl.load(rstd_ptr + rows, mask=rows < n_rows, other=0.0)
+        x_hat = tl.where(inside, (gelu(z) - mean[:, None]) * rstd[:, None], 0.0)
+        dx = normalize_gradient(dy * weight, x_hat, rstd, n_columns) * gelu_derivative(z)
+        tl.store(dx_ptr + at, dx.to(dx_ptr.dtype.element_ty), mask=inside)
+        dbias += dx
+        dweight += dy * x_hat
+        dln_bias += dy
+    store_partial(partial_ptr, 0, dbias, columns, n_columns)
+    store_partial(partial_ptr, 1, dweight, columns, n_columns)
+    store_partial(partial_ptr, 2, dln_bias, columns, n_columns)
+
+
+def gelu_layer_norm_fwd(x, bias, weight, ln_bias, eps):
+    x = x.contiguous()
+    n_rows, n_columns = x.shape
+    y = torch.empty_like(x)
+    mean = torch.empty(n_rows, dtype=torch.float32, device=x.device)
+    rstd = torch.empty_like(mean)
+    rows, columns, warps = row_tile(n_columns, per_thread=32)
+    if n_rows:
+        gelu_layer_norm_fwd_kernel[(triton.cdiv(n_rows, rows),)](
+            x, bias, weight, ln_bias, y, mean, rstd, n_rows, n_columns, eps,
+            ROWS=rows, COLUMNS=columns, num_warps=warps,
+        )  # fmt: skip
+    return y, mean, rstd
+
+
+def gelu_layer_norm_bwd(dy, x, bias, weight, mean, rstd):
+    dy, x = dy.contiguous(), x.contiguous()
+    n_rows, n_columns = x.shape
+    dx = torch.empty_like(x)
+    rows, columns, warps = row_tile(n_columns, per_thread=16)
+    programs = max(1, min(triton.cdiv(n_rows, rows), backward_programs(x.device)))
+    partial = torch.empty((3, programs, n_columns), dtype=torch.float32, device=x.device)
+    gelu_layer_norm_bwd_kernel[(programs,)](
+        dy, x, bias, weight, mean, rstd, dx, partial, n_rows, n_columns,
+        ROWS=rows, COLUMNS=columns, num_warps=warps,
+    )  # fmt: skip
+    return dx, *sum_partials(partial, weight.dtype)

@@ -1,0 +1,205 @@
+"""AdamW and the gradient norm over many tensors in one launch: addresses come from a table on the device.
+
+Each program finds its tensor among the table's first programs, and walks CHUNK elements of it. The step reads every
+tensor once and writes once the moments, the master and the compute copy; nothing is read back to the host.
+"""
+
+import math
+from functools import lru_cache
+
+import torch
+import triton
+import triton.language as tl
+
+CHUNK = 8192  # elements of a program
+BLOCK = tl.constexpr(1024)
+
+
+@triton.jit
+def find_chunk(firsts_ptr, n_tensors, TENSORS: tl.constexpr, CHUNK: tl.constexpr):
+    """This program's tensor and its first element there; firsts (n_tensors,) int32: each tensor's first program."""
+    at = tl.arange(0, TENSORS)
+    firsts = tl.load(firsts_ptr + at, mask=at < n_tensors, other=2147483647)
+    tensor = tl.sum((firsts <= tl.program_id(0)).to(tl.int32), 0) - 1
+    return tensor, (tl.program_id(0) - tl.load(firsts_ptr + tensor)).to(tl.int64) * CHUNK
+
+
+@triton.jit
+def tensor_pointer(addresses_ptr, index, DTYPE: tl.constexpr, ALIGNED: tl.constexpr):
+    """Entry `index` of the table of addresses as a pointer; ALIGNED to 16 bytes, so that accesses may be that wide."""
+    pointer = tl.load(addresses_ptr + index).to(tl.pointer_type(DTYPE))
+    return tl.multiple_of(pointer, 16) if ALIGNED else pointer
+
+
+@triton.jit
+def load_float(ptr, at, size, WHOLE: tl.constexpr):
+    """float32 values at `at`, zeros beyond `size`; a WHOLE block has no mask, which would hinder 16-byte accesses."""
+    if WHOLE:
+        return tl.load(ptr + at).to(tl.float32)
+    else:
+        return tl.load(ptr + at, mask=at < size, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def store_float(ptr, at, size, value, WHOLE: tl.constexpr):
+    if WHOLE:
+        tl.store(ptr + at, value.to(ptr.dtype.element_ty))
+    else:
+        tl.store(ptr + at, value.to(ptr.dtype.element_ty), mask=at < size)
+
+
+@triton.jit
+def adamw_block(
+    param_ptr, grad_ptr, master_ptr, exp_avg_ptr, exp_avg_sq_ptr, at, size,
+    lr, grad_scale, gain1, gain2, correction1, correction2, eps, weight_decay,
+    HAS_MASTER: tl.constexpr, WHOLE: tl.constexpr,
+):  # fmt: skip
+    g = load_float(grad_ptr, at, size, WHOLE) * grad_scale
+    m = load_float(exp_avg_ptr, at, size, WHOLE)
+    v = load_float(exp_avg_sq_ptr, at, size, WHOLE)
+    value = load_float(master_ptr, at, size, WHOLE)
+    m += gain1 * (g - m)
+    v += gain2 * (g * g - v)
+    u = m / correction1 / (tl.sqrt(v / correction2) + eps)
+    value = value * (1.0 - lr * weight_decay) - lr * u
+    store_float(exp_avg_ptr, at, size, m, WHOLE)
+    store_float(exp_avg_sq_ptr, at, size, v, WHOLE)
+    store_float(master_ptr, at, size, value, WHOLE)
+    if HAS_MASTER:
+        store_float(param_ptr, at, size, value, WHOLE)
+
+
+@triton.jit(do_not_specialize=["n_tensors"])
+def adamw_step_kernel(
+    addresses_ptr, sizes_ptr, firsts_ptr,  # (5, n_tensors), (n_tensors,), (n_tensors,)
+    lr_ptr, step_ptr, grad_scale_ptr, skip_ptr,  # float32 scalars
+    n_tensors, gain1, gain2, log2_beta1, log2_beta2, eps, weight_decay,  # gain: 1 - beta
+    PARAM: tl.constexpr, GRAD: tl.constexpr, HAS_MASTER: tl.constexpr, ALIGNED: tl.constexpr, TENSORS: tl.constexpr,
+    CHUNK: tl.constexpr,
+):  # fmt: skip
+    if tl.load(skip_ptr) != 0.0:
+        return
+    tensor, first = find_chunk(firsts_ptr, n_tensors, TENSORS, CHUNK)
+    size = tl.load(sizes_ptr + tensor)
+    param_ptr = tensor_pointer(addresses_ptr, tensor, PARAM, ALIGNED)
+    grad_ptr = tensor_pointer(addresses_ptr, n_tensors + tensor, GRAD, ALIGNED)
+    master_ptr = tensor_pointer(addresses_ptr, 2 * n_tensors + tensor, tl.float32, ALIGNED)
+    exp_avg_ptr = tensor_pointer(addresses_ptr, 3 * n_tensors + tensor, tl.float32, ALIGNED)
+    exp_avg_sq_ptr = tensor_pointer(addresses_ptr, 4 * n_tensors + tensor, tl.float32, ALIGNED)
+    lr, grad_scale = tl.load(lr_ptr), tl.load(grad_scale_ptr)
+    step = tl.load(step_ptr).to(tl.float64)  # 1 - beta^step loses all its digits in fp32 at the first steps
+    correction1 = (1.0 - tl.exp2(step * log2_beta1)).to(tl.float32)
+    correction2 = (1.0 - tl.exp2(step * log2_beta2)).to(tl.float32)
+    for start in tl.range(first, tl.minimum(first + CHUNK, size), BLOCK):
+        at = start + tl.arange(0, BLOCK)
+        if start + BLOCK <= size:
+            adamw_block(
+                param_ptr, grad_ptr, master_ptr, exp_avg_ptr, exp_avg_sq_ptr, at, size,
+                lr, grad_scale, gain1, gain2, correction1, correction2, eps, weight_decay, HAS_MASTER, True,
+            )  # fmt: skip
+        else:
+            adamw_block(
+                param_ptr, grad_ptr, master_ptr, exp_avg_ptr, exp_avg_sq_ptr, at, size,
+                lr, grad_scale, gain1, gain2, correction1, correction2, eps, weight_decay, HAS_MASTER, False,
+            )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["n_tensors"])
+def sum_squares_kernel(
+    addresses_ptr, sizes_ptr, firsts_ptr,  # (1, n_tensors), (n_tensors,), (n_tensors,)
+    partial_ptr,  # (n_programs,) float32
+    n_tensors,
+    GRAD: tl.constexpr, ALIGNED: tl.constexpr, TENSORS: tl.constexpr, CHUNK: tl.constexpr,
+):  # fmt: skip
+    tensor, first = find_chunk(firsts_ptr, n_tensors, TENSORS, CHUNK)
+    size = tl.load(sizes_ptr + tensor)
+    grad_ptr = tensor_pointer(addresses_ptr, tensor, GRAD, ALIGNED)
+    total = tl.zeros((BLOCK,), tl.float32)
+    for start in tl.range(first, tl.minimum(first + CHUNK, size), BLOCK):
+        at = start + tl.arange(0, BLOCK)
+        if start + BLOCK <= size:
+            g = load_float(grad_ptr, at, size, True)
+        else:
+            g = load_float(grad_ptr, at, size, False)
+        total += g * g
+    tl.store(partial_ptr + tl.program_id(0), tl.sum(total, 0))
+
+
+@triton.jit(do_not_specialize=["n_partials"])
+def norm_kernel(partial_ptr, out_ptr, n_partials, BLOCK: tl.constexpr):
+    """One program: the square root of the partial sums' sum, in a fixed order."""
+    total = tl.zeros((BLOCK,), tl.float32)
+    for first in tl.range(0, n_partials, BLOCK):
+        at = first + tl.arange(0, BLOCK)
+        total += tl.load(partial_ptr + at, mask=at < n_partials, other=0.0)
+    tl.store(out_ptr, tl.sqrt_rn(tl.sum(total, 0)))
+
+
+@lru_cache(maxsize=64)
+def address_table(addresses: tuple[int, ...], sizes: tuple[int, ...], device: torch.device):
+    """Addresses, sizes and first programs on the device, and how many programs there are.
+
+    Kept: the addresses repeat from step to step, and a captured CUDA graph reads the pinned copy again.
+    """
+    programs = [triton.cdiv(n, CHUNK) for n in sizes]
+    firsts = [sum(programs[:i]) for i in range(len(programs))]
+    host = [torch.tensor(list(t), dtype=d) for t, d in
+            ((addresses, torch.int64), (sizes, torch.int64), (firsts, torch.int32))]  # fmt: skip
+    if device.type == "cuda":
+        host = [t.pin_memory() for t in host]
+    return [t.to(device, non_blocking=True) for t in host], sum(programs), host
+
+
+def table(*lists):
+    """`address_table` for lists of equally many tensors, without the empty ones, and the constants of the launch."""
+    full = [i for i, t in enumerate(lists[0]) if t.numel()]
+    tensors = [group[i] for group in lists for i in full]
+    if not all(t.is_contiguous() for t in tensors):
+        raise ValueError("the optimiser's tensors must be contiguous")
+    addresses = tuple(t.data_ptr() for t in tensors)
+    sizes = tuple(lists[0][i].numel() for i in full)
+    on_device, programs, _ = address_table(addresses, sizes, lists[0][0].device)
+    options = {
+        "ALIGNED": all(a % 16 == 0 for a in addresses), "TENSORS": triton.next_power_of_2(max(1, len(full))),
+        "CHUNK": CHUNK, "num_warps": 4,
+    }  # fmt: skip
+    return on_device, len(full), programs, options
+
+
+def triton_dtype(dtype: torch.dtype) -> tl.dtype:
+    return {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}[dtype]
+
+
+def log2(beta: float) -> float:
+    return math.log2(beta) if beta > 0.0 else -math.inf
+
+
+def adamw_step(
+    params, grads, masters, exp_avgs, exp_avg_sqs, lr, step, grad_scale, skip, beta1, beta2, eps, weight_decay
+):
+    masters_or_params = masters or params
+    grads = [g.contiguous() for g in grads]
+    for param_dtype, grad_dtype in sorted({(p.dtype, g.dtype) for p, g in zip(params, grads)}, key=str):
+        of_type = [i for i, (p, g) in enumerate(zip(params, grads)) if (p.dtype, g.dtype) == (param_dtype, grad_dtype)]
+        lists = [[group[i] for i in of_type] for group in (params, grads, masters_or_params, exp_avgs, exp_avg_sqs)]
+        on_device, n_tensors, programs, options = table(*lists)
+        if programs:
+            adamw_step_kernel[(programs,)](
+                *on_device, lr, step, grad_scale, skip,
+                n_tensors, 1 - beta1, 1 - beta2, log2(beta1), log2(beta2), eps, weight_decay,
+                PARAM=triton_dtype(param_dtype), GRAD=triton_dtype(grad_dtype), HAS_MASTER=bool(masters), **options,
+            )  # fmt: skip
+
+
+def grad_norm(grads):
+    grads = [g.contiguous() for g in grads]
+    parts = [grads[0].new_zeros(1, dtype=torch.float32)]
+    for dtype in sorted({g.dtype for g in grads}, key=str):
+        on_device, n_tensors, programs, options = table([g for g in grads if g.dtype == dtype])
+        if programs:
+            parts.append(torch.empty(programs, dtype=torch.float32, device=grads[0].device))
+            sum_squares_kernel[(programs,)](*on_device, parts[-1], n_tensors, GRAD=triton_dtype(dtype), **options)
+    partial = parts[-1] if len(parts) == 2 else torch.cat(parts)
+    out = torch.empty((), dtype=torch.float32, device=partial.device)
+    norm_kernel[(1,)](partial, out, partial.numel(), BLOCK=1024, num_warps=4)
+    return out

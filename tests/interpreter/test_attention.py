@@ -1,0 +1,103 @@
+"""Attention beyond the table of ops: every kernel and tile of the configurations, strides, cross-attention, far rows."""
+
+import pytest
+import torch
+
+from bertfast.kernels import attention as kernels
+from bertfast.ops import attention as reference
+
+SEED = torch.tensor([-0x1234_5678_9ABC])
+
+
+def compare(q, k, v, lengths_q, lengths_k, mask_mode, p, row_key=None, packed=False):
+    """Forward and backward of the launchers against the reference in fp64, to the roundings of fp32."""
+    bounds = [torch.tensor([0, *lengths]).cumsum(0).int() for lengths in (lengths_q, lengths_k)]
+    prefix = torch.tensor([n // 2 for n in lengths_k], dtype=torch.int32)
+    layout = (*bounds, max(lengths_q), max(lengths_k), q.shape[-1] ** -0.5, mask_mode, prefix, p, SEED, row_key, 77)
+    wide = [t.double() for t in (q, k, v)]
+    out, lse = kernels.attention_fwd(q, k, v, *layout)
+    expected = reference._attention_fwd(*wide, *layout)
+    dout = torch.randn(q.shape)
+    saved = dout, q, k, v, out, lse
+    if packed:
+        gradients = kernels.attention_packed_bwd(*saved, *layout).unbind(1)
+    else:
+        dq, dkv = kernels.attention_bwd(*saved, *layout)
+        gradients = dq, *dkv.unbind(1)
+    expected_dq, expected_dkv = reference._attention_bwd(dout.double(), *wide, *expected, *layout)
+    for name, got, want in zip(
+        ("out", "lse", "dq", "dk", "dv"), (out, lse, *gradients), (*expected, expected_dq, *expected_dkv.unbind(1))
+    ):
+        torch.testing.assert_close(got, want.float(), rtol=2e-5, atol=5e-6, msg=lambda m: f"{name}: {m}")  # noqa: B023
+
+
+def packed_qkv(rows, heads, d):
+    return torch.randn(rows, 3, heads, d).unbind(1)
+
+
+def full_core(values):
+    """All values, of which only the first is part of the core."""
+    return [values[0], *(pytest.param(v, marks=pytest.mark.full) for v in values[1:])]
+
+
+@pytest.mark.parametrize("d", full_core([64, 16, 24, 48, 80, 96, 128]))
+@pytest.mark.parametrize("arch", full_core([80, 86, 90, 100, 120, "gfx942"]))
+@pytest.mark.parametrize("element_size", [2, 4])
+def test_every_configuration(monkeypatch, arch, d, element_size):
+    """The tiles that each architecture gets, in fp32 arithmetic; one sequence longer than any tile, so both backwards."""
+    chosen = kernels.configuration
+    monkeypatch.setattr(kernels, "configuration", lambda kernel, _, block_d, __, drop: chosen(kernel, arch, block_d, element_size, drop))
+    q, k, v = packed_qkv(140, 1, d)
+    compare(q, k, v, [7, 129], [7, 129], 0, 0.2, packed=True)
+    compare(q[:40], k[:40], v[:40], [7, 30], [7, 30], 0, 0.2, packed=True)
+
+
+@pytest.mark.parametrize("longest", [40, 140], ids=["whole", "split"])
+@pytest.mark.parametrize("mask_mode", [0, 1, 2], ids=["full", "causal", "prefix"])
+def test_cross_attention_with_keys_of_other_lengths(mask_mode, longest):
+    lengths_q, lengths_k = [5, 0, 33, 1], [70, 3, longest, 1] if longest > 40 else [40, 3, 33, 1]
+    if longest > 40:
+        lengths_q[2] = 140
+    q, (k, v) = torch.randn(sum(lengths_q) + 3, 2, 32), torch.randn(2, sum(lengths_k) + 2, 2, 32)
+    positions = [torch.randperm(m)[:n].sort().values if m >= n else torch.arange(n) for n, m in zip(lengths_q, lengths_k)]
+    row_key = torch.cat([p + (b + 3 << 32) for b, p in enumerate(positions)] + [torch.zeros(3, dtype=torch.int64)])
+    compare(q, k, v, lengths_q, lengths_k, mask_mode, 0.1, row_key)
+
+
+def test_queries_without_a_key():
+    q, (k, v) = torch.randn(9, 1, 16), torch.randn(2, 4, 1, 16)
+    compare(q, k, v, [5, 4], [0, 4], 0, 0.0)
+
+
+@pytest.mark.parametrize("layout", ["heads first", "padded rows", "odd rows"])
+def test_strides(layout):
+    if layout == "heads first":
+        q, k, v = (torch.randn(2, 50, 32).transpose(0, 1) for _ in range(3))
+    else:
+        width = 80 if layout == "padded rows" else 75
+        q, k, v = (torch.randn(50, width)[:, 5 : 5 + 64].unflatten(1, (2, 32)) for _ in range(3))
+    compare(q, k, v, [20, 30], [20, 30], 0, 0.2)
+
+
+def test_rows_beyond_int32():
+    """Row offsets past 2^31 elements, in memory that is reserved and never touched in between."""
+    stride = 2**29
+    q, k, v = (torch.empty(0).set_(torch.UntypedStorage(4 * (4 * stride + 64)), 0, (5, 1, 16), (stride, 16, 1)) for _ in range(3))
+    for t in (q, k, v):
+        t.copy_(torch.randn(5, 1, 16))
+    near = [t.clone() for t in (q, k, v)]
+    bounds = torch.tensor([0, 1, 2, 3, 4, 5], dtype=torch.int32)
+    layout = bounds, bounds, 1, 1, 0.25, 0, None, 0.0, None, None, 0
+    assert torch.equal(kernels.attention_fwd(q, k, v, *layout)[0], kernels.attention_fwd(*near, *layout)[0])
+
+
+def test_what_the_kernels_do_not_do_is_refused():
+    q, k, v = packed_qkv(4, 1, 8)
+    layout = [torch.tensor([0, 4]).int()] * 2
+    with pytest.raises(ValueError, match="head size"):
+        kernels.attention_fwd(q, k, v, *layout, 4, 4, 1.0, 0, None, 0.0, None, None, 0)
+    q, k, v = packed_qkv(4, 1, 16)
+    with pytest.raises(ValueError, match="positive scale"):
+        kernels.attention_fwd(q, k, v, *layout, 4, 4, -1.0, 0, None, 0.0, None, None, 0)
+    with pytest.raises(ValueError, match="too far apart"):
+        kernels.attention_fwd(q, k, v, *layout, 2**27, 4, 1.0, 0, None, 0.0, None, None, 0)

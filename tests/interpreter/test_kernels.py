@@ -1,0 +1,96 @@
+"""Every Triton kernel with every option, through its op, against fp64 truth: no further from it than eager PyTorch."""
+
+import math
+
+import pytest
+import torch
+from bertfast.benchmarks.cases import CASES, run
+from bertfast.kernels import optimizer_step as optimizer_kernels
+
+from bertfast.ops import optimizer_step as optimizer_reference
+
+from . import checked_interpreter
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+# Even, odd rows, odd columns, one row, zero rows; beyond one tile of rows; each a fraction of a second.
+SHAPES = {
+    "rows": ((8, 256), (37, 128), (5, 203), (1, 64), (0, 64)),
+    "masked_vocab_projection": ((40, 64, 1000), (37, 48, 203), (1, 64, 333), (0, 64, 64)),
+    "attention": (((64, 64), 0, 1, 64), ((37, 1, 0, 90), 5, 2, 32), ((9,), 0, 1, 40), ((), 4, 2, 64), ((20, 7), 3, 2, 24)),
+}
+WITH_LAUNCHERS = [c for c in CASES.values() if c.name != "embedding_sum"]
+
+
+def shapes_of(case):
+    kind = "attention" if case.name.startswith("attention") else case.name
+    return SHAPES.get(kind, SHAPES["rows"])
+
+
+def table():
+    """fp32 sees every shape with and without dropout; the sixteen-bit types the two largest shapes of each op."""
+    for case in WITH_LAUNCHERS:
+        for index, shape in enumerate(shapes_of(case)):
+            for p in (0.0, 0.3) if case.dropout else (0.0,):
+                for name, dtype in DTYPES.items():
+                    core = (name == "fp32" and (p > 0 or not case.dropout)) or (name == "bf16" and index == 1 and p > 0)
+                    marks = () if core or index == 1 and not case.dropout else pytest.mark.full
+                    yield pytest.param(case, shape, p, dtype, id=f"{case.name}-{index}-p{p}-{name}", marks=marks)
+
+
+def assert_no_further(name, fused, eager, truth, noise=0.0):
+    """The parity contract's rule; two units in the last place of the largest value for the differing last rounding."""
+    assert fused.shape == truth.shape and fused.dtype == eager.dtype and torch.isfinite(fused).all(), name
+    if truth.numel() == 0:
+        return
+    error, allowed = ((side.double() - truth).abs().max().item() for side in (fused, eager))
+    ulps = max(2.0, math.sqrt(truth.numel())) if fused.dtype == torch.float32 else 2.0
+    tiny = ulps * torch.finfo(fused.dtype).eps * truth.abs().max().item() + 1e-30
+    assert error <= allowed + tiny + noise, f"{name}: error {error:.3g}, eager {allowed:.3g} + {tiny:.3g}"
+
+
+def check(case, shape, p, dtype):
+    truth = run(case.eager, case, case.inputs(shape, torch.float64), p)
+    eager = run(case.eager, case, case.inputs(shape, dtype), p)
+    for name, value in run(case.fused, case, case.inputs(shape, dtype), p).items():
+        noise = loss_noise(case.inputs(shape, torch.float64), dtype) if "hidden" in case.differentiable and name == "y" else 0
+        assert_no_further(name, value, eager[name], truth[name], noise)
+
+
+def loss_noise(t, dtype):
+    """Both sides hold logits in sixteen bits, so that the mean loss of n rows is a sum of n independent roundings: which
+    side they happen to cancel on is luck. Their standard deviation bounds it, eps / 2 / sqrt(3) of a logit each."""
+    if dtype == torch.float32 or not t["hidden"].numel():
+        return 0.0
+    logits = t["hidden"] @ t["weight"].T + t["bias"]
+    n = max(1, int((t["labels"] != -100).sum()))
+    return torch.finfo(dtype).eps / 2 / 3**0.5 * logits.abs().max().item() / n**0.5
+
+
+@pytest.mark.parametrize(("case", "shape", "p", "dtype"), list(table()))
+def test_error_not_above_eager(case, shape, p, dtype):
+    check(case, shape, p, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=list(DTYPES))
+def test_adamw_and_grad_norm(dtype):
+    """Against the reference in the same dtypes, over several chunks, a tail, an empty and a one-element tensor."""
+    torch.manual_seed(3)
+    shapes = [(130, 65), (7,), (0,), (1,), (8192,)]
+    kernels, references = [], []
+    for side in (kernels, references):
+        torch.manual_seed(3)
+        masters = [torch.randn(s) for s in shapes]
+        side += [[m.to(dtype) for m in masters], [torch.randn(s).to(dtype) for s in shapes]]
+        side += [masters if dtype != torch.float32 else [], [torch.randn(s) for s in shapes], [torch.rand(s) for s in shapes]]
+    checked_interpreter.reached_by_address[:] = [t for group in kernels for t in group]
+    norm = optimizer_kernels.grad_norm(kernels[1])
+    torch.testing.assert_close(norm, torch.cat([g.double().flatten() for g in kernels[1]]).norm().float())
+    for step, skip in ((1.0, 0.0), (2.0, 1.0), (3.0, 0.0)):
+        scalars = [torch.tensor(x) for x in (1e-2, step, 0.5, skip)]
+        for side, call in ((kernels, optimizer_kernels.adamw_step), (references, optimizer_reference._adamw_step)):
+            call(*side, *scalars, 0.9, 0.999, 1e-6, 0.1)
+        for ours, theirs in zip(kernels, references):
+            for a, b in zip(ours, theirs):
+                torch.testing.assert_close(a, b, rtol=2e-6 if a.dtype == torch.float32 else 1e-2, atol=1e-6)
+    for param, master in zip(kernels[0], kernels[2]):
+        assert torch.equal(param, master.to(dtype))

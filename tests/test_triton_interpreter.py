@@ -1,0 +1,29 @@
+"""The Triton kernels on CPU tensors. Triton picks its interpreter when it is imported, hence another process."""
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+HERE = Path(__file__).parent
+ENVIRONMENT = {**os.environ, "TRITON_INTERPRET": "1", "BERTFAST_NO_EXT": "1"}
+
+
+def run_pytest(marker: str) -> None:
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-m", marker, "-p", "no:cacheprovider", str(HERE / "interpreter")]
+    done = subprocess.run(command, env=ENVIRONMENT, cwd=HERE.parent, capture_output=True, text=True)
+    print(done.stdout[-2000:])
+    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
+class TestInterpreter:
+    def test_core(self):
+        run_pytest("not full")
+
+    @pytest.mark.full
+    def test_full(self):
+        run_pytest("full")
