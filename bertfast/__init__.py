@@ -1,21 +1,28 @@
 """bertfast: fused kernels for BERT, and a pretraining and fine-tuning stack on top of them."""
 
-from . import nn, ops
-from .batch import PackedBatch
-from .config import BertConfig
-from .model import BertForMaskedLM, BertForNextSentencePrediction, BertForPreTraining, BertModel
-from .ops import backends
+import importlib
+
 from .version import __version__
 
-__all__ = [
-    "BertConfig",
-    "BertForMaskedLM",
-    "BertForNextSentencePrediction",
-    "BertForPreTraining",
-    "BertModel",
-    "PackedBatch",
-    "__version__",
-    "backends",
-    "nn",
-    "ops",
-]
+_HOMES = {  # public name -> where it is defined; imported when first used, so that `bertfast --help` need not wait
+    "BertConfig": "config",
+    "BertForMaskedLM": "model",
+    "BertForNextSentencePrediction": "model",
+    "BertForPreTraining": "model",
+    "BertModel": "model",
+    "PackedBatch": "batch",
+    "backends": "ops",
+}
+__all__ = ["__version__", "nn", "ops", *_HOMES]
+
+
+def __getattr__(name: str):
+    if name in ("nn", "ops"):
+        return importlib.import_module(f".{name}", __name__)
+    if name in _HOMES:
+        return getattr(importlib.import_module(f".{_HOMES[name]}", __name__), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -31,10 +31,10 @@ def prepare(
     text: Annotated[list[str], typer.Argument(help="Files, folders or globs: .txt .txt.gz .jsonl .jsonl.gz .parquet")],
     out: Annotated[Path, typer.Option(help="Folder to write; replaced if it holds a set made from something else.")],
     vocab: Annotated[Path | None, typer.Option(help="vocab.txt, tokenizer.json or a checkpoint's folder.")] = None,
-    vocab_size: Annotated[int | None, typer.Option(min=100, help="Learn this many entries instead [30522].")] = None,
+    vocab_size: Annotated[int | None, typer.Option(min=100, help="Learn this many entries instead (30522).")] = None,
     cased: Annotated[bool, typer.Option("--cased", help="Keep case and accents.")] = False,
     field: Annotated[str, typer.Option(help="Where the text is in .jsonl and .parquet.")] = "text",
-    workers: Annotated[int | None, typer.Option(min=1, help="Processes [all cores].")] = None,
+    workers: Annotated[int | None, typer.Option(min=1, help="Processes; by default all cores.")] = None,
 ) -> None:
     """Turn text into what pretraining reads: sentences as WordPiece ids, in flat files that are memory-mapped.
 
@@ -53,7 +53,7 @@ def prepare(
 def pretrain(
     context: typer.Context,
     out: Annotated[Path, typer.Option(help="The run's folder: checkpoints, metrics.jsonl, loss.png.")],
-    data: Annotated[Path | None, typer.Option(help="A prepared set [the documentation on this machine].")] = None,
+    data: Annotated[Path | None, typer.Option(help="A prepared set; by default the documentation on this machine.")] = None,
     preset: Annotated[str, typer.Option(help="tiny, mini, small, medium, base or large.")] = "mini",
     model_config: Annotated[Path | None, typer.Option(help="A Hugging Face config.json instead of a preset.")] = None,
     init_from: Annotated[str | None, typer.Option(help="Go on training from this checkpoint's weights.")] = None,

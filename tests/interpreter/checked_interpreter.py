@@ -18,7 +18,8 @@ from triton.runtime import interpreter
 from triton.runtime.interpreter import GridExecutor, InterpreterBuilder, TensorHandle
 
 HALF = (tl.bfloat16, tl.float16)
-NOBODY, SEVERAL = -1, -2  # in a shadow array, beside the number of the one program that touched the element
+NOBODY, SEVERAL = -1, -2  # in a shadow page, beside the number of the one program that touched the element
+PAGE = np.uint64(1 << 16)
 
 
 def to_float32(handle: TensorHandle) -> np.ndarray:
@@ -47,7 +48,7 @@ class Memory:
                     for t in [*arguments, *reached_by_address] if hasattr(t, "untyped_storage")}  # fmt: skip
         self.first = np.array(sorted(storages), dtype=np.uint64)
         self.end = self.first + np.array([storages[int(p)] for p in self.first], dtype=np.uint64)
-        self.shadows: dict[int, tuple[np.ndarray, np.ndarray]] = {}
+        self.pages: dict[int, tuple[np.ndarray, np.ndarray]] = {}  # by address / PAGE: last writer, last reader
 
     def check(self, builder, pointers: TensorHandle, mask: np.ndarray, is_store: bool) -> None:
         addresses = np.atleast_1d(pointers.data)[np.atleast_1d(np.broadcast_to(mask, np.shape(pointers.data)))]
@@ -63,21 +64,17 @@ class Memory:
             raise RuntimeError(f"race: program {builder.grid_idx} stores twice to one address in one instruction")
         x, y, z = builder.grid_idx
         program = (x * builder.grid_dim[1] + y) * builder.grid_dim[2] + z
-        for index in np.unique(storage):
-            written, read = self.shadow(int(index))
-            at = ((addresses[storage == index] - self.first[index]) // np.uint64(2)).astype(np.int64)
+        for page in np.unique(addresses // PAGE):
+            if int(page) not in self.pages:
+                self.pages[int(page)] = np.full(int(PAGE) // 2, NOBODY, np.int32), np.full(int(PAGE) // 2, NOBODY, np.int32)
+            written, read = self.pages[int(page)]
+            at = (addresses[addresses // PAGE == page] % PAGE // 2).astype(np.int64)
             if touched_by_another(written[at], program) or (is_store and touched_by_another(read[at], program)):
                 raise RuntimeError(f"race: program {builder.grid_idx} makes a {what} where another program was")
             if is_store:
                 written[at] = program
             else:
                 read[at] = np.where((read[at] == NOBODY) | (read[at] == program), program, SEVERAL)
-
-    def shadow(self, index: int) -> tuple[np.ndarray, np.ndarray]:
-        if index not in self.shadows:
-            n = (int(self.end[index] - self.first[index]) + 1) // 2
-            self.shadows[index] = np.full(n, NOBODY, np.int32), np.full(n, NOBODY, np.int32)
-        return self.shadows[index]
 
 
 def touched_by_another(shadow: np.ndarray, program: int) -> bool:

@@ -20,8 +20,8 @@ def scale_kernel(x_ptr, y_ptr, n, FAULT: tl.constexpr, BLOCK: tl.constexpr):
     if FAULT == "atomic":
         tl.atomic_add(y_ptr + at, x, mask=inside)
     if FAULT == "race":
-        at = at - 1
-        inside = inside & (at >= 0)
+        at = at - tl.program_id(0)  # overlaps the program before
+        inside = at < n
     if FAULT == "twice":
         at = at // 2
     if FAULT == "sum":
