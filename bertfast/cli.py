@@ -53,7 +53,7 @@ def prepare(
 def pretrain(
     context: typer.Context,
     out: Annotated[Path, typer.Option(help="The run's folder: checkpoints, metrics.jsonl, loss.png.")],
-    data: Annotated[Path | None, typer.Option(help="A prepared set; by default the documentation on this machine.")] = None,
+    data: Annotated[Path | None, typer.Option(help="A prepared set; by default documentation found here.")] = None,
     preset: Annotated[str, typer.Option(help="tiny, mini, small, medium, base or large.")] = "mini",
     model_config: Annotated[Path | None, typer.Option(help="A Hugging Face config.json instead of a preset.")] = None,
     init_from: Annotated[str | None, typer.Option(help="Go on training from this checkpoint's weights.")] = None,

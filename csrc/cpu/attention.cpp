@@ -92,8 +92,8 @@ int64_t parts_of(const Problem& p) {
   return threads == 1 ? 1 : std::clamp<int64_t>((4 * threads + heads - 1) / heads, 1, 4 * threads);
 }
 
-// Runs f(task) for all, the longest sequences first, each thread taking the next when it is done: who computes a
-// task doesn't change its result.
+// Runs f(task, the thread's next task or nullptr) for all, the longest sequences first, each thread taking another when
+// one is done: who computes a task doesn't change its result.
 template <typename F>
 void for_tasks(const Problem& p, int64_t parts, F&& f) {
   std::vector<int64_t> order(p.n_sequences);
@@ -102,11 +102,35 @@ void for_tasks(const Problem& p, int64_t parts, F&& f) {
     return p.queries(a) * p.keys(a) > p.queries(b) * p.keys(b);
   });
   const int64_t each = p.n_heads * parts, n = p.n_sequences * each;
-  std::atomic<int64_t> next{0};
+  std::atomic<int64_t> taken{0};
   at::parallel_for(0, std::min<int64_t>(n, at::get_num_threads()), 1, [&](int64_t, int64_t) {
-    for (int64_t i; (i = next++) < n;) f(Task{order[i / each], i % each / parts, i % parts, parts});
+    const auto task = [&](int64_t i) { return Task{order[i / each], i % each / parts, i % parts, parts}; };
+    for (int64_t i = taken++, next; i < n; i = next) {
+      next = taken++;
+      const Task following = next < n ? task(next) : Task{};
+      f(task(i), next < n ? &following : nullptr);
+    }
   });
 }
+
+// Asks for the rows that a thread's next task reads, a few at a time while this one computes: a head's rows lie far
+// apart, and no hardware prefetcher follows them.
+template <typename scalar_t>
+class Ahead {
+ public:
+  explicit Ahead(int64_t head_dim) : bytes_(head_dim * static_cast<int64_t>(sizeof(scalar_t))) {}
+  void add(Rows<const scalar_t> rows, int64_t n) { rows_[count_] = rows, n_[count_++] = n; }
+  void ask(int64_t i, int64_t of) const {  // share i of `of`
+    for (int64_t x = 0; x < count_; x++)
+      for (int64_t row = n_[x] * i / of, end = n_[x] * (i + 1) / of; row < end; row++)
+        for (int64_t byte = 0; byte < bytes_; byte += 64)
+          _mm_prefetch(reinterpret_cast<const char*>(rows_[x][row]) + byte, _MM_HINT_T1);
+  }
+
+ private:
+  int64_t bytes_, count_ = 0, n_[5];
+  Rows<const scalar_t> rows_[5];
+};
 
 // for_columns over n columns of a row of `head`, with the mask of kept lanes.
 template <bool DROP, typename F>
@@ -221,7 +245,7 @@ struct ForwardBuffers {
 };
 
 template <typename Word, bool DROP, typename scalar_t>
-void forward_task(const Problem& p, const Task& task, Heads<const scalar_t> q, Heads<const scalar_t> k,
+void forward_task(const Problem& p, const Task& task, const Ahead<scalar_t>& ahead, Heads<const scalar_t> q, Heads<const scalar_t> k,
                   Heads<const scalar_t> v, Heads<scalar_t> out, tile_acc_t<Word>* lse) {
   using acc = tile_acc_t<Word>;
   const int64_t b = task.b, head = task.head, n_keys = p.keys(b), dim = p.head_dim;
@@ -241,6 +265,7 @@ void forward_task(const Problem& p, const Task& task, Heads<const scalar_t> q, H
     const acc scale = static_cast<acc>(p.scale * LOG2_E);
     for (int64_t group = 0; group < rows; group += 4) {  // four rows at a time: one's reduction hides behind another's
       const int64_t end = std::min(rows, group + 4);
+      ahead.ask((first + group) / 4, (p.queries(b) + 3) / 4);
       for (int64_t i = group; i < end; i++)
         maxima[i] = scaled_max(buffers.scores + i * buffers.score_stride, p.visible(b, first + i), scale);
       for (int64_t i = group; i < end; i++)
@@ -263,8 +288,13 @@ template <typename Word, typename scalar_t>
 void forward(const Problem& p, Heads<const scalar_t> q, Heads<const scalar_t> k, Heads<const scalar_t> v,
              Heads<scalar_t> out, tile_acc_t<Word>* lse) {
   const auto task = p.dropout.active ? &forward_task<Word, true, scalar_t> : &forward_task<Word, false, scalar_t>;
-  for_tasks(p, parts_of(p), [&](const Task& t) {
-    if (p.keys(t.b) > 0) return task(p, t, q, k, v, out, lse);
+  for_tasks(p, parts_of(p), [&](const Task& t, const Task* next) {
+    Ahead<scalar_t> ahead(p.head_dim);
+    if (next) {
+      ahead.add(q.at(p.cu_q[next->b], next->head), p.queries(next->b));
+      for (const auto& x : {k, v}) ahead.add(x.at(p.cu_k[next->b], next->head), p.keys(next->b));
+    }
+    if (p.keys(t.b) > 0) return task(p, t, ahead, q, k, v, out, lse);
     t.for_blocks(p, [&](int64_t first, int64_t rows) {
       const int64_t row = p.cu_q[t.b] + first;
       for (int64_t i = row; i < row + rows; i++) std::fill_n(out.at(i, t.head).data, p.head_dim, scalar_t(0));
@@ -315,7 +345,7 @@ void add_transposed_product(const tile_acc_t<Word>* x, int64_t stride, int64_t r
 
 // Adds the task's share of dk and dv, unscaled, to dkv (2, n_keys, round_up(dim, 16)), and writes its rows of dq.
 template <typename Word, bool DROP, typename scalar_t>
-void backward_task(const Problem& p, const Task& task, const Saved<scalar_t>& s, Heads<scalar_t> dq,
+void backward_task(const Problem& p, const Task& task, const Ahead<scalar_t>& ahead, const Saved<scalar_t>& s, Heads<scalar_t> dq,
                    const BackwardBuffers<Word>& buffers, tile_acc_t<Word>* dkv) {
   using acc = tile_acc_t<Word>;
   const int64_t b = task.b, head = task.head, n_keys = p.keys(b), dim = p.head_dim;
@@ -338,6 +368,7 @@ void backward_task(const Problem& p, const Task& task, const Saved<scalar_t>& s,
     multiply<Word>(buffers.queries, buffers.steps, 1, buffers.keys, key_width, steps, steps, buffers.scores, stride, rows, seen, false);
     multiply<Word>(buffers.douts, buffers.steps, 1, buffers.values, key_width, steps, steps, buffers.dp, stride, rows, seen, false);
     for (int64_t i = 0; i < rows; i++) {
+      ahead.ask(first + i, p.queries(b));
       Vec<acc> delta;
       for_columns(dim, [&](int64_t j, auto size) { delta = fma(Vec<acc>::load(dout[i] + j, size), Vec<acc>::load(out[i] + j, size), delta); });
       softmax_gradient_row<Word, DROP>(p, buffers.scores + i * stride, buffers.dp + i * stride, p.visible(b, first + i),
@@ -374,17 +405,22 @@ void backward(const Problem& p, const Saved<scalar_t>& s, Heads<scalar_t> dq, He
   const auto share_of = [&](const Task& t) {
     return shares.mutable_data_ptr<acc>() + t.part * share + 2 * dim * (t.head * p.n_keys + p.cu_k[t.b]);
   };
-  for_tasks(p, parts, [&](const Task& t) {
+  for_tasks(p, parts, [&](const Task& t, const Task* next) {
+    Ahead<scalar_t> ahead(p.head_dim);
+    if (next) {
+      for (const auto& x : {s.q, s.dout, s.out}) ahead.add(x.at(p.cu_q[next->b], next->head), p.queries(next->b));
+      for (const auto& x : {s.k, s.v}) ahead.add(x.at(p.cu_k[next->b], next->head), p.keys(next->b));
+    }
     if (p.keys(t.b) == 0)
       return t.for_blocks(p, [&](int64_t first, int64_t rows) {
         for (int64_t i = 0; i < rows; i++) std::fill_n(dq.at(p.cu_q[t.b] + first + i, t.head).data, p.head_dim, scalar_t(0));
       });
     const auto buffers = carve<BackwardBuffers<Word>>(p, p.keys(t.b));
     acc* dkv = parts > 1 ? share_of(t) : buffers.dkv;
-    run(p, t, s, dq, buffers, dkv);
+    run(p, t, ahead, s, dq, buffers, dkv);
     if (parts == 1) finish(t.b, t.head, dkv, 0);
   });
-  if (parts > 1) for_tasks(p, 1, [&](const Task& t) { finish(t.b, t.head, share_of(t), share); });
+  if (parts > 1) for_tasks(p, 1, [&](const Task& t, const Task*) { finish(t.b, t.head, share_of(t), share); });
   zero_rows(dq, p, p.cu_q[p.n_sequences], p.n_queries);
   zero_rows(dk, p, p.cu_k[p.n_sequences], p.n_keys);
   zero_rows(dv, p, p.cu_k[p.n_sequences], p.n_keys);
