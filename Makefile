@@ -23,7 +23,7 @@ $(VENV)/.built: $(VENV)/.dependencies setup.py $(SOURCES)
 	touch $@
 
 pretrain: install
-	$(RUN)bertfast pretrain --out $(OUT)
+	$(RUN)bertfast pretrain --out $(OUT) --resume --preset mini --lr 1e-3 --steps 1000 --dropout 0
 
 test: install
 	$(RUN)python -m pytest -m "not full" tests

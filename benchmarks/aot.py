@@ -19,6 +19,7 @@ import subprocess
 import sys
 import tempfile
 from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from itertools import chain
 from pathlib import Path
 
@@ -102,10 +103,10 @@ def row_cases(dtype, h, dropouts):
     statistic, seed, key = torch.zeros(64), torch.zeros(1, dtype=torch.int64), torch.zeros(64, dtype=torch.int64)
     for p in dropouts:
         drop = p, seed, key, 3
-        yield f"H{h} p{p}", lambda: add_layer_norm.add_layer_norm_fwd(x, w, x, w, w, 1e-12, *drop)
-        yield f"H{h} p{p}", lambda: add_layer_norm.add_layer_norm_bwd(x, x, statistic, statistic, w, *drop)
-    yield f"H{h}", lambda: gelu_layer_norm.gelu_layer_norm_fwd(x, w, w, w, 1e-12)
-    yield f"H{h}", lambda: gelu_layer_norm.gelu_layer_norm_bwd(x, x, w, w, statistic, statistic)
+        yield f"H{h} p{p}", partial(add_layer_norm.add_layer_norm_fwd, x, w, x, w, w, 1e-12, *drop)
+        yield f"H{h} p{p}", partial(add_layer_norm.add_layer_norm_bwd, x, x, statistic, statistic, w, *drop)
+    yield f"H{h}", partial(gelu_layer_norm.gelu_layer_norm_fwd, x, w, w, w, 1e-12)
+    yield f"H{h}", partial(gelu_layer_norm.gelu_layer_norm_bwd, x, x, w, w, statistic, statistic)
 
 
 def attention_cases(dtype, d, dropouts, masks=(0,)):
@@ -119,21 +120,22 @@ def attention_cases(dtype, d, dropouts, masks=(0,)):
             for longest in (128, 512):  # the one kernel of short sequences, the two of long ones
                 layout = cu, cu, longest, longest, d**-0.5, mask, prefix, p, seed, key, 3
                 name = f"D{d} S{longest} p{p}" + ("", " causal", " prefix")[mask]
-                yield name, lambda: attention.attention_fwd(q, k, v, *layout)
-                yield name, lambda: attention.attention_packed_bwd(out, q, k, v, out, lse, *layout)
+                yield name, partial(attention.attention_fwd, q, k, v, *layout)
+                yield name, partial(attention.attention_packed_bwd, out, q, k, v, out, lse, *layout)
 
 
 def other_cases(dtype):
     x, w = torch.zeros(64, 3072, dtype=dtype), torch.zeros(3072, dtype=dtype)
-    yield "I3072", lambda: bias_gelu.bias_gelu_fwd(x, w)
-    yield "I3072", lambda: bias_gelu.bias_gelu_bwd(x, x, w)
+    yield "I3072", partial(bias_gelu.bias_gelu_fwd, x, w)
+    yield "I3072", partial(bias_gelu.bias_gelu_bwd, x, x, w)
     hidden, table, bias = (torch.zeros(s, dtype=dtype) for s in ((16, 64), (30522, 64), (30522,)))
     labels, one = torch.zeros(16, dtype=torch.int64), torch.ones(())
-    yield "V30522", lambda: masked_vocab_projection.masked_vocab_projection_fwd(hidden, table, bias, labels, one)
+    yield "V30522", partial(masked_vocab_projection.masked_vocab_projection_fwd, hidden, table, bias, labels, one)
     p, state = [torch.zeros(4096, dtype=dtype)], [torch.zeros(4096)]
     masters = state if dtype != torch.float32 else []
-    yield "", lambda: optimizer_step.adamw_step(p, p, masters, state, state, one, one, one, one, 0.9, 0.999, 1e-6, 0.01)
-    yield "", lambda: optimizer_step.grad_norm(p)
+    scalars = one, one, one, one, 0.9, 0.999, 1e-6, 0.01
+    yield "", partial(optimizer_step.adamw_step, p, p, masters, state, state, *scalars)
+    yield "", partial(optimizer_step.grad_norm, p)
 
 
 def cases(full: bool):
@@ -145,12 +147,12 @@ def cases(full: bool):
             groups += [row_cases(dtype, h, both) for h in (128, 256, 512, 1024, 2048, 4096, 8192)]
             groups += [attention_cases(dtype, d, both) for d in (16, 24, 32, 48, 80, 96, 128)]
             groups += [attention_cases(dtype, 64, both, masks=(1, 2))]
-        for name, launch in chain.from_iterable(groups):  # one at a time: a launch belongs to its loop's turn
+        for name, launch in chain.from_iterable(groups):
             yield name, short, launch
 
 
 def disassemble(cubin: bytes) -> dict:
-    """Resources and instruction counts of a cubin, kept by its hash: taking it apart costs longer than a cached compile."""
+    """Resources and instruction counts of a cubin."""
     tools = triton.knobs.nvidia
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
@@ -181,8 +183,9 @@ def report(arch: int, name: str, case: str, dtype: str, kwargs: dict, kernel, kn
     threads_of_sm, blocks_of_sm, shared_of_sm, shared_of_block, tensor_core = HARDWARE[arch]
     warps, tensor_memory = meta.num_warps, getattr(meta, "tmem_size", 0) or 0
     registers_of_block = -(-row["registers"] * 32 // 256) * 256 * warps
-    blocks = min(blocks_of_sm, threads_of_sm // (32 * warps), 65536 // registers_of_block,
-                 shared_of_sm * 1024 // (meta.shared + 1024), 512 // tensor_memory if tensor_memory else blocks_of_sm)  # fmt: skip
+    of_shared, of_tensor = shared_of_sm * 1024 // (meta.shared + 1024), 512 // tensor_memory if tensor_memory else 99
+    of_warps, of_registers = threads_of_sm // (32 * warps), 65536 // registers_of_block
+    blocks = min(blocks_of_sm, of_warps, of_registers, of_shared, of_tensor)
     row |= {"warps": warps, "shared": meta.shared, "blocks": blocks, "occupancy": blocks * warps * 32 / threads_of_sm}
     tile = kwargs.get("BLOCK_M", 0) * kwargs.get("BLOCK_N", 0) or kwargs.get("ROWS", 1) * kwargs.get("COLUMNS", 0)
     row["elements_per_thread"] = (tile or 1024) / (32 * warps)
@@ -213,8 +216,9 @@ def report_architecture(arch: int | str, full: bool) -> list[dict]:
         compiled.clear()
     for row in rows:  # what dropout costs: this kernel's loop against its twin's without dropout
         twin = [r for r in rows if r["kernel"] == row["kernel"] and r["case"] == row["case"].replace("p0.1", "p0.0")]
-        if "p0.1" in row["case"] and twin and row["warps"] == twin[0]["warps"] and row["loop"]:
-            row["dropout"] = (row["loop"] - twin[0]["loop"]) / row["elements_per_thread"]
+        if "p0.1" in row["case"] and twin and row["warps"] == twin[0]["warps"]:
+            part = "loop" if row["loop"] > 1 else "instructions"
+            row["dropout"] = (row[part] - twin[0][part]) / row["elements_per_thread"]
             if row["kernel"] == "attention_fwd" and arch in (80, 90) and "D64" in row["case"] and row["dropout"] > 14:
                 row["broken"].append(f"dropout adds {row['dropout']:.1f} instructions a score")
     save({**(json.loads(CACHE.read_text()) if CACHE.exists() else {}), **known}, CACHE)

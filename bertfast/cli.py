@@ -58,7 +58,7 @@ def pretrain(
     model_config: Annotated[Path | None, typer.Option(help="A Hugging Face config.json instead of a preset.")] = None,
     init_from: Annotated[str | None, typer.Option(help="Go on training from this checkpoint's weights.")] = None,
     steps: Annotated[int, typer.Option(help="Optimiser steps of the whole run.")] = 1000,
-    tokens: Annotated[int, typer.Option(help="Tokens of one packed batch.")] = 4096,
+    tokens: Annotated[int, typer.Option(help="Tokens of one packed batch.")] = 2048,
     micro_batches: Annotated[int, typer.Option(help="Packed batches a step (gradient accumulation).")] = 1,
     lr: Annotated[float, typer.Option(help="Peak learning rate.")] = 1e-3,
     warmup: Annotated[float, typer.Option(help="Share of the steps with a rising learning rate.")] = 0.1,

@@ -174,7 +174,7 @@ def signed_probabilities(
 
 @triton.jit
 def score_gradient(p, dp, delta, DROPOUT: tl.constexpr):
-    """dS / (scale * kept_scale) from the signed P: both scales wait for the final products, delta has lost the second."""
+    """dS / (scale * kept_scale) from the signed P: the scales wait for the last products; delta has lost the second."""
     if DROPOUT:
         return tl.abs(p) * (tl.where(p > 0.0, dp, 0.0) - delta[:, None])
     return p * (dp - delta[:, None])
@@ -303,13 +303,50 @@ def attention_bwd_dkdv_kernel(
     store_rows(dv_ptr, columns, stride_dk_row * VECTOR, columns < n_keys, dv * kept_scale, D, BLOCK_D)
 
 
-# (BLOCK_M, BLOCK_N, warps, stages) by kernel, family of architectures and head size (padded to a power of two) for
-# sixteen-bit types, chosen from benchmarks/aot.py. A kernel in two lines: without dropout, with dropout.
+# BLOCK_M, BLOCK_N, warps and stages for sixteen-bit types by kernel, architecture and largest head size, without and
+# with dropout where they differ: chosen from the report of benchmarks/aot.py, so that nothing spills. None: the
+# backward of whole sequences does not fit; the two kernels of long ones are taken.
+NARROW, DEEP, WIDE, WIDEST = (64, 64, 4, 2), (64, 64, 8, 2), (128, 64, 8, 2), (128, 64, 8, 3)
+SINGLE, SHORT = (128, 64, 8, 1), (64, 64, 8, 1)
+TILES = {
+    "fwd": {
+        80: {64: NARROW, 128: WIDEST},
+        86: {64: NARROW, 128: WIDEST},
+        90: {128: WIDEST},
+        100: {128: WIDEST},
+        120: {64: (64, 64, 4, 3), 128: (WIDEST, (64, 64, 8, 3))},
+    },
+    "bwd_whole": {
+        80: {64: SINGLE, 128: None},
+        86: {64: SINGLE, 128: None},
+        90: {128: SINGLE},
+        100: {64: SINGLE, 128: None},
+        120: {32: SINGLE, 64: ((64, 64, 4, 1), SINGLE), 128: None},
+    },
+    "bwd_dq": {
+        80: {128: NARROW},
+        86: {128: NARROW},
+        90: {64: WIDE, 128: NARROW},
+        100: {64: WIDE, 128: NARROW},
+        120: {64: NARROW, 128: DEEP},
+    },
+    "bwd_dkdv": {
+        80: {64: (NARROW, (64, 64, 4, 1)), 128: SINGLE},
+        86: {64: (NARROW, (64, 64, 4, 1)), 128: SHORT},
+        90: {128: SINGLE},
+        100: {64: SINGLE, 128: NARROW},
+        120: {64: SINGLE, 128: SHORT},
+    },
+}
+
+
 def configuration(kernel: str, arch: int | str, block_d: int, element_size: int, dropout: bool):
-    """BLOCK_M, BLOCK_N, warps and stages of one of the kernels; None where the whole-sequence backward does not fit."""
-    if element_size == 4:
+    """BLOCK_M, BLOCK_N, warps and stages of a kernel, or None; the nearest listed architecture not above `arch`."""
+    if element_size == 4 or isinstance(arch, str):  # fp32 is a correctness path; ROCm's tiles are not tuned
         return 32, 64, 4, 1
-    return 64, 64, 4, 2
+    of_arch = TILES[kernel][max(a for a in TILES[kernel] if a <= max(arch, 80))]
+    tile = of_arch[min(d for d in of_arch if d >= block_d)]
+    return tile[dropout] if tile and isinstance(tile[0], tuple) else tile
 
 
 def vector_and_strides(*tensors):
@@ -384,10 +421,9 @@ def backward(
     numbers = scale, signed_threshold(p), keep_scale(p), stream
     delta = torch.empty_like(lse)
 
-    block_m, block_n, warps, stages = configuration("bwd_whole", arch, block_d, size, p > 0.0)
-    whole = max_q <= block_m
-    if not whole:
-        block_m, block_n, warps, stages = configuration("bwd_dq", arch, block_d, size, p > 0.0)
+    tile = configuration("bwd_whole", arch, block_d, size, p > 0.0)
+    whole = tile is not None and max_q <= tile[0]
+    block_m, block_n, warps, stages = tile if whole else configuration("bwd_dq", arch, block_d, size, p > 0.0)
     n_blocks = max(1, triton.cdiv(max_q, block_m))
     attention_bwd_dq_kernel[((n_sequences + 1) * n_blocks, n_heads)](
         dout, q, k, v, out, lse, dq, dk, dv, delta, *layout, *strides,

@@ -28,7 +28,8 @@ def keep_mask(
     """The (ROWS, COLUMNS) mask of kept elements; arguments as `philox_words`, dropped_below the int32 threshold."""
     w0, w1, w2, w3 = philox_words(seed, column0, position, sequence, c3, COLUMNS)
     limit = dropped_below.to(tl.uint32, bitcast=True)
-    k0, k1, k2, k3 = (w0 >= limit).to(tl.int8), (w1 >= limit).to(tl.int8), (w2 >= limit).to(tl.int8), (w3 >= limit).to(tl.int8)
+    k0, k1 = (w0 >= limit).to(tl.int8), (w1 >= limit).to(tl.int8)
+    k2, k3 = (w2 >= limit).to(tl.int8), (w3 >= limit).to(tl.int8)
     kept = tl.join(tl.join(k0, k2), tl.join(k1, k3))  # (ROWS, COLUMNS / 4, 2, 2): the last two are word // 2, word % 2
     kept = tl.reshape(kept, (ROWS, COLUMNS // 64, 16, 2, 2))
     kept = tl.permute(kept, (0, 1, 3, 4, 2))

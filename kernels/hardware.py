@@ -18,7 +18,7 @@ def architecture() -> int | str:
 
 @cache
 def backward_programs(device: torch.device) -> int:
-    """How many programs share the rows of a backward pass: enough to fill the GPU, few enough for short partial sums."""
+    """How many programs share the rows of a backward pass: they fill the GPU, and their partial sums stay short."""
     if device.type != "cuda":
         return 4
     return 4 * torch.cuda.get_device_properties(device).multi_processor_count

@@ -2,7 +2,8 @@
 gradient over them, two GEMMs for dhidden and dweight, a column sum for dbias.
 
 The logits exist in the compute dtype, for the masked rows alone (cf. flash-attention's and Liger-Kernel's in-place
-cross entropy). Their rows are padded to a multiple of 64 columns, so that every access is 16 bytes wide. Rows without a label cost no exponential, and nothing depends on how many there are: static shapes.
+cross entropy). Their rows are padded to a multiple of 64 columns, so that every access is 16 bytes wide. Rows without
+a label cost no exponential, and nothing depends on how many there are: static shapes.
 """
 
 import torch
@@ -20,7 +21,7 @@ COLUMNS = 512  # of a tile of the column sum
 
 @triton.jit
 def load_logits(row_ptr, bias_ptr, columns, n_columns, stride_row):
-    """Logits plus bias in fp32 and units of log 2, -inf in the padding, which is read (16 bytes at a time) but not used."""
+    """Logits plus bias in fp32 and units of log 2; -inf in the padding, which is read but not used."""
     x = tl.load(row_ptr + columns, mask=columns < stride_row, other=0.0).to(tl.float32)
     bias = tl.load(bias_ptr + columns, mask=columns < stride_row, other=0.0)
     return tl.where(columns < n_columns, (x + bias) * LOG2E, float("-inf"))

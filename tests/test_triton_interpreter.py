@@ -13,7 +13,8 @@ ENVIRONMENT = {**os.environ, "TRITON_INTERPRET": "1", "BERTFAST_NO_EXT": "1"}
 
 
 def run_pytest(marker: str) -> None:
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-m", marker, "-p", "no:cacheprovider", str(HERE / "interpreter")]
+    options = ["-q", "-x", "-m", marker, "-p", "no:cacheprovider"]
+    command = [sys.executable, "-m", "pytest", *options, str(HERE / "interpreter")]
     done = subprocess.run(command, env=ENVIRONMENT, cwd=HERE.parent, capture_output=True, text=True)
     print(done.stdout[-2000:])
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
@@ -27,3 +28,10 @@ class TestInterpreter:
     @pytest.mark.full
     def test_full(self):
         run_pytest("full")
+
+    @pytest.mark.full
+    def test_planted_bugs_are_noticed(self):
+        command = [sys.executable, str(HERE / "interpreter" / "mutants.py")]
+        done = subprocess.run(command, env=ENVIRONMENT, cwd=HERE.parent, capture_output=True, text=True)
+        print(done.stdout)
+        assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]

@@ -92,8 +92,8 @@ int64_t parts_of(const Problem& p) {
   return threads == 1 ? 1 : std::clamp<int64_t>((4 * threads + heads - 1) / heads, 1, 4 * threads);
 }
 
-// Runs f(task, the thread's next task or nullptr) for all, the longest sequences first, each thread taking another when
-// one is done: who computes a task doesn't change its result.
+// Runs f(task) for all, the longest sequences first, each thread taking the next when it is done: who computes a
+// task doesn't change its result.
 template <typename F>
 void for_tasks(const Problem& p, int64_t parts, F&& f) {
   std::vector<int64_t> order(p.n_sequences);
@@ -102,35 +102,11 @@ void for_tasks(const Problem& p, int64_t parts, F&& f) {
     return p.queries(a) * p.keys(a) > p.queries(b) * p.keys(b);
   });
   const int64_t each = p.n_heads * parts, n = p.n_sequences * each;
-  std::atomic<int64_t> taken{0};
+  std::atomic<int64_t> next{0};
   at::parallel_for(0, std::min<int64_t>(n, at::get_num_threads()), 1, [&](int64_t, int64_t) {
-    const auto task = [&](int64_t i) { return Task{order[i / each], i % each / parts, i % parts, parts}; };
-    for (int64_t i = taken++, next; i < n; i = next) {
-      next = taken++;
-      const Task following = next < n ? task(next) : Task{};
-      f(task(i), next < n ? &following : nullptr);
-    }
+    for (int64_t i; (i = next++) < n;) f(Task{order[i / each], i % each / parts, i % parts, parts});
   });
 }
-
-// Asks for the rows that a thread's next task reads, a few at a time while this one computes: a head's rows lie far
-// apart, and no hardware prefetcher follows them.
-template <typename scalar_t>
-class Ahead {
- public:
-  explicit Ahead(int64_t head_dim) : bytes_(head_dim * static_cast<int64_t>(sizeof(scalar_t))) {}
-  void add(Rows<const scalar_t> rows, int64_t n) { rows_[count_] = rows, n_[count_++] = n; }
-  void ask(int64_t i, int64_t of) const {  // share i of `of`
-    for (int64_t x = 0; x < count_; x++)
-      for (int64_t row = n_[x] * i / of, end = n_[x] * (i + 1) / of; row < end; row++)
-        for (int64_t byte = 0; byte < bytes_; byte += 64)
-          _mm_prefetch(reinterpret_cast<const char*>(rows_[x][row]) + byte, _MM_HINT_T1);
-  }
-
- private:
-  int64_t bytes_, count_ = 0, n_[5];
-  Rows<const scalar_t> rows_[5];
-};
 
 // for_columns over n columns of a row of `head`, with the mask of kept lanes.
 template <bool DROP, typename F>
@@ -183,7 +159,8 @@ acc exponentiate(acc* scores, int64_t n, int64_t width, acc scale, acc max, cons
 template <typename Word, bool DROP, typename acc = tile_acc_t<Word>>
 void softmax_gradient_row(const Problem& p, acc* scores, acc* dp, int64_t n, int64_t width, acc lse2, acc delta,
                           int64_t row_key, int64_t head) {
-  const Vec<acc> scale(static_cast<acc>(p.scale * LOG2_E)), minus_lse(-lse2), keep_scale(static_cast<acc>(p.dropout.scale)), minus_delta(-delta);
+  const Vec<acc> scale(static_cast<acc>(p.scale * LOG2_E)), keep_scale(static_cast<acc>(p.dropout.scale));
+  const Vec<acc> minus_lse(-lse2), minus_delta(-delta);
   auto* out = reinterpret_cast<element_t<Word>*>(scores);
   auto* ds_out = reinterpret_cast<element_t<Word>*>(dp);
   for_kept<DROP>(n, p.dropout, row_key, head, [&](int64_t j, auto size, Mask kept) {
@@ -236,16 +213,21 @@ struct ForwardBuffers {
   int64_t steps, dim, score_stride;
   Word *keys, *values, *block, *queries;
   acc *scores, *out;
+
   ForwardBuffers(Carver& c, const Problem& p, int64_t n_keys)
-      : steps(round_up(steps_of<Word>(p.head_dim), WORDS<Word>)), dim(round_up(p.head_dim, LANES)),
+      : steps(round_up(steps_of<Word>(p.head_dim), WORDS<Word>)),
+        dim(round_up(p.head_dim, LANES)),
         score_stride(round_up(n_keys, LANES) + LANES),  // odd in cache lines, so that a column isn't one set
-        keys(c.take<Word>(packed_size<Word>(p.head_dim, n_keys))), values(c.take<Word>(packed_size<Word>(n_keys, p.head_dim))),
-        block(c.take<Word>(LANES * steps)), queries(c.take<Word>(BLOCK * steps)), scores(c.take<acc>(BLOCK * score_stride)),
+        keys(c.take<Word>(packed_size<Word>(p.head_dim, n_keys))),
+        values(c.take<Word>(packed_size<Word>(n_keys, p.head_dim))),
+        block(c.take<Word>(LANES * steps)),
+        queries(c.take<Word>(BLOCK * steps)),
+        scores(c.take<acc>(BLOCK * score_stride)),
         out(c.take<acc>(BLOCK * dim)) {}
 };
 
 template <typename Word, bool DROP, typename scalar_t>
-void forward_task(const Problem& p, const Task& task, const Ahead<scalar_t>& ahead, Heads<const scalar_t> q, Heads<const scalar_t> k,
+void forward_task(const Problem& p, const Task& task, Heads<const scalar_t> q, Heads<const scalar_t> k,
                   Heads<const scalar_t> v, Heads<scalar_t> out, tile_acc_t<Word>* lse) {
   using acc = tile_acc_t<Word>;
   const int64_t b = task.b, head = task.head, n_keys = p.keys(b), dim = p.head_dim;
@@ -265,12 +247,11 @@ void forward_task(const Problem& p, const Task& task, const Ahead<scalar_t>& ahe
     const acc scale = static_cast<acc>(p.scale * LOG2_E);
     for (int64_t group = 0; group < rows; group += 4) {  // four rows at a time: one's reduction hides behind another's
       const int64_t end = std::min(rows, group + 4);
-      ahead.ask((first + group) / 4, (p.queries(b) + 3) / 4);
       for (int64_t i = group; i < end; i++)
         maxima[i] = scaled_max(buffers.scores + i * buffers.score_stride, p.visible(b, first + i), scale);
       for (int64_t i = group; i < end; i++)
-        sums[i] = exponentiate<Word, DROP>(buffers.scores + i * buffers.score_stride, p.visible(b, first + i), width, scale,
-                                           maxima[i], p.dropout, p.row_key(b, first + i), head);
+        sums[i] = exponentiate<Word, DROP>(buffers.scores + i * buffers.score_stride, p.visible(b, first + i), width,
+                                           scale, maxima[i], p.dropout, p.row_key(b, first + i), head);
     }
     for (int64_t i = 0; i < rows; i++) {  // a row without keys has max -inf and sum 0
       lse[head * p.n_queries + row + i] = sums[i] == 0 ? std::numeric_limits<acc>::infinity()
@@ -288,13 +269,8 @@ template <typename Word, typename scalar_t>
 void forward(const Problem& p, Heads<const scalar_t> q, Heads<const scalar_t> k, Heads<const scalar_t> v,
              Heads<scalar_t> out, tile_acc_t<Word>* lse) {
   const auto task = p.dropout.active ? &forward_task<Word, true, scalar_t> : &forward_task<Word, false, scalar_t>;
-  for_tasks(p, parts_of(p), [&](const Task& t, const Task* next) {
-    Ahead<scalar_t> ahead(p.head_dim);
-    if (next) {
-      ahead.add(q.at(p.cu_q[next->b], next->head), p.queries(next->b));
-      for (const auto& x : {k, v}) ahead.add(x.at(p.cu_k[next->b], next->head), p.keys(next->b));
-    }
-    if (p.keys(t.b) > 0) return task(p, t, ahead, q, k, v, out, lse);
+  for_tasks(p, parts_of(p), [&](const Task& t) {
+    if (p.keys(t.b) > 0) return task(p, t, q, k, v, out, lse);
     t.for_blocks(p, [&](int64_t first, int64_t rows) {
       const int64_t row = p.cu_q[t.b] + first;
       for (int64_t i = row; i < row + rows; i++) std::fill_n(out.at(i, t.head).data, p.head_dim, scalar_t(0));
@@ -315,14 +291,24 @@ struct BackwardBuffers {
   int64_t steps, dim, score_stride;
   Word *keys, *values, *key_rows, *block, *queries, *douts, *query_rows, *dout_rows, *woven;
   acc *scores, *dp, *dq, *dkv;
+
   BackwardBuffers(Carver& c, const Problem& p, int64_t n_keys)
-      : steps(round_up(steps_of<Word>(p.head_dim), WORDS<Word>)), dim(round_up(p.head_dim, LANES)),
-        score_stride(round_up(n_keys, LANES) + LANES), keys(c.take<Word>(packed_size<Word>(p.head_dim, n_keys))),
-        values(c.take<Word>(packed_size<Word>(p.head_dim, n_keys))), key_rows(c.take<Word>(packed_size<Word>(n_keys, p.head_dim))),
-        block(c.take<Word>(LANES * steps)), queries(c.take<Word>(BLOCK * steps)), douts(c.take<Word>(BLOCK * steps)),
-        query_rows(c.take<Word>(packed_size<Word>(BLOCK, p.head_dim))), dout_rows(c.take<Word>(packed_size<Word>(BLOCK, p.head_dim))),
-        woven(c.take<Word>(DEPTH<Word> == 1 ? 0 : BLOCK / 2 * score_stride)), scores(c.take<acc>(BLOCK * score_stride)),
-        dp(c.take<acc>(BLOCK * score_stride)), dq(c.take<acc>(BLOCK * dim)), dkv(c.take<acc>(2 * n_keys * dim)) {}
+      : steps(round_up(steps_of<Word>(p.head_dim), WORDS<Word>)),
+        dim(round_up(p.head_dim, LANES)),
+        score_stride(round_up(n_keys, LANES) + LANES),
+        keys(c.take<Word>(packed_size<Word>(p.head_dim, n_keys))),
+        values(c.take<Word>(packed_size<Word>(p.head_dim, n_keys))),
+        key_rows(c.take<Word>(packed_size<Word>(n_keys, p.head_dim))),
+        block(c.take<Word>(LANES * steps)),
+        queries(c.take<Word>(BLOCK * steps)),
+        douts(c.take<Word>(BLOCK * steps)),
+        query_rows(c.take<Word>(packed_size<Word>(BLOCK, p.head_dim))),
+        dout_rows(c.take<Word>(packed_size<Word>(BLOCK, p.head_dim))),
+        woven(c.take<Word>(DEPTH<Word> == 1 ? 0 : BLOCK / 2 * score_stride)),
+        scores(c.take<acc>(BLOCK * score_stride)),
+        dp(c.take<acc>(BLOCK * score_stride)),
+        dq(c.take<acc>(BLOCK * dim)),
+        dkv(c.take<acc>(2 * n_keys * dim)) {}
 };
 
 template <typename scalar_t>
@@ -337,7 +323,8 @@ void add_transposed_product(const tile_acc_t<Word>* x, int64_t stride, int64_t r
                             int64_t width, Word* woven, tile_acc_t<Word>* sums, int64_t dim) {
   const Word* words = reinterpret_cast<const Word*>(x);
   if constexpr (DEPTH<Word> == 2) {  // pairs along the rows
-    pack_rows<Word>(Rows<const element_t<Word>>{reinterpret_cast<const element_t<Word>*>(x), 2 * stride}, rows, n_keys, woven, stride);
+    const auto* elements = reinterpret_cast<const element_t<Word>*>(x);
+    pack_rows<Word>(Rows<const element_t<Word>>{elements, 2 * stride}, rows, n_keys, woven, stride);
     words = woven;
   }
   multiply<Word>(words, 1, stride, y, width, steps_of<Word>(rows), steps_of<Word>(rows), sums, dim, n_keys, dim, true);
@@ -345,7 +332,7 @@ void add_transposed_product(const tile_acc_t<Word>* x, int64_t stride, int64_t r
 
 // Adds the task's share of dk and dv, unscaled, to dkv (2, n_keys, round_up(dim, 16)), and writes its rows of dq.
 template <typename Word, bool DROP, typename scalar_t>
-void backward_task(const Problem& p, const Task& task, const Ahead<scalar_t>& ahead, const Saved<scalar_t>& s, Heads<scalar_t> dq,
+void backward_task(const Problem& p, const Task& task, const Saved<scalar_t>& s, Heads<scalar_t> dq,
                    const BackwardBuffers<Word>& buffers, tile_acc_t<Word>* dkv) {
   using acc = tile_acc_t<Word>;
   const int64_t b = task.b, head = task.head, n_keys = p.keys(b), dim = p.head_dim;
@@ -365,22 +352,28 @@ void backward_task(const Problem& p, const Task& task, const Ahead<scalar_t>& ah
     copy_rows<Word>(dout, rows, dim, buffers.douts, buffers.steps);
     pack_rows<Word>(q, rows, dim, buffers.query_rows, dim_width);
     pack_rows<Word>(dout, rows, dim, buffers.dout_rows, dim_width);
-    multiply<Word>(buffers.queries, buffers.steps, 1, buffers.keys, key_width, steps, steps, buffers.scores, stride, rows, seen, false);
-    multiply<Word>(buffers.douts, buffers.steps, 1, buffers.values, key_width, steps, steps, buffers.dp, stride, rows, seen, false);
+    multiply<Word>(buffers.queries, buffers.steps, 1, buffers.keys, key_width, steps, steps, buffers.scores, stride,
+                   rows, seen, false);
+    multiply<Word>(buffers.douts, buffers.steps, 1, buffers.values, key_width, steps, steps, buffers.dp, stride, rows,
+                   seen, false);
+    const acc* lse = s.lse + head * p.n_queries + row;
     for (int64_t i = 0; i < rows; i++) {
-      ahead.ask(first + i, p.queries(b));
       Vec<acc> delta;
-      for_columns(dim, [&](int64_t j, auto size) { delta = fma(Vec<acc>::load(dout[i] + j, size), Vec<acc>::load(out[i] + j, size), delta); });
+      for_columns(dim, [&](int64_t j, auto size) {
+        delta = fma(Vec<acc>::load(dout[i] + j, size), Vec<acc>::load(out[i] + j, size), delta);
+      });
       softmax_gradient_row<Word, DROP>(p, buffers.scores + i * stride, buffers.dp + i * stride, p.visible(b, first + i),
-                                       round_up(seen, LANES), static_cast<acc>(s.lse[head * p.n_queries + row + i] * LOG2_E),
-                                       sum(delta), p.row_key(b, first + i), head);
+                                       round_up(seen, LANES), static_cast<acc>(lse[i] * LOG2_E), sum(delta),
+                                       p.row_key(b, first + i), head);
     }
-    multiply<Word>(reinterpret_cast<const Word*>(buffers.dp), stride, 1, buffers.key_rows, dim_width, steps_of<Word>(n_keys),
-                   steps_of<Word>(seen), buffers.dq, buffers.dim, rows, dim, false);
+    multiply<Word>(reinterpret_cast<const Word*>(buffers.dp), stride, 1, buffers.key_rows, dim_width,
+                   steps_of<Word>(n_keys), steps_of<Word>(seen), buffers.dq, buffers.dim, rows, dim, false);
     for (int64_t i = 0; i < rows; i++)
       store_row(dq.at(row + i, head).data, buffers.dq + i * buffers.dim, dim, static_cast<acc>(p.scale));
-    add_transposed_product<Word>(buffers.scores, stride, rows, seen, buffers.dout_rows, dim_width, buffers.woven, dv, buffers.dim);
-    add_transposed_product<Word>(buffers.dp, stride, rows, seen, buffers.query_rows, dim_width, buffers.woven, dk, buffers.dim);
+    add_transposed_product<Word>(buffers.scores, stride, rows, seen, buffers.dout_rows, dim_width, buffers.woven, dv,
+                                 buffers.dim);
+    add_transposed_product<Word>(buffers.dp, stride, rows, seen, buffers.query_rows, dim_width, buffers.woven, dk,
+                                 buffers.dim);
   });
 }
 
@@ -392,7 +385,8 @@ void backward(const Problem& p, const Saved<scalar_t>& s, Heads<scalar_t> dq, He
   const auto finish = [&](int64_t b, int64_t head, acc* dkv, int64_t stride) {  // the parts' sums lie `stride` apart
     const int64_t n = p.keys(b) * dim;
     for (int64_t part = 1; part < parts; part++)
-      for (int64_t j = 0; j < 2 * n; j += LANES) (Vec<acc>::load(dkv + j) + Vec<acc>::load(dkv + part * stride + j)).store(dkv + j);
+      for (int64_t j = 0; j < 2 * n; j += LANES)
+        (Vec<acc>::load(dkv + j) + Vec<acc>::load(dkv + part * stride + j)).store(dkv + j);
     const auto dk_rows = dk.at(p.cu_k[b], head), dv_rows = dv.at(p.cu_k[b], head);
     for (int64_t i = 0; i < p.keys(b); i++) {
       store_row(dk_rows[i], dkv + i * dim, p.head_dim, static_cast<acc>(p.scale));
@@ -405,29 +399,26 @@ void backward(const Problem& p, const Saved<scalar_t>& s, Heads<scalar_t> dq, He
   const auto share_of = [&](const Task& t) {
     return shares.mutable_data_ptr<acc>() + t.part * share + 2 * dim * (t.head * p.n_keys + p.cu_k[t.b]);
   };
-  for_tasks(p, parts, [&](const Task& t, const Task* next) {
-    Ahead<scalar_t> ahead(p.head_dim);
-    if (next) {
-      for (const auto& x : {s.q, s.dout, s.out}) ahead.add(x.at(p.cu_q[next->b], next->head), p.queries(next->b));
-      for (const auto& x : {s.k, s.v}) ahead.add(x.at(p.cu_k[next->b], next->head), p.keys(next->b));
-    }
+  for_tasks(p, parts, [&](const Task& t) {
     if (p.keys(t.b) == 0)
       return t.for_blocks(p, [&](int64_t first, int64_t rows) {
-        for (int64_t i = 0; i < rows; i++) std::fill_n(dq.at(p.cu_q[t.b] + first + i, t.head).data, p.head_dim, scalar_t(0));
+        const int64_t row = p.cu_q[t.b] + first;
+        for (int64_t i = row; i < row + rows; i++) std::fill_n(dq.at(i, t.head).data, p.head_dim, scalar_t(0));
       });
     const auto buffers = carve<BackwardBuffers<Word>>(p, p.keys(t.b));
     acc* dkv = parts > 1 ? share_of(t) : buffers.dkv;
-    run(p, t, ahead, s, dq, buffers, dkv);
+    run(p, t, s, dq, buffers, dkv);
     if (parts == 1) finish(t.b, t.head, dkv, 0);
   });
-  if (parts > 1) for_tasks(p, 1, [&](const Task& t, const Task*) { finish(t.b, t.head, share_of(t), share); });
+  if (parts > 1) for_tasks(p, 1, [&](const Task& t) { finish(t.b, t.head, share_of(t), share); });
   zero_rows(dq, p, p.cu_q[p.n_sequences], p.n_queries);
   zero_rows(dk, p, p.cu_k[p.n_sequences], p.n_keys);
   zero_rows(dv, p, p.cu_k[p.n_sequences], p.n_keys);
 }
 
-// bf16 in Pairs where that is the faster way: AMD's vdpbf16ps (Zen 4 on) does twice the work of an fp32 FMA in the same
-// time; Intel's issues once in two cycles, half the rate of its two FMA ports (measured: 87 and 179 GFLOP/s a core).
+// bf16 in Pairs where that is the faster way: AMD's vdpbf16ps (Zen 4 on) does twice the work of an fp32 FMA in the
+// same time; Intel's issues once in two cycles, half the rate of its two FMA ports (measured on Emerald Rapids: 87 and
+// 179 GFLOP/s a core).
 template <typename scalar_t, typename F>
 void with_words(F&& f) {
   if constexpr (!std::is_same_v<scalar_t, c10::BFloat16>) {
@@ -443,7 +434,9 @@ void with_words(F&& f) {
 
 // ---- tensors ----
 
-at::Tensor with_contiguous_dim(const at::Tensor& x) { return x.stride(-1) == 1 || x.size(-1) == 1 ? x : x.contiguous(); }
+at::Tensor with_contiguous_dim(const at::Tensor& x) {
+  return x.stride(-1) == 1 || x.size(-1) == 1 ? x : x.contiguous();
+}
 
 template <typename T>
 Heads<const T> read(const at::Tensor& x) { return {x.const_data_ptr<T>(), x.stride(0), x.stride(1)}; }
@@ -461,9 +454,11 @@ const int32_t* checked_bounds(const at::Tensor& cu, const char* name, int64_t ro
 }
 
 Problem problem_of(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const at::Tensor& cu_q,
-                   const at::Tensor& cu_k, double scale, int64_t mask_mode, const std::optional<at::Tensor>& prefix_lens,
-                   double p, const std::optional<at::Tensor>& seed, const std::optional<at::Tensor>& row_key, int64_t stream) {
-  TORCH_CHECK(q.dim() == 3 && k.dim() == 3, "q and k must be (rows, heads, head_dim), got ", q.sizes(), " and ", k.sizes());
+                   const at::Tensor& cu_k, double scale, int64_t mask_mode,
+                   const std::optional<at::Tensor>& prefix_lens, double p, const std::optional<at::Tensor>& seed,
+                   const std::optional<at::Tensor>& row_key, int64_t stream) {
+  TORCH_CHECK(q.dim() == 3 && k.dim() == 3, "q and k must be (rows, heads, head_dim), got ", q.sizes(), " and ",
+              k.sizes());
   CHECK_SHAPE(k, k.size(0), q.size(1), q.size(2));
   CHECK_SHAPE(v, k.size(0), q.size(1), q.size(2));
   CHECK_SAME_DTYPE(q, k);
@@ -495,7 +490,8 @@ std::tuple<at::Tensor, at::Tensor> attention_fwd_cpu(
   const Problem problem = problem_of(q_, k_, v_, cu_q, cu_k, scale, mask_mode, prefix_lens, p, seed, row_key, stream);
   const at::Tensor q = with_contiguous_dim(q_), k = with_contiguous_dim(k_), v = with_contiguous_dim(v_);
   at::Tensor out = at::empty(q.sizes(), q.options());
-  at::Tensor lse = at::empty({q.size(1), q.size(0)}, q.options().dtype(q.scalar_type() == at::kDouble ? at::kDouble : at::kFloat));
+  const auto statistics = q.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
+  at::Tensor lse = at::empty({q.size(1), q.size(0)}, q.options().dtype(statistics));
   DISPATCH_SCALAR(q.scalar_type(), "attention", [&] {
     with_words<scalar_t>([&](auto word) {
       forward<decltype(word), scalar_t>(problem, read<scalar_t>(q), read<scalar_t>(k), read<scalar_t>(v),

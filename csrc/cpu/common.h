@@ -13,8 +13,9 @@
 
 namespace bertfast {
 
-#define CHECK_SAME_DTYPE(a, b) \
-  TORCH_CHECK_TYPE((a).scalar_type() == (b).scalar_type(), #a " is ", (a).scalar_type(), ", " #b " is ", (b).scalar_type())
+#define CHECK_SAME_DTYPE(a, b)                                                                               \
+  TORCH_CHECK_TYPE((a).scalar_type() == (b).scalar_type(), #a " is ", (a).scalar_type(), ", " #b " is ",     \
+                   (b).scalar_type())
 #define CHECK_SHAPE(a, ...)                                                                                  \
   TORCH_CHECK((a).sizes() == at::IntArrayRef({__VA_ARGS__}), #a " has shape ", (a).sizes(), ", expected ",   \
               at::IntArrayRef({__VA_ARGS__}))
@@ -47,7 +48,8 @@ inline T* scratch(int64_t n) {
 // How many parts `n_rows` rows are cut into: one a thread, fewer where a part would be under ~10 us of work.
 inline int64_t n_parts(int64_t n_rows, int64_t row_elements) {
   constexpr int64_t least = 32768;
-  return std::clamp<int64_t>(n_rows * row_elements / least, 1, std::max<int64_t>(1, std::min<int64_t>(n_rows, at::get_num_threads())));
+  const int64_t most = std::max<int64_t>(1, std::min<int64_t>(n_rows, at::get_num_threads()));
+  return std::clamp<int64_t>(n_rows * row_elements / least, 1, most);
 }
 
 // Calls f(part, begin, end) for each part of n_rows, in parallel. The cut depends on the number of threads alone,

@@ -2,7 +2,8 @@
 //
 // Both are 1/2 plus an odd function that has reached +-1/2 at |z| = 6. With AVX-512 that function is looked up: 32
 // segments, a polynomial of degree 4 in each, whose coefficients lie in registers (two a power, one permutation
-// each); no exp and no division. AVX2 has no such permutation and goes through exp. Absolute errors: below 1e-7.
+// each); no exp and no division. AVX2 has no such permutation and goes
+// through exp. Measured over |z| <= 12: Phi within 1e-7 (AVX2 2e-7), the derivative within 1.3e-7 (2.3e-7).
 #pragma once
 
 #include "vec.h"

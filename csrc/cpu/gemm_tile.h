@@ -38,7 +38,9 @@ struct Tile<Pair> {
   typedef float Register __attribute__((vector_size(REGISTER)));
 #if defined(__AVX512BF16__)
   static Register broadcast(Pair a) { return (Register)_mm512_set1_epi32(static_cast<int>(a.bits)); }
-  static Register multiply_add(Register a, Register b, Register c) { return _mm512_dpbf16_ps(c, (__m512bh)a, (__m512bh)b); }
+  static Register multiply_add(Register a, Register b, Register c) {
+    return _mm512_dpbf16_ps(c, (__m512bh)a, (__m512bh)b);
+  }
 #endif
 };
 
@@ -136,8 +138,9 @@ void multiply(const Word* a, int64_t a_row, int64_t a_step, const Word* b, int64
   for (int64_t first = 0; first < steps; first += STEPS_IN_L1) {
     for (int64_t j = 0; j < n; j = std::min(j + PANEL<Word>, round_up(j + 1, width))) {
       const int64_t panel = j / width * width, columns = std::min({PANEL<Word>, panel + width - j, n - j});
-      const Operands<Word> o{a + first * a_step, a_row, a_step, b + panel * b_steps + first * width + (j - panel), width,
-                             std::min(STEPS_IN_L1, steps - first), c + j, c_row, accumulate || first > 0};
+      const Word* start = b + panel * b_steps + first * width + (j - panel);
+      const Operands<Word> o{a + first * a_step, a_row, a_step, start, width, std::min(STEPS_IN_L1, steps - first),
+                             c + j, c_row, accumulate || first > 0};
       switch ((columns + WORDS<Word> - 1) / WORDS<Word>) {
         case 1: multiply_panel<Word, 1>(m, o); break;
         case 2: multiply_panel<Word, 2>(m, o); break;
@@ -191,7 +194,8 @@ void pack_rows(Rows<const scalar_t> x, int64_t k, int64_t n, Word* out, int64_t 
 #endif
         }
       });
-      for (int64_t j = round_up(columns, LANES); j < width; j += LANES) Vec<tile_acc_t<Word>>().store(reinterpret_cast<tile_acc_t<Word>*>(words + j));
+      if (const int64_t end = round_up(columns, LANES); end < width)
+        std::memset(static_cast<void*>(words + end), 0, (width - end) * sizeof(Word));
     }
   }
 }

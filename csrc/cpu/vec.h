@@ -50,7 +50,9 @@ struct Vec<float> {
 
   static Vec load(const float* p, Whole = {}) { return _mm512_loadu_ps(p); }
   static Vec load(const float* p, Tail t) { return _mm512_maskz_loadu_ps(t.mask(), p); }
-  static Vec load(const c10::BFloat16* p, Whole = {}) { return widen(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))); }
+  static Vec load(const c10::BFloat16* p, Whole = {}) {
+    return widen(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+  }
   static Vec load(const c10::BFloat16* p, Tail t) { return widen(_mm256_maskz_loadu_epi16(t.mask(), p)); }
   void store(float* p, Whole = {}) const { _mm512_storeu_ps(p, v); }
   void store(float* p, Tail t) const { _mm512_mask_storeu_ps(p, t.mask(), v); }
@@ -151,7 +153,9 @@ inline F32 operator-(F32 a) {
   return {_mm256_xor_ps(a.lo, sign), _mm256_xor_ps(a.hi, sign)};
 }
 inline F32 fma(F32 a, F32 b, F32 c) { return {_mm256_fmadd_ps(a.lo, b.lo, c.lo), _mm256_fmadd_ps(a.hi, b.hi, c.hi)}; }
-inline F32 fnma(F32 a, F32 b, F32 c) { return {_mm256_fnmadd_ps(a.lo, b.lo, c.lo), _mm256_fnmadd_ps(a.hi, b.hi, c.hi)}; }
+inline F32 fnma(F32 a, F32 b, F32 c) {
+  return {_mm256_fnmadd_ps(a.lo, b.lo, c.lo), _mm256_fnmadd_ps(a.hi, b.hi, c.hi)};
+}
 inline F32 max(F32 a, F32 b) { return {_mm256_max_ps(a.lo, b.lo), _mm256_max_ps(a.hi, b.hi)}; }
 inline F32 min(F32 a, F32 b) { return {_mm256_min_ps(a.lo, b.lo), _mm256_min_ps(a.hi, b.hi)}; }
 inline F32 abs(F32 a) {
@@ -247,7 +251,9 @@ inline F64 fnma(const F64& a, const F64& b, const F64& c) { return c - a * b; }
 inline F64 max(const F64& a, const F64& b) { return each_lane([&](int64_t i) { return std::max(a.v[i], b.v[i]); }); }
 inline F64 sqrt(const F64& a) { return each_lane([&](int64_t i) { return std::sqrt(a.v[i]); }); }
 inline F64 exp(const F64& a) { return each_lane([&](int64_t i) { return std::exp(a.v[i]); }); }
-inline F64 select(Mask m, const F64& a, const F64& b) { return each_lane([&](int64_t i) { return m >> i & 1 ? a.v[i] : b.v[i]; }); }
+inline F64 select(Mask m, const F64& a, const F64& b) {
+  return each_lane([&](int64_t i) { return m >> i & 1 ? a.v[i] : b.v[i]; });
+}
 inline F64 keep(Mask m, const F64& a) { return select(m, a, F64()); }
 inline double sum(const F64& a) {
   double s = 0;

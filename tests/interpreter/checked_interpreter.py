@@ -4,7 +4,7 @@
   interpreter computes on the bit patterns and truncates, without an error);
 - arithmetic in bf16 or fp16 is an error: the project's kernels compute in fp32, and only load, cast, choose, multiply
   matrices and store in sixteen bits;
-- every address must lie inside a tensor of the launch, and masked-off elements without `other` read as garbage;
+- every address must lie inside a tensor of the launch; masked-off elements without `other` are garbage (NaN, -1);
 - no program may touch what another one wrote, nor write what another one read, and atomics are an error: so the
   result cannot depend on the order in which a GPU runs the programs.
 
@@ -66,7 +66,8 @@ class Memory:
         program = (x * builder.grid_dim[1] + y) * builder.grid_dim[2] + z
         for page in np.unique(addresses // PAGE):
             if int(page) not in self.pages:
-                self.pages[int(page)] = np.full(int(PAGE) // 2, NOBODY, np.int32), np.full(int(PAGE) // 2, NOBODY, np.int32)
+                untouched = np.full(int(PAGE) // 2, NOBODY, np.int32)
+                self.pages[int(page)] = untouched, untouched.copy()
             written, read = self.pages[int(page)]
             at = (addresses[addresses // PAGE == page] % PAGE // 2).astype(np.int64)
             if touched_by_another(written[at], program) or (is_store and touched_by_another(read[at], program)):
@@ -128,7 +129,7 @@ def install() -> None:
         self.memory.check(self, pointers, mask.data, is_store=False)
         if other is None:
             dtype = interpreter._get_np_dtype(pointers.get_element_ty())
-            garbage = np.full(pointers.data.size * dtype.itemsize, 0x7F, np.uint8).view(dtype)
+            garbage = np.full(pointers.data.size * dtype.itemsize, 0xFF, np.uint8).view(dtype)
             other = TensorHandle(garbage.reshape(pointers.data.shape), pointers.get_element_ty())
         return stock["create_masked_load"](self, pointers, mask, other, *options)
 

@@ -1,11 +1,10 @@
-"""Attention beyond the table of ops: every kernel and tile of the configurations, strides, cross-attention, far rows."""
+"""Attention beyond the table of ops: every configuration's kernels and tiles, strides, cross-attention, far rows."""
 
 import importlib
 
 import numpy as np
 import pytest
 import torch
-
 from bertfast.kernels import attention as kernels
 
 reference = importlib.import_module("bertfast.ops.attention")  # the package's attribute of that name is the function
@@ -48,9 +47,13 @@ def full_core(values):
 @pytest.mark.parametrize("arch", full_core([80, 86, 90, 100, 120, "gfx942"]))
 @pytest.mark.parametrize("element_size", [2, 4])
 def test_every_configuration(monkeypatch, arch, d, element_size):
-    """The tiles that each architecture gets, in fp32 arithmetic; one sequence longer than any tile, so both backwards."""
+    """The tiles that each architecture gets, in fp32; sequences shorter and longer than a tile, for both backwards."""
     chosen = kernels.configuration
-    monkeypatch.setattr(kernels, "configuration", lambda kernel, _, block_d, __, drop: chosen(kernel, arch, block_d, element_size, drop))
+
+    def choose(kernel, _, block_d, __, dropout):
+        return chosen(kernel, arch, block_d, element_size, dropout)
+
+    monkeypatch.setattr(kernels, "configuration", choose)
     q, k, v = packed_qkv(140, 1, d)
     compare(q, k, v, [7, 129], [7, 129], 0, 0.2, packed=True)
     compare(q[:40], k[:40], v[:40], [7, 30], [7, 30], 0, 0.2, packed=True)
@@ -63,7 +66,9 @@ def test_cross_attention_with_keys_of_other_lengths(mask_mode, longest):
     if longest > 40:
         lengths_q[2] = 140
     q, (k, v) = torch.randn(sum(lengths_q) + 3, 2, 32), torch.randn(2, sum(lengths_k) + 2, 2, 32)
-    positions = [torch.randperm(m)[:n].sort().values if m >= n else torch.arange(n) for n, m in zip(lengths_q, lengths_k)]
+    positions = [
+        torch.randperm(m)[:n].sort().values if m >= n else torch.arange(n) for n, m in zip(lengths_q, lengths_k)
+    ]
     row_key = torch.cat([p + (b + 3 << 32) for b, p in enumerate(positions)] + [torch.zeros(3, dtype=torch.int64)])
     compare(q, k, v, lengths_q, lengths_k, mask_mode, 0.1, row_key)
 
@@ -77,16 +82,17 @@ def test_queries_without_a_key():
 def test_strides(layout):
     if layout == "heads first":
         q, k, v = (torch.randn(2, 50, 32).transpose(0, 1) for _ in range(3))
-    else:
-        width = 80 if layout == "padded rows" else 75
-        q, k, v = (torch.randn(50, width)[:, 5 : 5 + 64].unflatten(1, (2, 32)) for _ in range(3))
+    else:  # another stride for each
+        widths = (80, 88, 96) if layout == "padded rows" else (75, 69, 83)
+        q, k, v = (torch.randn(50, width)[:, 5 : 5 + 64].unflatten(1, (2, 32)) for width in widths)
     compare(q, k, v, [20, 30], [20, 30], 0, 0.2)
 
 
 def test_rows_beyond_int32():
     """Row offsets past 2^31 elements, in memory that is reserved and never touched in between."""
     stride = 2**29
-    q, k, v = (torch.from_numpy(np.zeros(4 * stride + 64, np.float16)).as_strided((5, 1, 16), (stride, 16, 1)) for _ in range(3))
+    reserved = [torch.from_numpy(np.zeros(4 * stride + 64, np.float16)) for _ in range(3)]
+    q, k, v = (t.as_strided((5, 1, 16), (stride, 16, 1)) for t in reserved)
     for t in (q, k, v):
         t.copy_(torch.randn(5, 1, 16))
     near = [t.contiguous() for t in (q, k, v)]

@@ -44,7 +44,7 @@ def test_rounds_to_nearest_even():
 
 @pytest.mark.parametrize(
     ("fault", "message"),
-    [("bound", "out of bounds"), ("race", "race"), ("twice", "twice"), ("sixteen bits", "sixteen bits"), ("atomic", "atomics")],
+    [("bound", "bounds"), ("race", "race"), ("twice", "twice"), ("sixteen bits", "sixteen"), ("atomic", "atomics")],
 )
 def test_faults_are_errors(fault, message):
     with pytest.raises(InterpreterError, match=message):

@@ -5,18 +5,23 @@ import math
 import pytest
 import torch
 from bertfast.benchmarks.cases import CASES, run
+from bertfast.kernels import masked_vocab_projection as projection_kernels
 from bertfast.kernels import optimizer_step as optimizer_kernels
+from bertfast.kernels import rows
 
+from bertfast import ops
 from bertfast.ops import optimizer_step as optimizer_reference
 
 from . import checked_interpreter
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-# Even, odd rows, odd columns, one row, zero rows; beyond one tile of rows; each a fraction of a second.
+# Even, odd rows, odd columns, one row, zero rows; beyond one tile of rows or columns; each a fraction of a second.
 SHAPES = {
-    "rows": ((8, 256), (37, 128), (5, 203), (1, 64), (0, 64)),
-    "masked_vocab_projection": ((40, 64, 1000), (37, 48, 203), (1, 64, 333), (0, 64, 64)),
-    "attention": (((64, 64), 0, 1, 64), ((37, 1, 0, 90), 5, 2, 32), ((9,), 0, 1, 40), ((), 4, 2, 64), ((20, 7), 3, 2, 24)),
+    "rows": ((8, 256), (37, 128), (5, 203), (1, 64), (0, 64), (3, 1100)),
+    "masked_vocab_projection": ((40, 64, 1000), (37, 48, 203), (1, 64, 333), (0, 64, 64), (3, 16, 4200)),
+    "attention": (
+        ((64, 64), 0, 1, 64), ((37, 1, 0, 90), 5, 2, 32), ((9,), 0, 1, 40), ((), 4, 2, 64), ((20, 7), 3, 2, 24)
+    ),  # fmt: skip
 }
 WITH_LAUNCHERS = [c for c in CASES.values() if c.name != "embedding_sum"]
 
@@ -52,13 +57,14 @@ def check(case, shape, p, dtype):
     truth = run(case.eager, case, case.inputs(shape, torch.float64), p)
     eager = run(case.eager, case, case.inputs(shape, dtype), p)
     for name, value in run(case.fused, case, case.inputs(shape, dtype), p).items():
-        noise = loss_noise(case.inputs(shape, torch.float64), dtype) if "hidden" in case.differentiable and name == "y" else 0
+        is_loss = name == "y" and "hidden" in case.differentiable
+        noise = loss_noise(case.inputs(shape, torch.float64), dtype) if is_loss else 0.0
         assert_no_further(name, value, eager[name], truth[name], noise)
 
 
 def loss_noise(t, dtype):
-    """Both sides hold logits in sixteen bits, so that the mean loss of n rows is a sum of n independent roundings: which
-    side they happen to cancel on is luck. Their standard deviation bounds it, eps / 2 / sqrt(3) of a logit each."""
+    """Both sides hold logits in sixteen bits, so that the mean loss of n rows is a sum of n independent roundings: on
+    which side they happen to cancel is luck. Their standard deviation bounds it, eps / 2 / sqrt(3) of a logit each."""
     if dtype == torch.float32 or not t["hidden"].numel():
         return 0.0
     logits = t["hidden"] @ t["weight"].T + t["bias"]
@@ -71,6 +77,48 @@ def test_error_not_above_eager(case, shape, p, dtype):
     check(case, shape, p, dtype)
 
 
+def test_epsilon_counts():
+    """An eps far above the table's 1e-12, and rows without variance."""
+    x, w = torch.zeros(3, 70), torch.ones(70)
+    x[1, :35] = 1.0
+    expected = torch.nn.functional.layer_norm(x, (70,), w, w, 0.5)
+    torch.testing.assert_close(ops.add_layer_norm(x, None, torch.zeros_like(x), w, w, 0.5), expected)
+    expected = torch.nn.functional.layer_norm(torch.nn.functional.gelu(x), (70,), w, w, 0.5)
+    torch.testing.assert_close(ops.gelu_layer_norm(x, torch.zeros(70), w, w, 0.5), expected)
+
+
+def test_second_stage_of_a_sum():
+    """More partial sums than one block holds, columns that do not fill one."""
+    partial = torch.randn(3, 130, 45)
+    for got, want in zip(rows.sum_partials(partial, torch.float32), partial.sum(1)):
+        torch.testing.assert_close(got, want)
+
+
+def test_counts_of_the_projection():
+    """The first of equal largest logits is the prediction, as torch.argmax has it; -100 counts nowhere."""
+    weight, hidden = torch.zeros(70, 16), torch.ones(5, 16)
+    weight[[2, 9]] = 1.0
+    labels = torch.tensor([2, 9, -100, 5, 2])
+    args = hidden, weight, torch.zeros(70), labels
+    for got, want in zip(ops.masked_vocab_projection(*args)[1:], (4, 2)):
+        assert got == want
+    loss = torch.nn.functional.cross_entropy(hidden @ weight.T, labels)
+    torch.testing.assert_close(ops.masked_vocab_projection(*args)[0], loss)
+
+
+@pytest.mark.parametrize("accumulate", [False, True])
+@pytest.mark.parametrize("sink", [torch.bfloat16, torch.float32])
+def test_gradient_into_a_sink(sink, accumulate):
+    case = CASES["masked_vocab_projection"]
+    t = case.inputs((12, 32, 100), torch.bfloat16)
+    arguments = t["hidden"], t["weight"], t["bias"], t["labels"], torch.tensor(0.25)
+    alone = projection_kernels.masked_vocab_projection_fwd(*arguments)
+    buffer = torch.ones(100, 32, dtype=sink)
+    into = projection_kernels.masked_vocab_projection_fwd_into(*arguments, buffer, accumulate)
+    assert all(torch.equal(a, b) for a, b in zip((*alone[:4], alone[5]), into))
+    torch.testing.assert_close(buffer, (alone[4] + accumulate).to(sink), rtol=1e-2, atol=1e-2)
+
+
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=list(DTYPES))
 def test_adamw_and_grad_norm(dtype):
     """Against the reference in the same dtypes, over several chunks, a tail, an empty and a one-element tensor."""
@@ -81,7 +129,8 @@ def test_adamw_and_grad_norm(dtype):
         torch.manual_seed(3)
         masters = [torch.randn(s) for s in shapes]
         side += [[m.to(dtype) for m in masters], [torch.randn(s).to(dtype) for s in shapes]]
-        side += [masters if dtype != torch.float32 else [], [torch.randn(s) for s in shapes], [torch.rand(s) for s in shapes]]
+        side += [masters if dtype != torch.float32 else []]
+        side += [[torch.randn(s) for s in shapes], [torch.rand(s) for s in shapes]]
     checked_interpreter.reached_by_address[:] = [t for group in kernels for t in group]
     norm = optimizer_kernels.grad_norm(kernels[1])
     torch.testing.assert_close(norm, torch.cat([g.double().flatten() for g in kernels[1]]).norm().float())
