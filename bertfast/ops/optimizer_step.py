@@ -22,7 +22,9 @@ def _moments(grad, exp_avg, exp_avg_sq, step, grad_scale, beta1, beta2, eps):
     g = grad.float() * grad_scale
     m = torch.lerp(exp_avg, g, 1 - beta1)
     v = beta2 * exp_avg_sq + (1 - beta2) * g * g
-    return m, v, m / (1 - beta1**step) / ((v / (1 - beta2**step)).sqrt() + eps)
+    # in fp64: 1 - beta^step cancels, and fp32 would be off by 3e-5 at the first step
+    correction1, correction2 = (1 - torch.pow(beta, step.double()) for beta in (beta1, beta2))
+    return m, v, (m / correction1 / ((v / correction2).sqrt() + eps)).float()
 
 
 def _store(skip, *pairs):
