@@ -6,11 +6,12 @@
 //   statistics   logits = weight . hidden^T; per tile and row their maximum m and the sum of exp(logit - m). Kept for
 //                the second sweep: exp(logit - m), (vocab, rows), the only scratch that grows with both. bf16 keeps
 //                it in fp16, whose 11 bits leave the rounding of dlogits to bf16 the only one that counts
-//   gradients    dlogits = kept * exp(m - maximum) / sum * scale, less scale at the label;  dweight = dlogits . hidden,
-//                each row written once;  dhidden += dlogits^T . weight, a partial sum a thread;  dbias = sums of rows
+//   gradients    dlogits = kept * exp(m - maximum) / sum * scale, less scale at the label;  dweight = dlogits . hidden, each
+//                row written once;  dhidden += dlogits^T . weight, a partial sum a thread;  dbias = sums of rows
 // The idea of a loss without logits in memory is that of Wijmans et al. 2024, "Cut your losses in large-vocabulary
 // language models"; keeping 2 bytes a logit instead of recomputing it saves a quarter of the multiplications.
 
+#include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
 #include <ATen/ops/scalar_tensor.h>
 #include <ATen/ops/zeros_like.h>
@@ -27,19 +28,19 @@ namespace bertfast {
 namespace {
 
 constexpr int64_t IGNORE_INDEX = -100;
-constexpr int64_t TILE = 144;                      // about so many vocabulary rows a tile
-constexpr int64_t TILE_MULTIPLE = 24;              // whole register tiles of 6 or 8 rows
-constexpr int64_t KEPT_BYTES = int64_t{64} << 20;  // rows that would need more are taken in several chunks
-constexpr int64_t LEAST_ROWS = 64;                 // of a chunk
+constexpr int64_t TILE = 144;                        // about so many vocabulary rows a tile
+constexpr int64_t TILE_MULTIPLE = 24;                // whole register tiles of 6 or 8 rows
+constexpr int64_t KEPT_BYTES = int64_t{64} << 20;    // rows that would need more are taken in several chunks
+constexpr int64_t LEAST_ROWS = 64;                   // of a chunk
 
 int64_t div_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 #if defined(__AVX512BF16__)
-// vdpbf16ps does the work of two fp32 multiply-adds. AMD issues it at the same rate as these, Intel (where AMX is to do
-// the work) at a quarter of it: widened to fp32, bf16 is there twice as fast.
+// vdpbf16ps: AMD runs one in the time of one fp32 multiply-add, Intel (where AMX is to do this) in that of four, so
+// that there widening bf16 to fp32 is twice as fast.
 bool pairs_are_fast() {
   __builtin_cpu_init();
-  return !__builtin_cpu_is("intel");
+  return __builtin_cpu_is("amd");
 }
 #endif
 
@@ -144,8 +145,7 @@ struct Chunk {
     at::parallel_for(0, div_up(lanes, r_width), 1, [&](int64_t first, int64_t last) {
       Word* block = scratch<Word, 4>(WORDS<Word> * round_up(h_steps, WORDS<Word>));
       for (int64_t r = first * r_width; r < std::min(last * r_width, lanes); r += r_width)
-        pack_columns<Word>(RowsOf<scalar_t>{hidden + r * H, H}, std::min(r_width, R - r), H, across + r * h_steps,
-                           r_width, block);
+        pack_columns<Word>(RowsOf<scalar_t>{hidden + r * H, H}, std::min(r_width, R - r), H, across + r * h_steps, r_width, block);
     });
     at::parallel_for(0, div_up(columns, h_width), 1, [&](int64_t first, int64_t last) {
       for (int64_t h = first * h_width; h < std::min(last * h_width, columns); h += h_width)
@@ -166,8 +166,7 @@ struct Chunk {
         std::copy_n(bias + v0, n_vocab, tile_bias);
         for (int64_t r = 0; r < lanes; r += r_width) {
           const int64_t n = std::min(r_width, lanes - r);
-          multiply<Word>(left, h_steps, 1, across + r * h_steps, r_width, h_steps, h_steps, logits, r_width, n_vocab, n,
-                         false);
+          multiply<Word>(left, h_steps, 1, across + r * h_steps, r_width, h_steps, h_steps, logits, r_width, n_vocab, n, false);
           const auto softmax_of = [&]<int N>(std::integral_constant<int, N>) {
             softmax<scalar_t, N>(n_vocab, logits, r_width, tile_bias, maxima + t * lanes + r, sums + t * lanes + r,
                                  kept ? kept + v0 * lanes + r : nullptr, lanes);
@@ -223,8 +222,7 @@ struct Chunk {
 
   // A tile's dlogits as left operands: by vocabulary row (n_vocab, lanes), and woven for products over the vocabulary
   // (n_vocab / DEPTH, lanes words), the same thing if a word is one element. Adds their row sums to dbias.
-  void form_dlogits(int64_t t, const Kept* kept, acc scale, acc* factor, Element* by_vocab, Word* woven,
-                    acc* dbias) const {
+  void form_dlogits(int64_t t, const Kept* kept, acc scale, acc* factor, Element* by_vocab, Word* woven, acc* dbias) const {
     const int64_t v0 = t * tile, n_vocab = std::min(tile, V - v0);
     for (int64_t r = 0; r < lanes; r += LANES) {
       const Vec<acc> share = exp(Vec<acc>::load(maxima + t * lanes + r) - Vec<acc>::load(maximum + r));
@@ -243,10 +241,8 @@ struct Chunk {
           const F32 odd = v + 1 < n_vocab ? load_kept(kept + (v + 1) * lanes + r) * f : F32();
           row_sums[1] += odd;
           const __m512i both = (__m512i)_mm512_cvtne2ps_pbh(odd.v, even.v);
-          auto* row = reinterpret_cast<__m256i*>(by_vocab + v * lanes + r);
-          auto* next = reinterpret_cast<__m256i*>(by_vocab + (v + 1) * lanes + r);
-          _mm256_storeu_si256(row, _mm512_castsi512_si256(both));
-          _mm256_storeu_si256(next, _mm512_extracti64x4_epi64(both, 1));
+          _mm256_storeu_si256(reinterpret_cast<__m256i*>(by_vocab + v * lanes + r), _mm512_castsi512_si256(both));
+          _mm256_storeu_si256(reinterpret_cast<__m256i*>(by_vocab + (v + 1) * lanes + r), _mm512_extracti64x4_epi64(both, 1));
           const __m512i low_first = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7,
                                                      22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
           _mm512_storeu_si512(woven + v / 2 * lanes + r, _mm512_permutexvar_epi16(low_first, both));
@@ -269,8 +265,7 @@ struct Chunk {
   }
 
   // dweight = block (+ prior), n_vocab rows of n columns; `at`: where they lie in (V, H).
-  void write_dweight(const acc* block, int64_t n_vocab, int64_t n, Buffer<scalar_t> prior, Buffer<scalar_t> dweight,
-                     int64_t at) const {
+  void write_dweight(const acc* block, int64_t n_vocab, int64_t n, Buffer<scalar_t> prior, Buffer<scalar_t> dweight, int64_t at) const {
     for (int64_t v = 0; v < n_vocab; v++, at += H, block += h_width) {
       for_columns(n, [&](int64_t h, auto size) {
         Vec<acc> x = Vec<acc>::load(block + h, size);
@@ -299,13 +294,11 @@ struct Chunk {
         for (int64_t h = 0; h < columns; h += h_width) {
           const int64_t n = std::min(h_width, H - h), at = v0 * H + h;
           const bool in_place = dweight.wide && !prior.narrow && n % LANES == 0;
-          multiply<Word>(by_vocab, row_words, 1, down + h * r_steps, h_width, r_steps, r_steps,
-                         in_place ? dweight.wide + at : block, in_place ? H : h_width, n_vocab, n,
-                         in_place && prior.wide);
+          multiply<Word>(by_vocab, row_words, 1, down + h * r_steps, h_width, r_steps, r_steps, in_place ? dweight.wide + at : block,
+                         in_place ? H : h_width, n_vocab, n, in_place && prior.wide);
           if (!in_place) write_dweight(block, n_vocab, n, prior, dweight, at);
           pack_rows<Word>(RowsOf<scalar_t>{weight + at, H}, n_vocab, n, panel, h_width);
-          multiply<Word>(woven, 1, lanes, panel, h_width, v_steps, v_steps, partial + part * R * columns + h, columns,
-                         R, n, t > first);
+          multiply<Word>(woven, 1, lanes, panel, h_width, v_steps, v_steps, partial + part * R * columns + h, columns, R, n, t > first);
         }
       }
     });
@@ -313,8 +306,7 @@ struct Chunk {
       for (int64_t r = first; r < last; r++) {
         for_columns(H, [&](int64_t h, auto size) {
           Vec<acc> total;
-          for (int64_t part = 0; part < parts; part++)
-            total += Vec<acc>::load(partial + (part * R + r) * columns + h, size);
+          for (int64_t part = 0; part < parts; part++) total += Vec<acc>::load(partial + (part * R + r) * columns + h, size);
           total.store(dhidden + index[r] * H + h, size);
         });
       }
@@ -344,9 +336,8 @@ Counts project(const at::Tensor& hidden, const at::Tensor& weight, const at::Ten
   Buffer<scalar_t> result, between;
   acc* dbias_sums = nullptr;
   if (dhidden.defined()) {
-    if (dweight.scalar_type() == c10::CppTypeToScalarType<acc>::value) {
-      result.wide = between.wide = dweight.mutable_data_ptr<acc>();
-    } else {
+    if (dweight.scalar_type() == c10::CppTypeToScalarType<acc>::value) result.wide = between.wide = dweight.mutable_data_ptr<acc>();
+    else {
       result.narrow = dweight.mutable_data_ptr<scalar_t>();
       if (n_chunks > 1) between.wide = scratch<acc, 11>(V * H);
     }
@@ -357,8 +348,7 @@ Counts project(const at::Tensor& hidden, const at::Tensor& weight, const at::Ten
   for (int64_t first = 0; first < n; first += rows) {
     const int64_t R = std::min(rows, n - first);
     for (int64_t r = 0; r < R; r++) std::copy_n(all + index[first + r] * H, H, gathered + r * H);
-    const Chunk<scalar_t, Word> chunk{
-        gathered, weight.const_data_ptr<scalar_t>(), bias.const_data_ptr<scalar_t>(), labels.data() + first, R, H, V};
+    const Chunk<scalar_t, Word> chunk{gathered, weight.const_data_ptr<scalar_t>(), bias.const_data_ptr<scalar_t>(), labels.data() + first, R, H, V};
     kept_t<scalar_t>* kept = dhidden.defined() ? scratch<kept_t<scalar_t>, 13>(V * chunk.lanes) : nullptr;
     chunk.pack();
     chunk.statistics(kept);
@@ -372,45 +362,38 @@ Counts project(const at::Tensor& hidden, const at::Tensor& weight, const at::Ten
   return counts;
 }
 
-std::tuple<at::Tensor, at::Tensor, at::Tensor> run(
-    const at::Tensor& hidden_, const at::Tensor& weight_, const at::Tensor& bias_, const at::Tensor& labels_,
-    double scale, const at::Tensor& dhidden, const at::Tensor& dweight, bool accumulate, const at::Tensor& dbias) {
-  TORCH_CHECK(hidden_.dim() == 2 && weight_.dim() == 2,
-              "masked_vocab_projection: hidden (R, H) and weight (V, H) expected, not ", hidden_.sizes(), " and ",
-              weight_.sizes());
+std::tuple<at::Tensor, at::Tensor, at::Tensor> run(const at::Tensor& hidden_, const at::Tensor& weight_,
+                                                   const at::Tensor& bias_, const at::Tensor& labels_, double scale,
+                                                   const at::Tensor& dhidden, const at::Tensor& dweight, bool accumulate,
+                                                   const at::Tensor& dbias) {
+  TORCH_CHECK(hidden_.dim() == 2 && weight_.dim() == 2, "masked_vocab_projection: hidden (R, H) and weight (V, H) expected, not ",
+              hidden_.sizes(), " and ", weight_.sizes());
   const int64_t R = hidden_.size(0), H = hidden_.size(1), V = weight_.size(0);
   CHECK_SHAPE(weight_, V, H);
   CHECK_SHAPE(bias_, V);
   CHECK_SHAPE(labels_, R);
   CHECK_SAME_DTYPE(hidden_, weight_);
   CHECK_SAME_DTYPE(hidden_, bias_);
-  TORCH_CHECK_TYPE(labels_.scalar_type() == at::kLong, "masked_vocab_projection: labels are int64, not ",
-                   labels_.scalar_type());
-  const auto hidden = hidden_.contiguous(), weight = weight_.contiguous(), bias = bias_.contiguous();
-  const auto labels = labels_.contiguous();
+  TORCH_CHECK_TYPE(labels_.scalar_type() == at::kLong, "masked_vocab_projection: labels are int64, not ", labels_.scalar_type());
+  const auto hidden = hidden_.contiguous(), weight = weight_.contiguous(), bias = bias_.contiguous(), labels = labels_.contiguous();
 
   std::vector<int64_t> index, targets;
   for (int64_t r = 0; r < R; r++) {
     const int64_t label = labels.const_data_ptr<int64_t>()[r];
     if (label == IGNORE_INDEX) continue;
-    TORCH_CHECK_INDEX(label >= 0 && label < V, "masked_vocab_projection: label ", label,
-                      " is outside a vocabulary of ", V);
+    TORCH_CHECK_INDEX(label >= 0 && label < V, "masked_vocab_projection: label ", label, " is outside a vocabulary of ", V);
     index.push_back(r);
     targets.push_back(label);
   }
   const auto counts = DISPATCH_SCALAR(hidden.scalar_type(), "masked_vocab_projection", [&] {
-    const auto with = [&]<typename Word>(Word) {
-      return project<scalar_t, Word>(hidden, weight, bias, index, targets, scale, dhidden, dweight, accumulate, dbias);
-    };
 #if defined(__AVX512BF16__)
     if constexpr (std::is_same_v<scalar_t, c10::BFloat16>)
-      if (pairs_are_fast()) return with(Pair());
+      if (pairs_are_fast()) return project<scalar_t, Pair>(hidden, weight, bias, index, targets, scale, dhidden, dweight, accumulate, dbias);
 #endif
-    return with(acc_t<scalar_t>());
+    return project<scalar_t, acc_t<scalar_t>>(hidden, weight, bias, index, targets, scale, dhidden, dweight, accumulate, dbias);
   });
   const auto sum_type = hidden.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
-  return {at::scalar_tensor(counts.loss_sum, sum_type),
-          at::scalar_tensor(static_cast<int64_t>(index.size()), at::kLong),
+  return {at::scalar_tensor(counts.loss_sum, sum_type), at::scalar_tensor(static_cast<int64_t>(index.size()), at::kLong),
           at::scalar_tensor(counts.n_correct, at::kLong)};
 }
 
@@ -426,20 +409,17 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> masked_vo
     const at::Tensor& scale, at::Tensor& dweight, bool accumulate) {
   CHECK_SHAPE(dweight, weight.size(0), weight.size(1));
   TORCH_CHECK(dweight.is_contiguous(), "masked_vocab_projection: dweight is not contiguous");
-  TORCH_CHECK_TYPE(dweight.scalar_type() == weight.scalar_type() ||
-                       (dweight.scalar_type() == at::kFloat && weight.scalar_type() == at::kBFloat16),
+  TORCH_CHECK_TYPE(dweight.scalar_type() == weight.scalar_type() || (dweight.scalar_type() == at::kFloat && weight.scalar_type() == at::kBFloat16),
                    "masked_vocab_projection: dweight is ", dweight.scalar_type(), " for a weight in ", weight.scalar_type());
   auto dhidden = at::zeros_like(hidden, hidden.options(), at::MemoryFormat::Contiguous);
   auto dbias = at::empty_like(bias, bias.options(), at::MemoryFormat::Contiguous);
-  auto [loss_sum, n_masked, n_correct] =
-      run(hidden, weight, bias, labels, scale.item<double>(), dhidden, dweight, accumulate, dbias);
+  auto [loss_sum, n_masked, n_correct] = run(hidden, weight, bias, labels, scale.item<double>(), dhidden, dweight, accumulate, dbias);
   if (n_masked.item<int64_t>() == 0 && !accumulate) dweight.zero_();
   return {loss_sum, n_masked, n_correct, dhidden, dbias};
 }
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> masked_vocab_projection_fwd_cpu(
-    const at::Tensor& hidden, const at::Tensor& weight, const at::Tensor& bias, const at::Tensor& labels,
-    const at::Tensor& scale) {
+    const at::Tensor& hidden, const at::Tensor& weight, const at::Tensor& bias, const at::Tensor& labels, const at::Tensor& scale) {
   auto dweight = at::empty_like(weight, weight.options(), at::MemoryFormat::Contiguous);
   auto [loss_sum, n_masked, n_correct, dhidden, dbias] =
       masked_vocab_projection_fwd_into_cpu(hidden, weight, bias, labels, scale, dweight, false);
