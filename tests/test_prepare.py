@@ -293,7 +293,7 @@ def test_damaged_sets_are_named(tmp_path: Path, vocab: Path) -> None:
     [(signal.SIGINT, 130), (signal.SIGKILL, -9), pytest.param(signal.SIGTERM, 143, marks=pytest.mark.full)],
 )
 def test_interrupting_leaves_nothing_behind(number: signal.Signals, code: int, tmp_path: Path, vocab: Path) -> None:
-    write(tmp_path / "a.txt", ["The cat sat on a mat, and so it goes. " * 3000] * 200)
+    write(tmp_path / "a.txt", ["The cat sat on a mat, and so it goes. " * 3000] * 1000)
     command = [sys.executable, "-c", "from bertfast.cli import main; main()", "prepare", str(tmp_path / "a.txt")]
     command += ["--out", str(tmp_path / "set"), "--vocab", str(vocab), "--workers", "2"]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
