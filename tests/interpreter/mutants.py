@@ -72,7 +72,7 @@ MUTANTS = [
     ("attention", "tl.abs(p) * (tl.where(p > 0.0, dp, 0.0) - delta[:, None])", "tl.abs(p) * (dp - delta[:, None])"),
     ("attention", "tl.maximum(p, 0.0)", "tl.abs(p)"),
     ("attention", "dk * (scale * kept_scale)", "dk * kept_scale"),
-    ("attention", "other=float(\"inf\")) * LOG2E", "other=0.0) * LOG2E"),
+    ("attention", "other=float(\"inf\")) * LOG2E", "other=float(\"inf\"))"),
     ("attention", "tl.program_id(0) // n_blocks, tl.program_id(0) % n_blocks",
      "tl.program_id(0) % n_blocks, tl.program_id(0) // n_blocks"),
     ("attention", "tl.range(0, n_queries, BLOCK_M)", "tl.range(0, n_queries - BLOCK_M + 1, BLOCK_M)"),

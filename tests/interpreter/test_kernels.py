@@ -95,11 +95,12 @@ def test_second_stage_of_a_sum():
 
 
 def test_counts_of_the_projection():
-    """The first of equal largest logits is the prediction, as torch.argmax has it; -100 counts nowhere."""
-    weight, hidden = torch.zeros(70, 16), torch.ones(5, 16)
-    weight[[2, 9]] = 1.0
-    labels = torch.tensor([2, 9, -100, 5, 2])
-    args = hidden, weight, torch.zeros(70), labels
+    """The first of equal largest logits is the prediction, as torch.argmax has it; -100 counts nowhere; the last row's
+    largest logit is in the second block of columns."""
+    weight, hidden = torch.zeros(4200, 16), torch.ones(5, 16)
+    weight[[2, 9]], weight[4190], hidden[4] = 1.0, -1.0, -1.0
+    labels = torch.tensor([2, 9, -100, 5, 4190])
+    args = hidden, weight, torch.zeros(4200), labels
     for got, want in zip(ops.masked_vocab_projection(*args)[1:], (4, 2)):
         assert got == want
     loss = torch.nn.functional.cross_entropy(hidden @ weight.T, labels)
