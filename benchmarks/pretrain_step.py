@@ -136,8 +136,9 @@ def main() -> None:
         print(f"{name:24} {1 / value:9,.0f} tokens/s   {best / value:5.2f} x the best HF   "
               f"{flops / value / 1e9:6,.0f} useful GFLOP/s   spread {spread:.0%}")
     if args.out:
-        args.out.write_text(json.dumps({"arguments": vars(args) | {"out": str(args.out)}, "peaks": peaks,
-                                        "seconds_per_token": seconds}, indent=1))
+        arguments = {name: value for name, value in vars(args).items() if name != "out"}
+        result = {"arguments": arguments, "peaks": peaks, "seconds_per_token": seconds}
+        args.out.write_text(json.dumps(result, indent=1))
 
 
 if __name__ == "__main__":

@@ -13,16 +13,16 @@ ALL = [(c, shape, p) for c in CASES.values() for shape in c.shapes for p in ([0.
 IDS = [f"{case.name}-{shape}-p{p}".replace(" ", "") for case, shape, p in ALL]
 
 
-def assert_no_further(name: str, fused, eager, truth, longest_sum: int) -> None:
+def assert_no_further(name: str, fused, eager, truth) -> None:
     """The fused op may not be further from the truth than the eager op in the same dtype, plus two units in the last
-    place of the largest value (both round their result once; which way differs). In fp32, where nothing is rounded
-    but the sums themselves, two orders of one sum of n terms differ by about eps * sqrt(n)."""
+    place of the largest value (both round their result once; which way differs). In fp32 it is four: there the order of
+    a sum is all the difference, and single elements were seen up to 2.9 units beyond eager's worst."""
     assert fused.shape == truth.shape and torch.isfinite(fused).all(), name
     if truth.numel() == 0:
         return
     error = (fused.double() - truth).abs().max().item()
     allowed = (eager.double() - truth).abs().max().item()
-    ulps = max(2.0, math.sqrt(longest_sum)) if fused.dtype == torch.float32 else 2.0
+    ulps = 4 if fused.dtype == torch.float32 else 2
     tiny = ulps * torch.finfo(fused.dtype).eps * truth.abs().max().item() + 1e-30
     assert error <= allowed + tiny, f"{name}: error {error:.3g}, eager {allowed:.3g} + {tiny:.3g}"
 
@@ -33,9 +33,8 @@ def test_error_not_above_eager(case, shape, p, dtype):
     tensors = case.inputs(shape, dtype)
     truth = run(case.eager, case, case.inputs(shape, torch.float64), p)
     eager, fused, again = (run(call, case, tensors, p) for call in (case.eager, case.fused, case.fused))
-    longest_sum = max(size for t in tensors.values() for size in (1, *t.shape))
     for name in truth:
-        assert_no_further(name, fused[name], eager[name], truth[name], longest_sum)
+        assert_no_further(name, fused[name], eager[name], truth[name])
         assert torch.equal(again[name], fused[name]), f"{name} differs from run to run"
 
 

@@ -6,10 +6,12 @@ One schema, and up to three implementations under it:
   CUDA                        the Triton launcher of the same name in kernels/<op>.py
 """
 
+import functools
 import importlib
 import importlib.machinery
 import importlib.util
 import os
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -41,10 +43,17 @@ def define(schema: str, reference: Callable, fake: Callable | None = None, kerne
 
     def call(*args):
         if _is_fp16_on_cpu(args):
-            return reference(*args)  # the C++ kernels have no fp16 arithmetic to be fast with
+            if not torch.compiler.is_compiling():
+                _warn_of_fp16()
+            return reference(*args)
         return overload(*args)
 
     return call
+
+
+@functools.cache
+def _warn_of_fp16() -> None:
+    warnings.warn("bertfast: fp16 on CPUs runs the slow references, the C++ kernels take fp32 and bf16", stacklevel=4)
 
 
 def _is_fp16_on_cpu(args) -> bool:
