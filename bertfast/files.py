@@ -34,7 +34,10 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
+        temporary.touch()
+        mode = temporary.stat().st_mode  # what the umask allows; safetensors creates files for the owner only
         yield temporary
+        temporary.chmod(mode)
         _sync(temporary)
         os.replace(temporary, path)
         _sync(path.parent)
@@ -65,8 +68,10 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
         for leftover in temporary.iterdir():
             shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
         yield temporary
+        readers = temporary.stat().st_mode & 0o666
         for folder, _, names in os.walk(temporary):
             for name in names:
+                Path(folder, name).chmod(readers)
                 _sync(Path(folder, name))
             _sync(Path(folder))
         shutil.rmtree(old, ignore_errors=True)

@@ -6,6 +6,8 @@ key and value are read as one matrix (bertfast.ops.joined_linear). Skipping, cli
 the device: a step reads nothing back.
 """
 
+from collections.abc import Callable, Sequence
+
 import torch
 from torch import Tensor, nn
 
@@ -17,27 +19,38 @@ from .ops.masked_vocab_projection import GradientSink
 ALIGNMENT = 64  # bytes; a cache line, and more than any vector load wants
 
 
+def linear_schedule(peak: float, warmup: float, steps: int, step: int) -> float:
+    """Linear warm-up over a share of the steps, then linear decay to 0 (Devlin et al. 2019); `step` counts from 0."""
+    rising = max(1, round(steps * warmup))
+    if step < rising:
+        return peak * (step + 1) / rising
+    return peak * max(0.0, (steps - step) / max(1, steps - rising))
+
+
 class Optimizer:
     """AdamW or LAMB on a whole model, with gradient clipping, non-finite steps skipped, and fp16 loss scaling.
 
     compute_dtype: dtype of the parameters from now on (the model is converted in place; tied parameters stay tied).
     weight_decay applies to matrices and tables only, never to biases and LayerNorm (BERT). max_grad_norm 0 = no
-    clipping. `loss_scale` is the factor that the caller's loss must carry (1 unless fp16).
+    clipping. `loss_scale` is the factor that the caller's loss must carry (1 unless fp16). lr_scale: parameter name ->
+    factor of its learning rate (layer-wise decay); None: 1 for all.
     """
 
     def __init__(self, model: nn.Module, compute_dtype=torch.float32, *, kind="adamw", betas=(0.9, 0.999), eps=1e-6,
-                 weight_decay=0.01, max_grad_norm=1.0):
+                 weight_decay=0.01, max_grad_norm=1.0, lr_scale: Callable[[str], float] | None = None):
         self.kind, self.betas, self.eps, self.max_grad_norm = kind, betas, eps, max_grad_norm
         named = {name: p for name, p in model.named_parameters() if p.requires_grad}
         device = next(iter(named.values())).device
         self.groups = []
-        for decay in (weight_decay, 0.0):
-            members = {n: p for n, p in named.items() if (p.dim() > 1) == (decay is weight_decay)}
-            if members:
-                self.groups.append(_Group(members, decay, compute_dtype))
-        for p in model.parameters():
-            if not p.requires_grad:
-                p.data = p.data.to(compute_dtype)
+        members: dict[tuple[bool, float], dict[str, nn.Parameter]] = {}
+        for name, p in named.items():
+            members.setdefault((p.dim() <= 1, lr_scale(name) if lr_scale else 1.0), {})[name] = p
+        for (is_vector, scale), group in sorted(members.items(), key=lambda item: item[0]):
+            self.groups.append(_Group(group, 0.0 if is_vector else weight_decay, compute_dtype, scale))
+        frozen = [p for p in model.parameters() if not p.requires_grad]
+        for p, view in zip(frozen, _flat_views(frozen, compute_dtype) if frozen else []):
+            view.copy_(p.data)
+            p.data = view
         self.sinks = [(e.word_embeddings.weight, e) for e in model.modules() if isinstance(e, Embeddings)]
         for table, embeddings in self.sinks:
             embeddings.sink = GradientSink(torch.empty_like(table)) if table.requires_grad else None
@@ -58,7 +71,7 @@ class Optimizer:
             if embeddings.sink is not None and embeddings.sink.filled:
                 table.grad, embeddings.sink.filled = embeddings.sink.buffer, False
 
-    def step(self, lr: float) -> Tensor:
+    def step(self, lr: float | Tensor) -> Tensor:
         """One update from the gradients, which are dropped; returns their norm before clipping, 0-dim on the device.
 
         Where the norm is not finite nothing changes but the counters (and the loss scale, which halves).
@@ -69,10 +82,10 @@ class Optimizer:
         self.skip.copy_(~torch.isfinite(norm))
         clip = torch.clamp(self.max_grad_norm / (norm + 1e-6), max=1.0) if self.max_grad_norm > 0 else 1.0
         grad_scale = torch.nan_to_num(clip / self.loss_scale)
-        self.lr.fill_(lr)
         self.step_count += 1 - self.skip
         update = {"adamw": ops.adamw_step, "lamb": ops.lamb_step}[self.kind]
         for group in self.groups:
+            self.lr.fill_(lr * group.lr_scale)
             update(group.params, group.gradients(), group.masters, group.exp_avgs, group.exp_avg_sqs, self.lr,
                    self.step_count, grad_scale, self.skip, beta1=self.betas[0], beta2=self.betas[1], eps=self.eps,
                    weight_decay=group.weight_decay)
@@ -131,10 +144,12 @@ _COUNTERS = ("step_count", "loss_scale", "good_steps", "n_skipped", "skipped_in_
 
 
 class _Group:
-    """Parameters of one decay rate, and their flat fp32 buffers."""
+    """Parameters of one decay rate and one learning rate, and their flat fp32 buffers."""
 
-    def __init__(self, members: dict[str, nn.Parameter], weight_decay: float, compute_dtype: torch.dtype):
-        self.names, self.params, self.weight_decay = list(members), list(members.values()), weight_decay
+    def __init__(self, members: dict[str, nn.Parameter], weight_decay: float, compute_dtype: torch.dtype,
+                 lr_scale: float):
+        self.names, self.params = list(members), list(members.values())
+        self.weight_decay, self.lr_scale = weight_decay, lr_scale
         values = [p.detach().float().clone() for p in self.params]
         flat = lambda dtype: _flat_views(values, dtype)
         for p, view, value in zip(self.params, flat(compute_dtype), values):
@@ -175,7 +190,7 @@ class _Group:
             p.copy_(master)
 
 
-def _flat_views(like: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
+def _flat_views(like: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
     """Zeroed tensors of the given shapes, one after another in one buffer."""
     step = ALIGNMENT // dtype.itemsize
     sizes = [-(-t.numel() // step) * step for t in like]

@@ -12,7 +12,6 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
-import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -23,8 +22,9 @@ from .checkpoint import read_tensors
 from .config import BertConfig
 from .data.dataset import Dataset, Loader
 from .files import UserError, atomic_folder, read_json, write_json
+from .initial import start_from_counts
 from .model import BertForMaskedLM, BertForPreTraining
-from .optim import Optimizer
+from .optim import Optimizer, linear_schedule
 from .version import __version__
 
 KEEP_CHECKPOINTS = 2
@@ -39,6 +39,7 @@ class Settings:
     preset: str = "mini"
     model_config: str | None = None  # a config.json instead of a preset
     init_from: str | None = None  # a checkpoint to go on training from
+    start: str = "counts"  # or "normal": see bertfast.initial
     steps: int = 1000
     tokens: int = 2048  # token budget of one packed batch
     micro_batches: int = 1
@@ -76,6 +77,8 @@ class Settings:
             raise UserError("--long-share and --warmup are shares, between 0 and 1")
         if self.optimizer not in ("adamw", "lamb"):
             raise UserError(f"optimizer {self.optimizer!r} is unknown; known: adamw, lamb")
+        if self.start not in ("counts", "normal"):
+            raise UserError(f"--start {self.start!r} is unknown; known: counts, normal")
         for _, _, length in self.phases():
             if self.tokens < length:
                 raise UserError(f"a budget of {self.tokens} tokens is smaller than a sequence of {length} (--tokens)")
@@ -83,10 +86,7 @@ class Settings:
 
 def learning_rate(settings: Settings, step: int) -> float:
     """Linear warm-up, then linear decay to 0 (Devlin et al. 2019); `step` counts from 0."""
-    warmup = max(1, round(settings.steps * settings.warmup))
-    if step < warmup:
-        return settings.lr * (step + 1) / warmup
-    return settings.lr * max(0.0, (settings.steps - step) / max(1, settings.steps - warmup))
+    return linear_schedule(settings.lr, settings.warmup, settings.steps, step)
 
 
 def step_seed(seed: int, step: int, micro_batch: int = 0) -> int:
@@ -109,19 +109,6 @@ def useful_flops(config: BertConfig, batch: PackedBatch, backward: bool = True) 
     rows += batch.n_masked * (H * H + config.vocab_size * H)
     scores = (L - 1) * float((lengths * lengths).sum()) + float((lengths * reads).sum())
     return (3 if backward else 1) * (2 * rows + 4 * H * scores)
-
-
-@torch.no_grad()
-def _start_from_unigrams(model: BertForPreTraining | BertForMaskedLM, data: Dataset, sample: int = 10_000_000) -> None:
-    """Start a new model where a count of words would: output bias = log frequency, and word identity over position.
-
-    From a zero bias the tied table itself must learn the frequencies, which drives all its rows in one direction and
-    hides the words from the encoder for hundreds of steps. The word table starts at 4 times the other tables' scale,
-    so that attention sees words first. Both measured on the documentation corpus: see benchmarks/README.md.
-    """
-    counts = np.bincount(data.tokens[:sample], minlength=model.config.vocab_size) + 0.5
-    model.cls["predictions"].get_parameter("bias").copy_(torch.from_numpy(np.log(counts / counts.sum())))
-    model.bert.embeddings.word_embeddings.weight.mul_(4.0)
 
 
 class Run:
@@ -172,7 +159,8 @@ class Run:
                 hidden_dropout_prob=settings.dropout, attention_probs_dropout_prob=settings.dropout,
             )
             model = cls(config)
-            _start_from_unigrams(model, self.train_data)
+            if settings.start == "counts":
+                start_from_counts(model, self.train_data)
         if config.vocab_size != self.tokenizer.vocab_size:
             raise UserError(
                 f"{settings.data} was prepared with a vocabulary of {self.tokenizer.vocab_size}, "
@@ -202,11 +190,15 @@ class Run:
 
     # ---- the loop
 
-    def train(self) -> tuple[dict, Path]:
-        """Run to the end; the last evaluation and the last checkpoint. Raises KeyboardInterrupt after a Ctrl-C."""
+    def train(self) -> tuple[dict[int, dict], Path]:
+        """Run to the end; the whole validation split's result by sequence length, and the last checkpoint.
+
+        Raises KeyboardInterrupt after a Ctrl-C.
+        """
         settings = self.settings
         metrics = report.Metrics(self.folder, self.step, settings.tensorboard)
-        result, checkpoint = {}, self.folder
+        results: dict[int, dict] = {}
+        checkpoint = self.folder
         with self._stop_on_interrupt(), report.progress(settings.steps, self.step, self.peak) as bar:
             for start, end, length in settings.phases():
                 if self.step >= end:
@@ -229,9 +221,11 @@ class Run:
                         self._check_health(micro)
                     if self.step % settings.eval_every == 0 or self.step in (end, settings.steps):
                         began = time.perf_counter()
-                        result = self.evaluate(length)
-                        metrics.write({"step": self.step, **result})
-                        bar.note(self.step, result)
+                        last = self.step == settings.steps
+                        for n in [x for _, _, x in settings.phases()] if last else [length]:
+                            results[n] = self.evaluate(n, max_batches=256) if last else self.evaluate(n)
+                            metrics.write({"step": self.step, "validation_length": n, **results[n]})
+                            bar.note(self.step, n, results[n])
                         window.paused(time.perf_counter() - began)
                     if self.step % settings.save_every == 0 or self.step == settings.steps or self.stopping:
                         self.loader_state = loader.state_dict()
@@ -241,7 +235,7 @@ class Run:
                     if self.stopping:
                         raise KeyboardInterrupt
         report.plot_loss(self.folder, self.train_data.manifest["unigram_entropy"])
-        return result, checkpoint
+        return results, checkpoint
 
     def _train_step(self, micro: list[PackedBatch], window: "report.Window") -> torch.Tensor:
         settings, optimizer = self.settings, self.optimizer

@@ -115,16 +115,16 @@ class _Bar:
         self.last_line = 0.0
 
     def show(self, step: int, row: dict, flops_per_second: float) -> None:
-        share = f"{100 * flops_per_second / self.peak:.0f} % of peak"
-        text = f"loss {row['loss']:.3f}  {row['tokens_per_sec']:,.0f} tokens/s  {share}"
+        share = f"  {100 * flops_per_second / self.peak:.0f} % of peak" if flops_per_second else ""
+        text = f"loss {row['loss']:.3f}  {row['tokens_per_sec']:,.0f} tokens/s{share}"
         if self.bar:
             self.bar.update(self.task, completed=step, text=text)
         elif time.perf_counter() - self.last_line > 10 or step == self.steps:
             self.last_line = time.perf_counter()
             print(f"step {step}/{self.steps}  {text}", flush=True)
 
-    def note(self, step: int, result: dict) -> None:
-        parts = [f"step {step:>6}  validation:"]
+    def note(self, step: int, length: int, result: dict) -> None:
+        parts = [f"step {step:>6}  validation at {length}:"]
         if "validation_mlm_loss" in result:
             parts.append(f"MLM {result['validation_mlm_loss']:.3f} nats ({result['validation_mlm_accuracy']:.1%})")
         if "validation_nsp_loss" in result:
@@ -142,6 +142,17 @@ def progress(steps: int, done: int, peak: float):
                TimeElapsedColumn(), TextColumn("ETA"), TimeRemainingColumn(compact=True))
     with Progress(*columns, console=console) as bar:
         yield _Bar(bar, bar.add_task("", total=steps, completed=done, text=""), peak, steps)
+
+
+@contextmanager
+def counter(what: str):
+    """A live count of something whose end is not known; yields a function that takes the count so far."""
+    if not console.is_terminal:
+        yield lambda n: None
+        return
+    with Progress(TextColumn(what), TextColumn("{task.completed:,.0f}"), TimeElapsedColumn(), console=console) as bar:
+        task = bar.add_task("", total=None)
+        yield lambda n: bar.update(task, completed=n)
 
 
 def header(rows: dict[str, str]) -> None:
@@ -169,8 +180,10 @@ def plot_loss(folder: Path, entropy: float) -> None:
 
     rows = read_metrics(folder)
     train = [r for r in rows if r.get("mlm_loss") is not None]
-    validation = [r for r in rows if r.get("validation_mlm_loss") is not None]
-    nsp = [r for r in rows if r.get("validation_nsp_accuracy") is not None]
+    trained = {r["step"]: r["max_seqlen"] for r in train}
+    own = [r for r in rows if r.get("validation_length") == trained.get(r["step"])]  # of the length in training then
+    validation = [r for r in own if r.get("validation_mlm_loss") is not None]
+    nsp = [r for r in own if r.get("validation_nsp_accuracy") is not None]
     if not train:
         return
     figure, axes = plt.subplots(2 if nsp else 1, 1, figsize=(8, 6 if nsp else 4), sharex=True, squeeze=False,
@@ -212,22 +225,28 @@ def _smooth(values: list[float], weight: float = 0.9) -> list[float]:
     return smooth
 
 
-def closing_table(folder: Path, result: dict, entropy: float) -> None:
-    """The run's last figures, training beside validation."""
+def closing_table(folder: Path, results: dict[int, dict], entropy: float) -> None:
+    """The run's last figures, training beside validation on sequences of each length."""
     rows = [r for r in read_metrics(folder) if r.get("mlm_loss") is not None][-10:]
-    mean = lambda name: sum(r[name] for r in rows) / len(rows)
+    columns = [{name: sum(r[name] for r in rows) / len(rows) for name in rows[-1] if name in _CLOSING}]
+    columns += [{name.removeprefix("validation_"): value for name, value in r.items()} for r in results.values()]
     table = Table(title="result", title_justify="left")
-    for column in ("", "training (last 10 rows)", "validation"):
-        table.add_column(column, justify="left" if not column else "right")
-    table.add_row("masked-LM loss, nats", f"{mean('mlm_loss'):.3f}", f"{result['validation_mlm_loss']:.3f}")
-    table.add_row("  below the unigram entropy", f"{entropy - mean('mlm_loss'):.3f}",
-                  f"{entropy - result['validation_mlm_loss']:.3f}")
-    table.add_row("masked-LM accuracy", f"{mean('mlm_accuracy'):.1%}", f"{result['validation_mlm_accuracy']:.1%}")
-    if "validation_nsp_accuracy" in result:
-        table.add_row("next-sentence accuracy", f"{mean('nsp_accuracy'):.1%}",
-                      f"{result['validation_nsp_accuracy']:.1%}")
-    table.add_row("tokens/s", f"{mean('tokens_per_sec'):,.0f}", "")
+    for title in ("", "training (last 10 rows)", *(f"validation at {length}" for length in results)):
+        table.add_column(title, justify="left" if not title else "right")
+    for name, (title, form) in _CLOSING.items():
+        if any(name in column for column in columns):
+            table.add_row(title, *(format(c[name], form) if name in c else "" for c in columns))
+        if name == "mlm_loss":
+            table.add_row("  below the unigram entropy", *(f"{entropy - c[name]:.3f}" for c in columns))
     console.print(table)
+
+
+_CLOSING = {
+    "mlm_loss": ("masked-LM loss, nats", ".3f"),
+    "mlm_accuracy": ("masked-LM accuracy", ".1%"),
+    "nsp_accuracy": ("next-sentence accuracy", ".1%"),
+    "tokens_per_sec": ("tokens/s", ",.0f"),
+}
 
 
 def examples(checkpoint: Path, dataset, n: int = 6) -> None:

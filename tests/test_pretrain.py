@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 
+import numpy as np
 import pytest
 import torch
 import transformers
@@ -42,6 +43,35 @@ def settings(corpus, **changes):
     return Settings(**{**defaults, **changes})
 
 
+def test_a_new_model_starts_from_counts(corpus, tmp_path):
+    run = start(tmp_path, settings(corpus), resume=False)
+    model, words = run.model, np.asarray(run.train_data.tokens)
+    rare, common = np.bincount(words, minlength=model.config.vocab_size).argsort()[[0, -1]]
+    bias = model.cls["predictions"].bias
+    assert bias[common] > bias[rare] and bias.exp().sum().item() == pytest.approx(1, abs=1e-3)
+    attention = model.bert.encoder.layer[0].attention.self
+    places = model.bert.embeddings.position_embeddings.weight
+    for head, offset in zip(range(attention.n_heads), (-1, 1, -2, 2)):
+        rows = slice(head * attention.head_dim, (head + 1) * attention.head_dim)
+        scores = (places @ attention.query.weight[rows].T) @ (places @ attention.key.weight[rows].T).T
+        inside = torch.arange(2, len(places) - 2)
+        assert (scores.argmax(-1)[inside] == inside + offset).all(), f"head {head} does not look at {offset}"
+    deeper = {**json.loads((corpus / "model.json").read_text()), "num_hidden_layers": 3, "max_position_embeddings": 128}
+    (tmp_path / "deeper.json").write_text(json.dumps({**deeper, "hidden_size": 64}))
+    model = start(tmp_path / "deeper", settings(corpus, model_config=str(tmp_path / "deeper.json")), False).model
+    words = torch.randint(50, 600, (64, 2, 62))
+    words[32:, 1] = words[32:, 0].flip(1)  # half of the pairs share all their words, half next to none
+    ids = torch.cat([torch.full((64, 1), 2), words[:, 0], torch.full((64, 1), 3), words[:, 1]], 1)
+    is_b = (torch.arange(126) > 63).long().expand(64, 126)
+    told = model.eval().bert(ids, token_type_ids=is_b).last_hidden_state[:, 0].detach()
+    told = told @ model.bert.encoder.layer[-1].attention.output.dense.weight[:, 1].detach()
+    assert told[32:].min() > told[:32].max() or told[32:].max() < told[:32].min()
+    other = start(tmp_path / "normal", settings(corpus, start="normal"), resume=False)
+    assert not other.model.cls["predictions"].bias.any()
+    with pytest.raises(UserError, match="--start"):
+        settings(corpus, start="lucky").check()
+
+
 def rows(folder):
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
@@ -52,23 +82,29 @@ def final_state(folder):
 
 
 def test_a_run_learns_and_leaves_everything_behind(corpus, tmp_path, capsys):
-    run = start(tmp_path, settings(corpus, steps=60, precision="bf16", eval_every=20), resume=False)
+    run = start(tmp_path, settings(corpus, steps=240, precision="bf16", eval_every=80), resume=False)
     assert "bf16" in run.describe("")["precision"]
-    result, last = run.train()
-    assert last == tmp_path / "checkpoint-60"
+    results, last = run.train()
+    assert last == tmp_path / "checkpoint-240"
     logged = [r for r in rows(tmp_path) if "loss" in r]
-    assert [r["step"] for r in logged] == list(range(1, 61))
+    assert [r["step"] for r in logged] == list(range(1, 241))
     for key in ("mlm_loss", "nsp_loss", "lr", "grad_norm", "tokens_per_sec"):
         assert all(r[key] is not None and r[key] >= 0 for r in logged), key
     entropy = run.train_data.manifest["unigram_entropy"]
     assert abs(logged[0]["mlm_loss"] - entropy) < 1  # it starts where a count of words would
-    validation = [r["validation_mlm_loss"] for r in rows(tmp_path) if "validation_mlm_loss" in r]
-    assert validation[-1] == result["validation_mlm_loss"] < validation[0] - 0.1
+    validation = [r for r in rows(tmp_path) if "validation_mlm_loss" in r]
+    assert [(r["step"], r["validation_length"]) for r in validation] == [
+        (80, 32), (160, 32), (180, 32), (240, 32), (240, 64)]
+    for length, result in results.items():
+        own = [r["validation_mlm_loss"] for r in validation if r["validation_length"] == length]
+        assert own[-1] == result["validation_mlm_loss"]
+    assert results[32]["validation_mlm_loss"] < validation[0]["validation_mlm_loss"] - 0.1
     assert {r["max_seqlen"] for r in logged} == {32, 64}
     assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
-    assert sorted(p.name for p in tmp_path.glob("checkpoint-*")) == ["checkpoint-56", "checkpoint-60"]
+    assert sorted(p.name for p in tmp_path.glob("checkpoint-*")) == ["checkpoint-236", "checkpoint-240"]
 
-    last = tmp_path / "checkpoint-60"
+    last = tmp_path / "checkpoint-240"
+    assert {p.stat().st_mode & 0o777 for p in last.iterdir()} == {last.stat().st_mode & 0o666}
     hf, report = transformers.BertForPreTraining.from_pretrained(last, output_loading_info=True)
     assert not report["missing_keys"] and not report["unexpected_keys"]
     tokenizer = transformers.AutoTokenizer.from_pretrained(last)
