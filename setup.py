@@ -4,16 +4,21 @@
   bertfast._C_<isa>        csrc/cpu/*.cpp, once per x86-64 instruction set from the same sources, and never two sets
                            in one object (the linker would merge their inline functions); loaded for this CPU by
                            bertfast/ops/_define.py with torch.ops.load_library
+  bertfast._C_cuda         csrc/cuda/*.cu, by nvcc, where both nvcc and a CUDA build of torch are at hand
 BERTFAST_ISA=avx512_bf16 (a comma-separated list) builds fewer sets; BERTFAST_SANITIZE=address adds the sanitizer.
+BERTFAST_CUDA=1 builds the CUDA part beside any torch (it uses libtorch's stable ABI alone), BERTFAST_CUDA=0 never.
 """
 
 import os
 import platform
+import shutil
+import subprocess
 from glob import glob
 
 import pybind11
-from setuptools import setup
-from torch.utils.cpp_extension import BuildExtension, CppExtension
+import torch
+from setuptools import Extension, setup
+from torch.utils.cpp_extension import BuildExtension, CppExtension, include_paths
 
 # -fopenmp: at::parallel_for is silently serial without it. -ffp-contract=off is left out on purpose: a fused
 # multiply-add is closer to the exact result.
@@ -25,15 +30,50 @@ ISAS = {
     "avx512": AVX512 + ["-DCPU_CAPABILITY=AVX512", "-DCPU_CAPABILITY_AVX512"],
     "avx512_bf16": AVX512 + ["-mavx512bf16", "-DCPU_CAPABILITY=AVX512", "-DCPU_CAPABILITY_AVX512"],
 }
+CUDA_ARCHS = "80", "86", "89", "90", "100", "120"  # of which this nvcc makes what it knows, and PTX of the last
 
 
 class Build(BuildExtension):
     def build_extension(self, extension):
+        if extension.name == "bertfast._C_cuda":
+            os.makedirs(os.path.dirname(self.get_ext_fullpath(extension.name)), exist_ok=True)
+            return subprocess.check_call(nvcc_command(extension.sources, self.get_ext_fullpath(extension.name)))
         """One object folder an extension: the instruction sets share their sources."""
         base, self.build_temp = self.build_temp, os.path.join(self.build_temp, extension.name)
         os.makedirs(self.build_temp, exist_ok=True)
         super().build_extension(extension)
         self.build_temp = base
+
+
+def find_nvcc():
+    home = os.environ.get("CUDA_HOME", "/usr/local/cuda")
+    return shutil.which("nvcc", path=os.path.join(home, "bin")) or shutil.which("nvcc")
+
+
+def nvcc_command(sources, target):
+    """One command compiles and links: not CUDAExtension, which refuses a CPU build of torch."""
+    nvcc, libraries = find_nvcc(), os.path.join(os.path.dirname(torch.__file__), "lib")
+    known = subprocess.check_output([nvcc, "--list-gpu-code"], text=True).split()
+    archs = [a for a in CUDA_ARCHS if f"sm_{a}" in known]
+    code = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in archs]
+    code.append(f"-gencode=arch=compute_{archs[-1]},code=compute_{archs[-1]}")
+    headers = [flag for path in include_paths() for flag in ("-isystem", path)]
+    flags = ["-std=c++17", "-O3", "-shared", "-cudart=static", "-Xcompiler=-fPIC,-fvisibility=hidden", "-DUSE_CUDA"]
+    flags += ["-DTORCH_TARGET_VERSION=0x020d000000000000", f"--threads={os.cpu_count() or 1}"]  # torch 2.13
+    return [nvcc, *flags, *code, *headers, *sources, "-o", target, f"-L{libraries}", "-ltorch_cpu", "-ltorch"]
+
+
+def cuda_extension():
+    """The CUDA part as a list of one, or none with the reason printed."""
+    wanted = os.environ.get("BERTFAST_CUDA", "1" if torch.version.cuda else "0")
+    if wanted == "0":
+        return []
+    if find_nvcc() is None:
+        if "BERTFAST_CUDA" in os.environ:
+            raise SystemExit("BERTFAST_CUDA=1, but there is no nvcc: set CUDA_HOME to the CUDA toolkit")
+        print("no nvcc found (CUDA_HOME): embedding_sum will run its reference on GPUs")
+        return []
+    return [Extension("bertfast._C_cuda", sorted(glob("csrc/cuda/*.cu")), depends=glob("csrc/cuda/*.cuh"))]
 
 
 def extensions():
@@ -49,7 +89,7 @@ def extensions():
         return [loader]
     sources = sorted(glob("csrc/cpu/*.cpp"))
     wanted = os.environ.get("BERTFAST_ISA", ",".join(ISAS)).split(",")
-    return [loader] + [
+    return [loader] + cuda_extension() + [
         CppExtension(
             f"bertfast._C_{isa}", sources, depends=headers, extra_compile_args=FLAGS + ISAS[isa] + sanitize,
             extra_link_args=sanitize,
@@ -61,7 +101,8 @@ def extensions():
 setup(
     ext_modules=extensions(),
     cmdclass={"build_ext": Build},
-    packages=["bertfast", "bertfast.ops", "bertfast.data", "bertfast.kernels", "bertfast.benchmarks"],
+    packages=["bertfast", "bertfast.ops", "bertfast.data", "bertfast.finetune", "bertfast.kernels",
+              "bertfast.benchmarks"],
     package_dir={"bertfast.kernels": "kernels", "bertfast.benchmarks": "benchmarks"},
     package_data={"bertfast": ["py.typed"]},
 )

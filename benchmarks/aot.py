@@ -1,4 +1,4 @@
-"""What the Triton kernels compile to, without a GPU: `python benchmarks/aot.py [--full] [--arch 80,90] [--json FILE]`.
+"""What the Triton kernels compile to, without a GPU: `python benchmarks/aot.py [--full] [--arch 80,90] [--only WORD]`.
 
 The real launchers are called with CPU tensors while a stub stands in for the CUDA driver: every kernel is compiled with
 the arguments, alignments and configuration that a training step gives it, and never launched. The cubin is then taken
@@ -6,6 +6,7 @@ apart with the tools that Triton brings, and held against the rules:
   bf16 and fp16   no spills, tensor-core instructions of the generation in every matrix kernel, 128-bit global access
   all             shared memory within the limit of a block
   attention       dropout adds at most 14 instructions a score to the loop, on sm_80 and sm_90
+The CUDA C++ of csrc/cuda is compiled as well, where there is an nvcc: no spills, 128-bit loads in the wide variants.
 fp32 is a correctness path and gfx942 is compiled only. A broken rule ends with exit code 1. Occupancy is computed from
 registers, shared and tensor memory; nothing here is a measurement of speed.
 """
@@ -15,12 +16,13 @@ import hashlib
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
-from itertools import chain
+from itertools import chain, repeat
 from pathlib import Path
 
 os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")  # what a GPU run has today; 3.10 will change the default
@@ -39,7 +41,12 @@ from bertfast.kernels import (
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
-CACHE = Path(__file__).resolve().parent.parent / "build" / "aot.json"  # disassembly by the hash of the cubin
+from bertfast import BertConfig, BertForPreTraining, PackedBatch
+from bertfast.ops._define import register_launchers
+from bertfast.optim import Optimizer
+
+ROOT = Path(__file__).resolve().parent.parent
+CACHE = ROOT / "build" / "aot.json"  # disassembly by the hash of the cubin
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 #          threads and blocks of an SM, KiB of shared memory of an SM and of a block, tensor-core instruction
 HARDWARE = {
@@ -57,6 +64,7 @@ COUNTS = {
     "narrow": r"\b(?:LDG|STG)\.E\.(?:\w+\.)*(?:U16|U8|S16)\b",
     "local": r"\b(?:LDL|STL)\b",
 }
+SMALL = "sum_partials", "norm", "trust_ratio", "combine"  # second stages, not worth wide accesses
 COLUMNS = ("kernel", "case", "arch", "warps", "registers", "spill", "shared", "blocks", "occupancy", "instructions",
            "loop", "per_element", *COUNTS)  # fmt: skip
 
@@ -131,54 +139,90 @@ def other_cases(dtype):
     hidden, table, bias = (torch.zeros(s, dtype=dtype) for s in ((16, 64), (30522, 64), (30522,)))
     labels, one = torch.zeros(16, dtype=torch.int64), torch.ones(())
     yield "V30522", partial(masked_vocab_projection.masked_vocab_projection_fwd, hidden, table, bias, labels, one)
+    yield "V30522 no logits", partial(without_logits, hidden, table, bias, labels, one)
     p, state = [torch.zeros(4096, dtype=dtype)], [torch.zeros(4096)]
     masters = state if dtype != torch.float32 else []
     scalars = one, one, one, one, 0.9, 0.999, 1e-6, 0.01
-    yield "", partial(optimizer_step.adamw_step, p, p, masters, state, state, *scalars)
+    yield "adamw", partial(optimizer_step.adamw_step, p, p, masters, state, state, *scalars)
+    yield "lamb", partial(optimizer_step.lamb_step, p, p, masters, state, state, *scalars)
     yield "", partial(optimizer_step.grad_norm, p)
 
 
+def training_step(preset: str, length: int, kind: str) -> None:
+    """A whole step in bf16 through the launchers, with the arguments of a GPU's: forward, backward and optimiser.
+
+    Two layers stand for all: one computes every row and one the read rows, and the others launch the same again.
+    """
+    n, picks = 1024 // length, 1024 * 15 // 100
+    model = BertForPreTraining(BertConfig.preset(preset, num_hidden_layers=2)).train()
+    optimizer = Optimizer(model, torch.bfloat16, kind=kind)
+    rows, per_sequence, per_pick, read = (torch.zeros(k, dtype=torch.int64) for k in (1024, n, picks, picks + n))
+    bounds = torch.zeros(n + 1, dtype=torch.int32)
+    batch = PackedBatch(rows, rows, rows, bounds, length, rows, read, bounds, per_sequence, per_pick, per_pick,
+                        per_sequence, 1024, picks, n)  # fmt: skip
+    model(batch, seed=torch.zeros(1, dtype=torch.int64)).loss.backward()
+    optimizer.step(1e-4)
+
+
+def step_cases():
+    for preset in ("base", "large"):
+        for length, kind in ((128, "adamw"), (512, "lamb")):
+            yield f"step of {preset} S{length} {kind}", partial(training_step, preset, length, kind)
+
+
+def without_logits(*arguments) -> None:
+    """The projection as it runs where the logits would be too large."""
+    limit, masked_vocab_projection.LOGITS_LIMIT = masked_vocab_projection.LOGITS_LIMIT, 0
+    masked_vocab_projection.masked_vocab_projection_fwd(*arguments)
+    masked_vocab_projection.LOGITS_LIMIT = limit
+
+
 def cases(full: bool):
-    """(name, dtype's name, launch): BERT-base in bf16; in full all sizes and masks in bf16, BERT-base in the others."""
+    """(name, dtype's name, launch): BERT-base in bf16; in full all sizes, masks and steps too, base in the others."""
     both = 0.0, 0.1
     for short, dtype in DTYPES.items() if full else [("bf16", torch.bfloat16)]:
         groups = [row_cases(dtype, 768, both), attention_cases(dtype, 64, both), other_cases(dtype)]
         if full and short == "bf16":
-            groups += [row_cases(dtype, h, both) for h in (128, 256, 512, 1024, 2048, 4096, 8192)]
+            groups += [row_cases(dtype, h, both) for h in (128, 256, 512, 1024, 2048, 4096)]
             groups += [attention_cases(dtype, d, both) for d in (16, 24, 32, 48, 80, 96, 128)]
-            groups += [attention_cases(dtype, 64, both, masks=(1, 2))]
+            groups += [attention_cases(dtype, 64, both, masks=(1, 2)), step_cases()]
         for name, launch in chain.from_iterable(groups):
             yield name, short, launch
 
 
-def disassemble(cubin: bytes) -> dict:
-    """Resources and instruction counts of a cubin."""
+def disassemble(cubin: bytes) -> dict[str, dict]:
+    """Resources and instruction counts of each kernel of a cubin, by its (mangled) name."""
     tools = triton.knobs.nvidia
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
         run = lambda *command: subprocess.run([*command, file.name], capture_output=True, text=True).stdout
-        usage = dict(re.findall(r"(REG|STACK|LOCAL):(\d+)", run(tools.cuobjdump.path, "-res-usage")))
-        lines = run(tools.nvdisasm.path, "-c").splitlines()
-    row = {"registers": int(usage["REG"]), "spill": int(usage["STACK"]) + int(usage["LOCAL"])}
-    row |= {name: sum(bool(re.search(pattern, line)) for line in lines) for name, pattern in COUNTS.items()}
-    row["tensor_core"] = sorted({m[0] for line in lines if (m := re.search(COUNTS["mma"], line))})
-    labels, row["instructions"], row["loop"] = {}, 0, 0
-    for line in lines:
-        if label := re.match(r"^(\.L_x_\d+):", line):
-            labels[label[1]] = row["instructions"]
-        elif re.match(r"\s+/\*[0-9a-f]{4,}\*/", line):
-            row["instructions"] += 1
-            if (jump := re.search(r"BRA.*`\((\.L_x_\d+)\)", line)) and jump[1] in labels:
-                row["loop"] = max(row["loop"], row["instructions"] - labels[jump[1]])
-    return row
+        usage = run(tools.cuobjdump.path, "-res-usage")
+        sections = re.split(r"^\s*\.section\s+\.text\.([^,\s]+).*$", run(tools.nvdisasm.path, "-c"), flags=re.MULTILINE)
+    rows = {}
+    for name, text in zip(sections[1::2], sections[2::2]):
+        resources = dict(re.findall(r"(REG|STACK|LOCAL|SHARED):(\d+)", usage.partition(f"Function {name}:")[2])[:4])
+        lines = text.splitlines()
+        row = {"registers": int(resources["REG"]), "spill": int(resources["STACK"]) + int(resources["LOCAL"])}
+        row |= {column: sum(bool(re.search(pattern, line)) for line in lines) for column, pattern in COUNTS.items()}
+        row["tensor_core"] = sorted({m[0] for line in lines if (m := re.search(COUNTS["mma"], line))})
+        labels, row["instructions"], row["loop"] = {}, 0, 0
+        for line in lines:
+            if label := re.match(r"^(\.L_x_\d+):", line):
+                labels[label[1]] = row["instructions"]
+            elif re.match(r"\s+/\*[0-9a-f]{4,}\*/", line):
+                row["instructions"] += 1
+                if (jump := re.search(r"BRA.*`\((\.L_x_\d+)\)", line)) and jump[1] in labels:
+                    row["loop"] = max(row["loop"], row["instructions"] - labels[jump[1]])
+        rows[name] = row
+    return rows
 
 
 def report(arch: int, name: str, case: str, dtype: str, kwargs: dict, kernel, known: dict) -> dict:
     """One row of the table, with the rules it breaks under "broken"."""
     meta, cubin = kernel.metadata, kernel.asm["cubin"]
     key = hashlib.sha256(cubin).hexdigest()
-    known[key] = known.get(key) or disassemble(cubin)
+    known[key] = known.get(key) or disassemble(cubin)[name]
     row = {"kernel": name.removesuffix("_kernel"), "case": f"{dtype} {case}".strip(), "arch": arch} | known[key]
     threads_of_sm, blocks_of_sm, shared_of_sm, shared_of_block, tensor_core = HARDWARE[arch]
     warps, tensor_memory = meta.num_warps, getattr(meta, "tmem_size", 0) or 0
@@ -196,17 +240,22 @@ def report(arch: int, name: str, case: str, dtype: str, kwargs: dict, kernel, kn
         broken += [f"{row['spill']} B spilled"] if row["spill"] or row["local"] else []
         if name.startswith("attention") and not any(re.match(tensor_core, m) for m in row["tensor_core"]):
             broken.append("no tensor-core instruction of this generation")
-        if not name.startswith(("sum_partials", "norm")) and not (row["load128"] or row["store128"]):
+        if not name.startswith(SMALL) and not (row["load128"] or row["store128"]):
             broken.append("no 128-bit access")
     row["broken"] = broken
     return row
 
 
-def report_architecture(arch: int | str, full: bool) -> list[dict]:
+def report_architecture(arch: int | str, full: bool, only: str) -> list[dict]:
     known = json.loads(CACHE.read_text()) if CACHE.exists() else {}
     compiled, rows, seen = compile_only(arch), [], set()
+    register_launchers("CPU")  # so that a model's ops launch them
     for case, dtype, launch in cases(full):
+        if only not in case:
+            continue
         launch()
+        if case.startswith("step"):
+            rows.append({"kernel": f"{len(compiled)} launches", "case": f"{dtype} {case}", "arch": arch, "broken": []})
         for name, kwargs, kernel in compiled:
             if isinstance(arch, str):
                 rows.append({"kernel": name, "case": case, "arch": arch, "broken": []})
@@ -214,14 +263,47 @@ def report_architecture(arch: int | str, full: bool) -> list[dict]:
                 seen.add(kernel.hash)
                 rows.append(report(arch, name, case, dtype, kwargs, kernel, known))
         compiled.clear()
+    if isinstance(arch, int) and not only:
+        rows += report_cuda(arch)
     for row in rows:  # what dropout costs: this kernel's loop against its twin's without dropout
         twin = [r for r in rows if r["kernel"] == row["kernel"] and r["case"] == row["case"].replace("p0.1", "p0.0")]
-        if "p0.1" in row["case"] and twin and row["warps"] == twin[0]["warps"]:
+        if "warps" in row and "p0.1" in row["case"] and twin and row["warps"] == twin[0]["warps"]:
             part = "loop" if row["loop"] > 1 else "instructions"
             row["dropout"] = (row[part] - twin[0][part]) / row["elements_per_thread"]
-            if row["kernel"] == "attention_fwd" and arch in (80, 90) and "D64" in row["case"] and row["dropout"] > 14:
+            ruled = re.match("(bf16|fp16) D64 S128", row["case"]) and row["kernel"] == "attention_fwd"
+            if ruled and arch in (80, 90) and row["dropout"] > 14:
                 row["broken"].append(f"dropout adds {row['dropout']:.1f} instructions a score")
     save({**(json.loads(CACHE.read_text()) if CACHE.exists() else {}), **known}, CACHE)
+    return rows
+
+
+def report_cuda(arch: int) -> list[dict]:
+    """The kernels of csrc/cuda as nvcc compiles them for one architecture; no rows where there is no nvcc."""
+    nvcc, types = shutil.which("nvcc"), ("float", "__nv_bfloat16", "__half")
+    if nvcc is None or f"sm_{arch}" not in subprocess.check_output([nvcc, "--list-gpu-code"], text=True).split():
+        return []
+    launchers = "embedding_sum_fwd", "embedding_sum_bwd", "segment_sum"
+    functions = [f"{launcher}<{t}, cudaStream_t>" for t in types for launcher in launchers]
+    source = '#include "embedding_sum.cuh"\n' + "".join(
+        f"auto function{i} = &bertfast::{f};\n" for i, f in enumerate(functions)
+    )
+    kernels, rows = ROOT / "csrc" / "cuda", []
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "kernels.cu").write_text(source)
+        command = [nvcc, "-cubin", f"-arch=sm_{arch}", "-std=c++17", "-O3", f"-I{kernels}", "kernels.cu"]
+        subprocess.run([*command, "-o", "kernels.cubin"], cwd=folder, check=True)
+        found = disassemble((Path(folder) / "kernels.cubin").read_bytes())
+    for mangled, row in found.items():
+        name = re.search(r"\d+(\w+?)_kernelI", mangled)[1]
+        dtype = "bf16" if "__nv_bfloat16" in mangled else "fp16" if "__half" in mangled else "fp32"
+        numbers = [int(n) for n in re.findall(r"Li(\d+)E", mangled)]
+        row |= {"kernel": name, "case": f"{dtype} CUDA C++ <{', '.join(map(str, numbers))}>", "arch": arch}
+        broken = [f"{row['spill']} B spilled"] if row["spill"] or row["local"] else []
+        if numbers[0] > 1 and not row["load128"]:  # the first number: elements of an access
+            broken.append("no 128-bit load")
+        row["broken"] = broken
+        if broken or (dtype == "bf16" and numbers[0] > 1):
+            rows.append(row)
     return rows
 
 
@@ -247,16 +329,19 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--full", action="store_true", help="all shipped configurations, not BERT-base in bf16 alone")
     parser.add_argument("--arch", default="", help="a list such as 80,90,gfx942")
+    parser.add_argument("--only", default="", help="cases whose name contains this, such as D64 or step")
     parser.add_argument("--json", type=Path, default=CACHE.with_name("aot_report.json"), help="where the table goes")
     options = parser.parse_args()
     names = options.arch or ("80,86,89,90,100,120,gfx942" if options.full else "80,90,100,120")
     archs = [int(a) if a.isdigit() else a for a in names.split(",")]
     with ProcessPoolExecutor(max_workers=min(2, os.cpu_count() or 1), max_tasks_per_child=1) as pool:
-        rows = [row for of_arch in pool.map(report_architecture, archs, [options.full] * len(archs)) for row in of_arch]
+        reports = pool.map(report_architecture, archs, repeat(options.full), repeat(options.only))
+        rows = list(chain.from_iterable(reports))
     show(rows)
     save(rows, options.json)
     broken = sum(bool(row["broken"]) for row in rows)
-    print(f"{len(rows)} kernels compiled for {', '.join(map(str, archs))}; {broken} break a rule")
+    kernels = sum("registers" in row or isinstance(row["arch"], str) for row in rows)
+    print(f"{kernels} kernels compiled for {', '.join(map(str, archs))}; {broken} break a rule")
     return 1 if broken else 0
 
 

@@ -12,6 +12,7 @@ from bertfast.ops.dropout import keep_scale
 
 from .dropout import keep_mask, signed_threshold
 from .hardware import backward_programs
+from .layer_norm import layer_norm_gradient, load_row, store_layer_norm, tile_of_rows
 from .rows import row_tile, store_partial, sum_partials
 
 
@@ -25,29 +26,6 @@ def row_counters(row_key_ptr, rows, inside, HAS_ROW_KEY: tl.constexpr):
         return rows[:, None].to(tl.uint32), 0
 
 
-@triton.jit
-def normalize(z, inside, n_columns, eps):
-    """mean (rows,), rstd (rows,) and x_hat (rows, columns) of fp32 rows; two passes for the variance."""
-    mean = tl.sum(z, 1) / n_columns
-    centred = tl.where(inside, z - mean[:, None], 0.0)
-    rstd = tl.rsqrt(tl.sum(centred * centred, 1) / n_columns + eps)
-    return mean, rstd, centred * rstd[:, None]
-
-
-@triton.jit
-def normalize_gradient(g, x_hat, rstd, n_columns):
-    """dz of LayerNorm for g = dy * weight; x_hat and g are zero outside the row."""
-    c1 = tl.sum(g, 1) / n_columns
-    c2 = tl.sum(g * x_hat, 1) / n_columns
-    return (g - c1[:, None] - c2[:, None] * x_hat) * rstd[:, None]
-
-
-@triton.jit
-def load_row(ptr, columns, n_columns):
-    """A parameter (H,) as (1, columns) float32."""
-    return tl.load(ptr + columns, mask=columns < n_columns, other=0.0).to(tl.float32)[None, :]
-
-
 @triton.jit(do_not_specialize=["n_rows", "threshold", "stream"])
 def add_layer_norm_fwd_kernel(
     x_ptr, bias_ptr, residual_ptr, weight_ptr, ln_bias_ptr,  # (T, H), (H,), (T, H), (H,), (H,)
@@ -57,10 +35,7 @@ def add_layer_norm_fwd_kernel(
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, HAS_BIAS: tl.constexpr, DROPOUT: tl.constexpr,
     HAS_ROW_KEY: tl.constexpr,
 ):  # fmt: skip
-    rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    columns = tl.arange(0, COLUMNS)
-    inside = (rows < n_rows)[:, None] & (columns < n_columns)[None, :]
-    at = rows[:, None] * n_columns + columns[None, :]
+    rows, columns, inside, at = tile_of_rows(tl.program_id(0) * ROWS, n_rows, n_columns, ROWS, COLUMNS)
 
     z = tl.load(x_ptr + at, mask=inside, other=0.0).to(tl.float32)
     if HAS_BIAS:
@@ -73,12 +48,10 @@ def add_layer_norm_fwd_kernel(
     z += tl.load(residual_ptr + at, mask=inside, other=0.0).to(tl.float32)
     z = z.to(z_ptr.dtype.element_ty)  # the statistics are those of the stored z, which is what the backward reads
     tl.store(z_ptr + at, z, mask=inside)
-
-    mean, rstd, x_hat = normalize(z.to(tl.float32), inside, n_columns, eps)
-    y = x_hat * load_row(weight_ptr, columns, n_columns) + load_row(ln_bias_ptr, columns, n_columns)
-    tl.store(y_ptr + at, y.to(y_ptr.dtype.element_ty), mask=inside)
-    tl.store(mean_ptr + rows, mean, mask=rows < n_rows)
-    tl.store(rstd_ptr + rows, rstd, mask=rows < n_rows)
+    store_layer_norm(
+        z.to(tl.float32), rows, columns, inside, at, weight_ptr, ln_bias_ptr, y_ptr, mean_ptr, rstd_ptr,
+        n_rows, n_columns, eps,
+    )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["n_rows", "threshold", "stream"])
@@ -96,16 +69,10 @@ def add_layer_norm_bwd_kernel(
     dweight = tl.zeros((ROWS, COLUMNS), tl.float32)
     dln_bias = tl.zeros((ROWS, COLUMNS), tl.float32)
     for first in tl.range(tl.program_id(0) * ROWS, n_rows, tl.num_programs(0) * ROWS):
-        rows = (first + tl.arange(0, ROWS)).to(tl.int64)
-        inside = (rows < n_rows)[:, None] & (columns < n_columns)[None, :]
-        at = rows[:, None] * n_columns + columns[None, :]
+        rows, _, inside, at = tile_of_rows(first, n_rows, n_columns, ROWS, COLUMNS)
         dy = tl.load(dy_ptr + at, mask=inside, other=0.0).to(tl.float32)
         z = tl.load(z_ptr + at, mask=inside, other=0.0).to(tl.float32)
-        mean = tl.load(mean_ptr + rows, mask=rows < n_rows, other=0.0)
-        rstd = tl.load(rstd_ptr + rows, mask=rows < n_rows, other=0.0)
-
-        x_hat = tl.where(inside, (z - mean[:, None]) * rstd[:, None], 0.0)
-        dz = normalize_gradient(dy * weight, x_hat, rstd, n_columns)
+        dz, x_hat = layer_norm_gradient(dy, z, weight, mean_ptr, rstd_ptr, rows, inside, n_rows, n_columns)
         tl.store(dz_ptr + at, dz.to(dz_ptr.dtype.element_ty), mask=inside)
         dweight += dy * x_hat
         dln_bias += dy

@@ -321,30 +321,35 @@ TILES = {
         86: {32: SINGLE, 63: (SINGLE, None), 64: SINGLE, 128: None},
         90: {128: SINGLE},
         100: {64: SINGLE, 128: None},
-        120: {32: SINGLE, 64: ((64, 64, 4, 1), SINGLE), 128: None},
+        120: {32: SINGLE, 63: ((64, 64, 4, 1), None), 64: ((64, 64, 4, 1), SINGLE), 128: None},
     },
     "bwd_dq": {
         80: {128: NARROW},
-        86: {128: NARROW},
+        86: {64: NARROW, 128: DEEP},
         90: {64: WIDE, 128: NARROW},
         100: {64: WIDE, 128: NARROW},
         120: {64: NARROW, 128: DEEP},
     },
     "bwd_dkdv": {
         80: {32: NARROW, 63: (SHORT, (64, 64, 4, 1)), 64: (NARROW, (64, 64, 4, 1)), 127: SHORT, 128: SINGLE},
-        86: {32: NARROW, 63: (SHORT, (64, 64, 4, 1)), 64: (NARROW, (64, 64, 4, 1)), 128: SHORT},
+        86: {32: NARROW, 63: (SHORT, (64, 64, 4, 1)), 64: (64, 64, 4, 1), 128: SHORT},
         90: {128: SINGLE},
         100: {64: SINGLE, 128: NARROW},
         120: {64: SINGLE, 128: SHORT},
     },
 }
 
+MASKED = {"bwd_dq": DEEP, "bwd_dkdv": SHORT}  # causal and prefix masks need registers: more warps, but on sm_90, sm_100
 
-def configuration(kernel: str, arch: int | str, head_size: int, element_size: int, dropout: bool):
+
+def configuration(kernel: str, arch: int | str, head_size: int, element_size: int, dropout: bool, mask_mode: int):
     """BLOCK_M, BLOCK_N, warps and stages of a kernel, or None; the nearest listed architecture not above `arch`."""
     if element_size == 4 or isinstance(arch, str):  # fp32 is a correctness path; ROCm's tiles are not tuned
         return 32, 64, 4, 1
-    of_arch = TILES[kernel][max(a for a in TILES[kernel] if a <= max(arch, 80))]
+    listed = max(a for a in TILES[kernel] if a <= max(arch, 80))
+    if mask_mode and kernel in MASKED and listed not in (90, 100):
+        return MASKED[kernel]
+    of_arch = TILES[kernel][listed]
     tile = of_arch[min(d for d in of_arch if d >= head_size)]
     return tile if tile is None or isinstance(tile[0], int) else tile[dropout]
 
@@ -377,7 +382,7 @@ def attention_fwd(
     out = torch.empty((n_rows, n_heads, d), dtype=q.dtype, device=q.device)
     lse = torch.empty((n_heads, n_rows), dtype=torch.float32, device=q.device)
     block_d = triton.next_power_of_2(d)
-    block_m, block_n, warps, stages = configuration("fwd", architecture(), d, q.element_size(), p > 0.0)
+    block_m, block_n, warps, stages = configuration("fwd", architecture(), d, q.element_size(), p > 0.0, mask_mode)
     vector, strides = vector_and_strides(q, k, v)
     n_sequences, n_blocks = cu_seqlens_q.numel() - 1, max(1, triton.cdiv(max_q, block_m))
     attention_fwd_kernel[((n_sequences + 1) * n_blocks, n_heads)](
@@ -421,9 +426,9 @@ def backward(
     numbers = scale, signed_threshold(p), keep_scale(p), stream
     delta = torch.empty_like(lse)
 
-    tile = configuration("bwd_whole", arch, d, size, p > 0.0)
+    tile = configuration("bwd_whole", arch, d, size, p > 0.0, mask_mode)
     whole = tile is not None and max_q <= tile[0]
-    block_m, block_n, warps, stages = tile if whole else configuration("bwd_dq", arch, d, size, p > 0.0)
+    block_m, block_n, warps, stages = tile if whole else configuration("bwd_dq", arch, d, size, p > 0.0, mask_mode)
     n_blocks = max(1, triton.cdiv(max_q, block_m))
     attention_bwd_dq_kernel[((n_sequences + 1) * n_blocks, n_heads)](
         dout, q, k, v, out, lse, dq, dk, dv, delta, *layout, *strides,
@@ -431,7 +436,7 @@ def backward(
         **options, BLOCK_M=block_m, BLOCK_N=block_n, WHOLE=whole, num_warps=warps, num_stages=stages,
     )  # fmt: skip
     if not whole:
-        block_m, block_n, warps, stages = configuration("bwd_dkdv", arch, d, size, p > 0.0)
+        block_m, block_n, warps, stages = configuration("bwd_dkdv", arch, d, size, p > 0.0, mask_mode)
         n_blocks = max(1, triton.cdiv(max_k, block_n))
         attention_bwd_dkdv_kernel[(n_sequences * n_blocks, n_heads)](
             dout, q, k, v, lse, delta, dk, dv, *layout, *strides[:6], *strides[8:],

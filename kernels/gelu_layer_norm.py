@@ -7,9 +7,9 @@ import torch
 import triton
 import triton.language as tl
 
-from .add_layer_norm import load_row, normalize, normalize_gradient
 from .bias_gelu import gelu, gelu_derivative
 from .hardware import backward_programs
+from .layer_norm import layer_norm_gradient, load_row, store_layer_norm, tile_of_rows
 from .rows import row_tile, store_partial, sum_partials
 
 
@@ -20,16 +20,11 @@ def gelu_layer_norm_fwd_kernel(
     n_rows, n_columns, eps,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    columns = tl.arange(0, COLUMNS)
-    inside = (rows < n_rows)[:, None] & (columns < n_columns)[None, :]
-    at = rows[:, None] * n_columns + columns[None, :]
+    rows, columns, inside, at = tile_of_rows(tl.program_id(0) * ROWS, n_rows, n_columns, ROWS, COLUMNS)
     z = tl.load(x_ptr + at, mask=inside, other=0.0).to(tl.float32) + load_row(bias_ptr, columns, n_columns)
-    mean, rstd, x_hat = normalize(gelu(z), inside, n_columns, eps)
-    y = x_hat * load_row(weight_ptr, columns, n_columns) + load_row(ln_bias_ptr, columns, n_columns)
-    tl.store(y_ptr + at, y.to(y_ptr.dtype.element_ty), mask=inside)
-    tl.store(mean_ptr + rows, mean, mask=rows < n_rows)
-    tl.store(rstd_ptr + rows, rstd, mask=rows < n_rows)
+    store_layer_norm(
+        gelu(z), rows, columns, inside, at, weight_ptr, ln_bias_ptr, y_ptr, mean_ptr, rstd_ptr, n_rows, n_columns, eps
+    )
 
 
 @triton.jit(do_not_specialize=["n_rows"])
@@ -47,15 +42,11 @@ def gelu_layer_norm_bwd_kernel(
     dweight = tl.zeros((ROWS, COLUMNS), tl.float32)
     dln_bias = tl.zeros((ROWS, COLUMNS), tl.float32)
     for first in tl.range(tl.program_id(0) * ROWS, n_rows, tl.num_programs(0) * ROWS):
-        rows = (first + tl.arange(0, ROWS)).to(tl.int64)
-        inside = (rows < n_rows)[:, None] & (columns < n_columns)[None, :]
-        at = rows[:, None] * n_columns + columns[None, :]
+        rows, _, inside, at = tile_of_rows(first, n_rows, n_columns, ROWS, COLUMNS)
         dy = tl.load(dy_ptr + at, mask=inside, other=0.0).to(tl.float32)
         z = tl.load(x_ptr + at, mask=inside, other=0.0).to(tl.float32) + bias
-        mean = tl.load(mean_ptr + rows, mask=rows < n_rows, other=0.0)
-        rstd = tl.load(rstd_ptr + rows, mask=rows < n_rows, other=0.0)
-        x_hat = tl.where(inside, (gelu(z) - mean[:, None]) * rstd[:, None], 0.0)
-        dx = normalize_gradient(dy * weight, x_hat, rstd, n_columns) * gelu_derivative(z)
+        dz, x_hat = layer_norm_gradient(dy, gelu(z), weight, mean_ptr, rstd_ptr, rows, inside, n_rows, n_columns)
+        dx = dz * gelu_derivative(z)
         tl.store(dx_ptr + at, dx.to(dx_ptr.dtype.element_ty), mask=inside)
         dbias += dx
         dweight += dy * x_hat
@@ -71,7 +62,7 @@ def gelu_layer_norm_fwd(x, bias, weight, ln_bias, eps):
     y = torch.empty_like(x)
     mean = torch.empty(n_rows, dtype=torch.float32, device=x.device)
     rstd = torch.empty_like(mean)
-    rows, columns, warps = row_tile(n_columns, per_thread=32)
+    rows, columns, warps = row_tile(n_columns, per_thread=16)
     if n_rows:
         gelu_layer_norm_fwd_kernel[(triton.cdiv(n_rows, rows),)](
             x, bias, weight, ln_bias, y, mean, rstd, n_rows, n_columns, eps,

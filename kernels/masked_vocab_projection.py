@@ -1,9 +1,15 @@
-"""Loss and gradients of the masked-language-model head: one GEMM for the logits, a cross entropy that writes the
-gradient over them, two GEMMs for dhidden and dweight, a column sum for dbias.
+"""Loss and gradients of the masked-language-model head, in one of two ways, by the size of the logits alone.
 
-The logits exist in the compute dtype, for the masked rows alone (cf. flash-attention's and Liger-Kernel's in-place
-cross entropy). Their rows are padded to a multiple of 64 columns, so that every access is 16 bytes wide. Rows without
-a label cost no exponential, and nothing depends on how many there are: static shapes.
+Up to LOGITS_LIMIT bytes: one GEMM for the logits, a cross entropy that writes the gradient over them, two GEMMs for
+dhidden and dweight, a column sum for dbias. The logits exist in the compute dtype, for the masked rows alone (cf.
+flash-attention's and Liger-Kernel's in-place cross entropy). Their rows are padded to a multiple of 64 columns, so that
+every access is 16 bytes wide.
+
+Above: no logits. Tiles of them are formed in registers, in fp32, once for an online log-sum-exp, and once more for
+their gradient, of which a block of columns exists at a time (cf. Wijmans et al. 2024, "Cut your losses in
+large-vocabulary language models", which adds by atomics where this keeps a fixed order). One GEMM more, little memory.
+
+Rows without a label give nothing, and nothing depends on how many there are: static shapes.
 """
 
 import torch
@@ -11,12 +17,14 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 
-from .hardware import backward_programs
+from .hardware import architecture, backward_programs
 from .rows import store_partial, sum_partials
 
 LOG2E = tl.constexpr(1.4426950408889634)
 IGNORE_INDEX = tl.constexpr(-100)
 COLUMNS = 512  # of a tile of the column sum
+LOGITS_LIMIT = 1 << 29  # bytes
+BLOCK_BYTES = 1 << 26  # of the gradient of the logits, where it exists by blocks
 
 
 @triton.jit
@@ -90,6 +98,132 @@ def column_sum_kernel(
     store_partial(partial_ptr, 0, total, columns, n_columns)
 
 
+@triton.jit
+def logits_tile(
+    hidden_ptr, weight_ptr, bias_ptr, rows, columns, n_rows, n_columns, width,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
+):  # fmt: skip
+    """(ROWS, COLUMNS) logits in fp32 and units of log 2; -inf beyond the vocabulary."""
+    k = tl.arange(0, DEPTH)
+    hidden_ptrs = hidden_ptr + rows.to(tl.int64)[:, None] * width + k[None, :]
+    weight_ptrs = weight_ptr + columns.to(tl.int64)[:, None] * width + k[None, :]
+    logits = tl.zeros((ROWS, COLUMNS), tl.float32)
+    for first in tl.range(0, width, DEPTH):
+        inside = (first + k < width)[None, :]
+        x = tl.load(hidden_ptrs + first, mask=(rows < n_rows)[:, None] & inside, other=0.0)
+        w = tl.load(weight_ptrs + first, mask=(columns < n_columns)[:, None] & inside, other=0.0)
+        logits = tl.dot(x, tl.trans(w), logits, input_precision="ieee")
+    bias = tl.load(bias_ptr + columns, mask=columns < n_columns, other=0.0).to(tl.float32)
+    return tl.where((columns < n_columns)[None, :], (logits + bias[None, :]) * LOG2E, float("-inf"))
+
+
+@triton.jit(do_not_specialize=["n_rows", "n_columns", "n_tiles"])
+def statistics_kernel(
+    hidden_ptr, weight_ptr, bias_ptr, labels_ptr,  # (R, H), (V, H), (V,), (R,)
+    partial_ptr, best_ptr,  # (3, n_splits, R) float32: peak, total, label's logit; (n_splits, R) int32: first at peak
+    n_rows, n_columns, width, n_tiles,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
+):  # fmt: skip
+    """A block of rows over a share of the vocabulary, n_tiles tiles of columns."""
+    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    labels = tl.load(labels_ptr + rows, mask=rows < n_rows, other=IGNORE_INDEX)
+    peak = tl.full((ROWS,), float("-inf"), tl.float32)
+    total = tl.zeros((ROWS,), tl.float32)
+    of_label = tl.full((ROWS,), float("-inf"), tl.float32)  # where the label is not in this share
+    best = tl.zeros((ROWS,), tl.int32)
+    for tile in tl.range(tl.program_id(1) * n_tiles, (tl.program_id(1) + 1) * n_tiles):
+        columns = tile * COLUMNS + tl.arange(0, COLUMNS)
+        if tile * COLUMNS < n_columns:
+            x = logits_tile(
+                hidden_ptr, weight_ptr, bias_ptr, rows, columns, n_rows, n_columns, width, ROWS, COLUMNS, DEPTH
+            )
+            tile_peak = tl.max(x, 1)
+            tile_best = tl.min(tl.where(x == tile_peak[:, None], columns[None, :], 2147483647), 1)
+            best = tl.where(tile_peak > peak, tile_best, best)
+            new_peak = tl.maximum(peak, tile_peak)
+            total = total * tl.exp2(peak - new_peak) + tl.sum(tl.exp2(x - new_peak[:, None]), 1)
+            at_label = tl.where(columns[None, :] == labels[:, None], x, float("-inf"))
+            of_label = tl.maximum(of_label, tl.max(at_label, 1))
+            peak = new_peak
+    at = tl.program_id(1).to(tl.int64) * n_rows + rows
+    stride = tl.num_programs(1).to(tl.int64) * n_rows
+    tl.store(partial_ptr + at, peak, mask=rows < n_rows)
+    tl.store(partial_ptr + stride + at, total, mask=rows < n_rows)
+    tl.store(partial_ptr + 2 * stride + at, of_label, mask=rows < n_rows)
+    tl.store(best_ptr + at, best, mask=rows < n_rows)
+
+
+@triton.jit(do_not_specialize=["n_rows", "n_splits"])
+def combine_kernel(
+    partial_ptr, best_ptr, labels_ptr,  # as above
+    lse_ptr, loss_ptr, correct_ptr,  # (R,) float32 in units of log 2, +inf without a label; (R,) float32; (R,) int32
+    n_rows, n_splits,
+    ROWS: tl.constexpr,
+):  # fmt: skip
+    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    inside = rows < n_rows
+    labels = tl.load(labels_ptr + rows, mask=inside, other=IGNORE_INDEX)
+    stride = n_splits.to(tl.int64) * n_rows
+    peak = tl.full((ROWS,), float("-inf"), tl.float32)
+    total = tl.zeros((ROWS,), tl.float32)
+    of_label = tl.full((ROWS,), float("-inf"), tl.float32)
+    best = tl.zeros((ROWS,), tl.int32)
+    for split in tl.range(0, n_splits):
+        at = tl.cast(split, tl.int64) * n_rows + rows
+        split_peak = tl.load(partial_ptr + at, mask=inside, other=0.0)
+        split_total = tl.load(partial_ptr + stride + at, mask=inside, other=1.0)
+        of_label = tl.maximum(of_label, tl.load(partial_ptr + 2 * stride + at, mask=inside, other=0.0))
+        best = tl.where(split_peak > peak, tl.load(best_ptr + at, mask=inside, other=0), best)
+        new_peak = tl.maximum(peak, split_peak)
+        total = total * tl.exp2(peak - new_peak) + split_total * tl.exp2(split_peak - new_peak)
+        peak = new_peak
+    lse = peak + tl.log2(total)
+    labelled = labels != IGNORE_INDEX
+    tl.store(lse_ptr + rows, tl.where(labelled, lse, float("inf")), mask=inside)
+    tl.store(loss_ptr + rows, tl.where(labelled, (lse - of_label) / LOG2E, 0.0), mask=inside)
+    tl.store(correct_ptr + rows, (labelled & (best == labels)).to(tl.int32), mask=inside)
+
+
+@triton.jit(do_not_specialize=["n_rows", "n_columns", "first_column"])
+def gradient_kernel(
+    hidden_ptr, weight_ptr, bias_ptr, labels_ptr, lse_ptr, scale_ptr,
+    dlogits_ptr,  # (R, n_block): columns first_column .. of the gradient; zeros beyond the vocabulary
+    n_rows, n_columns, width, first_column, n_block,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
+):  # fmt: skip
+    """scale * (softmax - onehot) of one tile."""
+    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    in_block = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    columns = first_column + in_block
+    x = logits_tile(hidden_ptr, weight_ptr, bias_ptr, rows, columns, n_rows, n_columns, width, ROWS, COLUMNS, DEPTH)
+    labels = tl.load(labels_ptr + rows, mask=rows < n_rows, other=IGNORE_INDEX)
+    lse = tl.load(lse_ptr + rows, mask=rows < n_rows, other=float("inf"))
+    onehot = tl.where(columns[None, :] == labels[:, None], 1.0, 0.0)
+    gradient = tl.load(scale_ptr) * (tl.exp2(x - lse[:, None]) - onehot)
+    at = rows.to(tl.int64)[:, None] * n_block + in_block[None, :]
+    tl.store(dlogits_ptr + at, gradient.to(dlogits_ptr.dtype.element_ty), mask=(rows < n_rows)[:, None])
+
+
+@triton.jit(do_not_specialize=["n_rows", "n_columns"])
+def add_product_kernel(
+    dlogits_ptr, weight_ptr, out_ptr,  # (R, n_block), (n_columns, H), (R, H) float32
+    n_rows, n_columns, width, n_block,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
+):  # fmt: skip
+    """out += dlogits @ weight, in fp32."""
+    rows = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
+    columns = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    inside = (rows < n_rows)[:, None] & (columns < width)[None, :]
+    total = tl.load(out_ptr + rows[:, None] * width + columns[None, :], mask=inside, other=0.0)
+    for first in tl.range(0, n_columns, DEPTH):
+        k = first + tl.arange(0, DEPTH)
+        x = tl.load(dlogits_ptr + rows[:, None] * n_block + k[None, :], mask=(rows < n_rows)[:, None], other=0.0)
+        of_weight = (k < n_columns)[:, None] & (columns < width)[None, :]
+        w = tl.load(weight_ptr + k.to(tl.int64)[:, None] * width + columns[None, :], mask=of_weight, other=0.0)
+        total = tl.dot(x, w, total, input_precision="ieee")
+    tl.store(out_ptr + rows[:, None] * width + columns[None, :], total, mask=inside)
+
+
 def cross_entropy(hidden, weight, bias, labels, scale):
     """The three sums, and the padded rows (R, stride) in which, if `scale` is given, dlogits are where logits were."""
     n_rows, n_columns = hidden.shape[0], weight.shape[0]
@@ -116,8 +250,73 @@ def column_sum(x, dtype):
     return sum_partials(partial, dtype)[0]
 
 
+def tile_options(element_size: int) -> dict:
+    """The tile of a product: rows, columns and depth, warps and stages; fp32 is a correctness path."""
+    arch = architecture()
+    if element_size == 4 or isinstance(arch, str):
+        return {"ROWS": 32, "COLUMNS": 64, "DEPTH": 32, "num_warps": 4, "num_stages": 1}
+    depth = 32 if arch >= 120 else 64  # by the report of benchmarks/aot.py: nothing spills
+    return {"ROWS": 128, "COLUMNS": 128, "DEPTH": depth, "num_warps": 8, "num_stages": 2}
+
+
+def statistics(hidden, weight, bias, labels):
+    """The three sums, and each row's log-sum-exp (R,) in units of log 2, +inf without a label; no logits."""
+    n_rows, (n_columns, width), options = hidden.shape[0], weight.shape, tile_options(hidden.element_size())
+    blocks, tiles = triton.cdiv(n_rows, options["ROWS"]), triton.cdiv(n_columns, options["COLUMNS"])
+    tiles_of_split = triton.cdiv(tiles, min(tiles, max(1, backward_programs(hidden.device) // blocks)))
+    splits = triton.cdiv(tiles, tiles_of_split)
+    partial = torch.empty((3, splits, n_rows), dtype=torch.float32, device=hidden.device)
+    best = torch.empty((splits, n_rows), dtype=torch.int32, device=hidden.device)
+    statistics_kernel[(blocks, splits)](
+        hidden, weight, bias, labels, partial, best, n_rows, n_columns, width, tiles_of_split, **options
+    )
+    lse, loss = (torch.empty(n_rows, dtype=torch.float32, device=hidden.device) for _ in range(2))
+    correct = torch.empty(n_rows, dtype=torch.int32, device=hidden.device)
+    combine_kernel[(triton.cdiv(n_rows, 128),)](partial, best, labels, lse, loss, correct, n_rows, splits, ROWS=128)
+    return loss.sum(), (labels != -100).sum(), correct.sum(), lse
+
+
+def gradients_without_logits(hidden, weight, bias, labels, scale, lse, dweight, accumulate):
+    """dhidden and dbias; dweight is written or added to. A block of columns at a time."""
+    n_rows, (n_columns, width), options = hidden.shape[0], weight.shape, tile_options(hidden.element_size())
+    columns = options["COLUMNS"]
+    n_block = max(1, BLOCK_BYTES // (n_rows * hidden.element_size() * columns)) * columns
+    dlogits = torch.empty((n_rows, n_block), dtype=hidden.dtype, device=hidden.device)
+    dhidden = torch.zeros((n_rows, width), dtype=torch.float32, device=hidden.device)
+    dbias = torch.empty_like(bias)
+    blocks = triton.cdiv(n_rows, options["ROWS"])
+    for first in range(0, n_columns, n_block):
+        end = min(first + n_block, n_columns)
+        gradient_kernel[(blocks, n_block // columns)](
+            hidden, weight, bias, labels, lse, scale, dlogits, n_rows, n_columns, width, first, n_block, **options
+        )
+        add_product_kernel[(blocks, triton.cdiv(width, columns))](
+            dlogits, weight[first:end], dhidden, n_rows, end - first, width, n_block, **options
+        )
+        put_product(dweight[first:end], dlogits[:, : end - first].t(), hidden, accumulate)
+        dbias[first:end] = column_sum(dlogits, bias.dtype)[: end - first]
+    return dhidden.to(hidden.dtype), dbias
+
+
+def put_product(out, a, b, accumulate):
+    """out = a @ b, or out += a @ b; out may be float32 where a and b are not."""
+    if out.dtype != a.dtype:
+        product = torch.mm(a, b)
+        out.add_(product) if accumulate else out.copy_(product)
+    elif accumulate:
+        out.addmm_(a, b)
+    else:
+        torch.mm(a, b, out=out)
+
+
+def logits_fit(hidden, weight) -> bool:
+    return hidden.shape[0] * weight.shape[0] * hidden.element_size() <= LOGITS_LIMIT
+
+
 def masked_vocab_projection_eval(hidden, weight, bias, labels):
-    return cross_entropy(hidden, weight, bias, labels, None)[:3]
+    if logits_fit(hidden, weight):
+        return cross_entropy(hidden, weight, bias, labels, None)[:3]
+    return statistics(hidden.contiguous(), weight.contiguous(), bias, labels)[:3]
 
 
 def masked_vocab_projection_fwd(hidden, weight, bias, labels, scale):
@@ -127,13 +326,12 @@ def masked_vocab_projection_fwd(hidden, weight, bias, labels, scale):
 
 
 def masked_vocab_projection_fwd_into(hidden, weight, bias, labels, scale, dweight, accumulate):
-    *sums, padded = cross_entropy(hidden, weight, bias, labels, scale.float())
-    dlogits = padded[:, : weight.shape[0]]
-    if dweight.dtype != hidden.dtype:  # a float32 sink under half-precision parameters
-        product = torch.mm(dlogits.t(), hidden)
-        dweight.add_(product) if accumulate else dweight.copy_(product)
-    elif accumulate:
-        dweight.addmm_(dlogits.t(), hidden)
-    else:
-        torch.mm(dlogits.t(), hidden, out=dweight)
-    return *sums, torch.mm(dlogits, weight), column_sum(padded, bias.dtype)[: weight.shape[0]]
+    scale = scale.float()
+    if logits_fit(hidden, weight):
+        *sums, padded = cross_entropy(hidden, weight, bias, labels, scale)
+        dlogits = padded[:, : weight.shape[0]]
+        put_product(dweight, dlogits.t(), hidden, accumulate)
+        return *sums, torch.mm(dlogits, weight), column_sum(padded, bias.dtype)[: weight.shape[0]]
+    inputs = hidden.contiguous(), weight.contiguous(), bias, labels
+    *sums, lse = statistics(*inputs)
+    return *sums, *gradients_without_logits(*inputs, scale, lse, dweight, accumulate)

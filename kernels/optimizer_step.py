@@ -1,11 +1,14 @@
-"""AdamW and the gradient norm over many tensors in one launch: addresses come from a table on the device.
+"""AdamW, LAMB and the gradient norm over many tensors in one launch: addresses come from a table on the device.
 
-Each program finds its tensor among the table's first programs, and walks CHUNK elements of it. The step reads every
-tensor once and writes once the moments, the master and the compute copy; nothing is read back to the host.
+Each program finds its tensor among the table's first programs, and walks CHUNK elements of it. AdamW reads every
+tensor once and writes once the moments, the master and the compute copy. LAMB needs the norms of a whole tensor
+first: one pass over the moments, one small launch for the trust ratios, one pass over masters and compute copies.
+Nothing is read back to the host, and sums have a fixed order.
 """
 
 import math
 from functools import lru_cache
+from itertools import accumulate
 
 import torch
 import triton
@@ -17,7 +20,7 @@ BLOCK = tl.constexpr(1024)
 
 @triton.jit
 def find_chunk(firsts_ptr, n_tensors, TENSORS: tl.constexpr, CHUNK: tl.constexpr):
-    """This program's tensor and its first element there; firsts (n_tensors,) int32: each tensor's first program."""
+    """This program's tensor and its first element there; firsts (n_tensors + 1,) int32: each tensor's first program."""
     at = tl.arange(0, TENSORS)
     firsts = tl.load(firsts_ptr + at, mask=at < n_tensors, other=2147483647)
     tensor = tl.sum((firsts <= tl.program_id(0)).to(tl.int32), 0) - 1
@@ -49,33 +52,43 @@ def store_float(ptr, at, size, value, WHOLE: tl.constexpr):
 
 
 @triton.jit
-def adamw_block(
+def step_block(
     param_ptr, grad_ptr, master_ptr, exp_avg_ptr, exp_avg_sq_ptr, at, size,
-    lr, grad_scale, gain1, gain2, correction1, correction2, eps, weight_decay,
-    HAS_MASTER: tl.constexpr, WHOLE: tl.constexpr,
+    lr, grad_scale, gain1, gain2, correction1, correction2, eps, weight_decay, trust,
+    PASS: tl.constexpr, HAS_MASTER: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
-    g = load_float(grad_ptr, at, size, WHOLE) * grad_scale
+    """One block of a pass; returns the masters as they were and the direction of the step."""
     m = load_float(exp_avg_ptr, at, size, WHOLE)
     v = load_float(exp_avg_sq_ptr, at, size, WHOLE)
     value = load_float(master_ptr, at, size, WHOLE)
-    m += gain1 * (g - m)
-    v += gain2 * (g * g - v)
+    if PASS != "lamb update":
+        g = load_float(grad_ptr, at, size, WHOLE) * grad_scale
+        m += gain1 * (g - m)
+        v += gain2 * (g * g - v)
+        store_float(exp_avg_ptr, at, size, m, WHOLE)
+        store_float(exp_avg_sq_ptr, at, size, v, WHOLE)
     u = m / correction1 / (tl.sqrt(v / correction2) + eps)
-    value = value * (1.0 - lr * weight_decay) - lr * u
-    store_float(exp_avg_ptr, at, size, m, WHOLE)
-    store_float(exp_avg_sq_ptr, at, size, v, WHOLE)
-    store_float(master_ptr, at, size, value, WHOLE)
-    if HAS_MASTER:
-        store_float(param_ptr, at, size, value, WHOLE)
+    if PASS == "adamw":
+        new = value * (1.0 - lr * weight_decay) - lr * u
+    else:
+        u += weight_decay * value
+        new = value - lr * trust * u
+    if PASS != "lamb moments":
+        store_float(master_ptr, at, size, new, WHOLE)
+        if HAS_MASTER:
+            store_float(param_ptr, at, size, new, WHOLE)
+    return value, u
 
 
 @triton.jit(do_not_specialize=["n_tensors"])
-def adamw_step_kernel(
-    addresses_ptr, sizes_ptr, firsts_ptr,  # (5, n_tensors), (n_tensors,), (n_tensors,)
+def optimizer_step_kernel(
+    addresses_ptr, sizes_ptr, firsts_ptr,  # (5, n_tensors), (n_tensors,), (n_tensors + 1,)
+    trust_ptr,  # (n_tensors,) float32, read by "lamb update"
+    partial_ptr,  # (2, n_programs) float32: sums of squares of master and direction, written by "lamb moments"
     lr_ptr, step_ptr, grad_scale_ptr, skip_ptr,  # float32 scalars
     n_tensors, gain1, gain2, log2_beta1, log2_beta2, eps, weight_decay,  # gain: 1 - beta
-    PARAM: tl.constexpr, GRAD: tl.constexpr, HAS_MASTER: tl.constexpr, ALIGNED: tl.constexpr, TENSORS: tl.constexpr,
-    CHUNK: tl.constexpr,
+    PASS: tl.constexpr, PARAM: tl.constexpr, GRAD: tl.constexpr, HAS_MASTER: tl.constexpr, ALIGNED: tl.constexpr,
+    TENSORS: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
     if tl.load(skip_ptr) != 0.0:
         return
@@ -90,23 +103,50 @@ def adamw_step_kernel(
     step = tl.load(step_ptr).to(tl.float64)  # 1 - beta^step loses all its digits in fp32 at the first steps
     correction1 = (1.0 - tl.exp2(step * log2_beta1)).to(tl.float32)
     correction2 = (1.0 - tl.exp2(step * log2_beta2)).to(tl.float32)
+    trust = tl.load(trust_ptr + tensor) if PASS == "lamb update" else 1.0
+    master_squares = tl.zeros((BLOCK,), tl.float32)
+    direction_squares = tl.zeros((BLOCK,), tl.float32)
     for start in tl.range(first, tl.minimum(first + CHUNK, size), BLOCK):
         at = start + tl.arange(0, BLOCK)
         if start + BLOCK <= size:
-            adamw_block(
-                param_ptr, grad_ptr, master_ptr, exp_avg_ptr, exp_avg_sq_ptr, at, size,
-                lr, grad_scale, gain1, gain2, correction1, correction2, eps, weight_decay, HAS_MASTER, True,
+            value, u = step_block(
+                param_ptr, grad_ptr, master_ptr, exp_avg_ptr, exp_avg_sq_ptr, at, size, lr, grad_scale,
+                gain1, gain2, correction1, correction2, eps, weight_decay, trust, PASS, HAS_MASTER, True,
             )  # fmt: skip
         else:
-            adamw_block(
-                param_ptr, grad_ptr, master_ptr, exp_avg_ptr, exp_avg_sq_ptr, at, size,
-                lr, grad_scale, gain1, gain2, correction1, correction2, eps, weight_decay, HAS_MASTER, False,
+            value, u = step_block(
+                param_ptr, grad_ptr, master_ptr, exp_avg_ptr, exp_avg_sq_ptr, at, size, lr, grad_scale,
+                gain1, gain2, correction1, correction2, eps, weight_decay, trust, PASS, HAS_MASTER, False,
             )  # fmt: skip
+        if PASS == "lamb moments":
+            master_squares += value * value
+            direction_squares += u * u
+    if PASS == "lamb moments":
+        tl.store(partial_ptr + tl.program_id(0), tl.sum(master_squares, 0))
+        tl.store(partial_ptr + tl.num_programs(0) + tl.program_id(0), tl.sum(direction_squares, 0))
+
+
+@triton.jit(do_not_specialize=["n_programs"])
+def trust_ratio_kernel(
+    partial_ptr, firsts_ptr, trust_ptr,  # (2, n_programs), (n_tensors + 1,), (n_tensors,)
+    n_programs, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """One tensor: |master| / |direction|, and 1 where one of them is 0."""
+    tensor = tl.program_id(0)
+    end = tl.load(firsts_ptr + tensor + 1)
+    master_squares = tl.zeros((BLOCK,), tl.float32)
+    direction_squares = tl.zeros((BLOCK,), tl.float32)
+    for first in tl.range(tl.load(firsts_ptr + tensor), end, BLOCK):
+        at = first + tl.arange(0, BLOCK)
+        master_squares += tl.load(partial_ptr + at, mask=at < end, other=0.0)
+        direction_squares += tl.load(partial_ptr + n_programs + at, mask=at < end, other=0.0)
+    size, length = tl.sqrt_rn(tl.sum(master_squares, 0)), tl.sqrt_rn(tl.sum(direction_squares, 0))
+    tl.store(trust_ptr + tensor, tl.where((size > 0.0) & (length > 0.0), size / length, 1.0))
 
 
 @triton.jit(do_not_specialize=["n_tensors"])
 def sum_squares_kernel(
-    addresses_ptr, sizes_ptr, firsts_ptr,  # (1, n_tensors), (n_tensors,), (n_tensors,)
+    addresses_ptr, sizes_ptr, firsts_ptr,  # (1, n_tensors), (n_tensors,), (n_tensors + 1,)
     partial_ptr,  # (n_programs,) float32
     n_tensors,
     GRAD: tl.constexpr, ALIGNED: tl.constexpr, TENSORS: tl.constexpr, CHUNK: tl.constexpr,
@@ -142,7 +182,7 @@ def address_table(addresses: tuple[int, ...], sizes: tuple[int, ...], device: to
     Kept: the addresses repeat from step to step, and a captured CUDA graph reads the pinned copy again.
     """
     programs = [triton.cdiv(n, CHUNK) for n in sizes]
-    firsts = [sum(programs[:i]) for i in range(len(programs))]
+    firsts = [0, *accumulate(programs)]
     host = [torch.tensor(list(t), dtype=d) for t, d in
             ((addresses, torch.int64), (sizes, torch.int64), (firsts, torch.int32))]  # fmt: skip
     if device.type == "cuda":
@@ -177,18 +217,42 @@ def log2(beta: float) -> float:
 def adamw_step(
     params, grads, masters, exp_avgs, exp_avg_sqs, lr, step, grad_scale, skip, beta1, beta2, eps, weight_decay
 ):
-    masters_or_params = masters or params
+    numbers = lr, step, grad_scale, skip, beta1, beta2, eps, weight_decay
+    for launch, *_ in launches(params, grads, masters, exp_avgs, exp_avg_sqs, *numbers):
+        launch("adamw", None, None)
+
+
+def lamb_step(
+    params, grads, masters, exp_avgs, exp_avg_sqs, lr, step, grad_scale, skip, beta1, beta2, eps, weight_decay
+):
+    numbers = lr, step, grad_scale, skip, beta1, beta2, eps, weight_decay
+    for launch, firsts, n_tensors, programs in launches(params, grads, masters, exp_avgs, exp_avg_sqs, *numbers):
+        partial = torch.empty((2, programs), dtype=torch.float32, device=firsts.device)
+        trust = torch.empty(n_tensors, dtype=torch.float32, device=firsts.device)
+        launch("lamb moments", None, partial)
+        trust_ratio_kernel[(n_tensors,)](partial, firsts, trust, programs, BLOCK=1024, num_warps=4)
+        launch("lamb update", trust, None)
+
+
+def launches(
+    params, grads, masters, exp_avgs, exp_avg_sqs, lr, step, grad_scale, skip, beta1, beta2, eps, weight_decay
+):
+    """For the tensors of each pair of dtypes: launch(PASS, trust, partial), their first programs, the two counts."""
     grads = [g.contiguous() for g in grads]
     for param_dtype, grad_dtype in sorted({(p.dtype, g.dtype) for p, g in zip(params, grads)}, key=str):
         of_type = [i for i, (p, g) in enumerate(zip(params, grads)) if (p.dtype, g.dtype) == (param_dtype, grad_dtype)]
-        lists = [[group[i] for i in of_type] for group in (params, grads, masters_or_params, exp_avgs, exp_avg_sqs)]
+        lists = [[group[i] for i in of_type] for group in (params, grads, masters or params, exp_avgs, exp_avg_sqs)]
         on_device, n_tensors, programs, options = table(*lists)
-        if programs:
-            adamw_step_kernel[(programs,)](
-                *on_device, lr, step, grad_scale, skip,
-                n_tensors, 1 - beta1, 1 - beta2, log2(beta1), log2(beta2), eps, weight_decay,
-                PARAM=triton_dtype(param_dtype), GRAD=triton_dtype(grad_dtype), HAS_MASTER=bool(masters), **options,
+        options |= {"PARAM": triton_dtype(param_dtype), "GRAD": triton_dtype(grad_dtype), "HAS_MASTER": bool(masters)}
+
+        def launch(which, trust, partial, on_device=on_device, n_tensors=n_tensors, programs=programs, options=options):
+            optimizer_step_kernel[(programs,)](
+                *on_device, trust, partial, lr, step, grad_scale, skip,
+                n_tensors, 1 - beta1, 1 - beta2, log2(beta1), log2(beta2), eps, weight_decay, PASS=which, **options,
             )  # fmt: skip
+
+        if programs:
+            yield launch, on_device[2], n_tensors, programs
 
 
 def grad_norm(grads):

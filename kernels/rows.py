@@ -45,7 +45,8 @@ def sum_partials(partial: Tensor, dtype: torch.dtype) -> tuple[Tensor, ...]:
 def row_tile(n_columns: int, per_thread: int) -> tuple[int, int, int]:
     """Rows, columns and warps of a tile of whole rows with `per_thread` elements a thread; narrow rows share a warp.
 
-    32 suit a forward pass (at most 1024 columns need no barrier), 16 one that keeps column sums in registers.
+    32 suit a forward pass (at most 1024 columns need no barrier), 16 one that keeps more in registers: column sums, or
+    what erf needs.
     """
     columns = max(64, triton.next_power_of_2(n_columns))
     rows = max(1, 32 * per_thread // columns)

@@ -3,7 +3,7 @@
 One schema, and up to three implementations under it:
   CompositeExplicitAutograd   the pure-torch reference: last resort, fake kernel and oracle of the tests
   CPU                         C++, registered by csrc/cpu/<op>.cpp when its shared object is loaded
-  CUDA                        the Triton launcher of the same name in kernels/<op>.py
+  CUDA                        the Triton launcher of the same name in kernels/<op>.py, or csrc/cuda/<op>.cu
 """
 
 import functools
@@ -112,6 +112,9 @@ def _load_triton() -> str:
     if torch.version.hip is None and torch.cuda.get_device_capability() < (8, 0):
         return "reference: Triton uses tensor cores from compute capability 8.0 on"
     register_launchers("CUDA")
+    path = Path(__file__).parent.parent / f"_C_cuda{importlib.machinery.EXTENSION_SUFFIXES[0]}"
+    if path.exists() and torch.version.cuda:
+        torch.ops.load_library(path)
     return "Triton"
 
 
@@ -123,6 +126,8 @@ def load_backends() -> dict[str, str]:
 def implementation(name: str, device: str, loaded: dict[str, str]) -> str:
     """Which implementation of op `name` runs on `device` ("cpu" or "cuda"), and why not a faster one."""
     has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key(f"bertfast::{name}", device.upper())
+    if device == "cuda" and loaded[device] == "Triton" and name not in _launchers:
+        return "CUDA C++" if has_kernel else "reference: bertfast._C_cuda is not built (it needs nvcc)"
     if has_kernel or loaded[device].startswith(("reference", "no ")):
         return loaded[device]
     return f"reference: no {loaded[device]} kernel for this op"

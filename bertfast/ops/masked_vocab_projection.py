@@ -68,7 +68,7 @@ _fwd_into = define(
     "masked_vocab_projection_fwd_into(Tensor hidden, Tensor weight, Tensor bias, Tensor labels, Tensor scale, "
     "Tensor(a!) dweight, bool accumulate) "
     "-> (Tensor loss_sum, Tensor n_masked, Tensor n_correct, Tensor dhidden, Tensor dbias)",
-    _masked_vocab_projection_fwd_into,
+    _masked_vocab_projection_fwd_into, kernels="masked_vocab_projection",
 )
 
 

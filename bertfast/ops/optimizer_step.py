@@ -63,7 +63,7 @@ _STATE = (
     "-> ()"
 )
 _adamw = define("adamw_step" + _STATE, _adamw_step, kernels="optimizer_step")
-_lamb = define("lamb_step" + _STATE, _lamb_step)
+_lamb = define("lamb_step" + _STATE, _lamb_step, kernels="optimizer_step")
 grad_norm_op = define("grad_norm(Tensor[] grads) -> Tensor", _grad_norm, kernels="optimizer_step")
 
 

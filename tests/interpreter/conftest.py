@@ -13,6 +13,7 @@ if os.environ.get("TRITON_INTERPRET") == "1":
     if "MUTATED_KERNELS" in os.environ:  # see mutants.py
         bertfast.kernels.__path__ = [os.environ["MUTATED_KERNELS"]]
     checked_interpreter.install()
+    checked_interpreter.follow_addresses()
     _define.register_launchers("CPU")
     _define._is_fp16_on_cpu = lambda args: False  # the launchers take fp16
     torch.set_num_threads(1)

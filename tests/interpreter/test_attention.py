@@ -50,8 +50,8 @@ def test_every_configuration(monkeypatch, arch, d, element_size):
     """The tiles that each architecture gets, in fp32; sequences shorter and longer than a tile, for both backwards."""
     chosen = kernels.configuration
 
-    def choose(kernel, _, head_size, __, dropout):
-        return chosen(kernel, arch, head_size, element_size, dropout)
+    def choose(kernel, _, head_size, __, *rest):
+        return chosen(kernel, arch, head_size, element_size, *rest)
 
     monkeypatch.setattr(kernels, "configuration", choose)
     q, k, v = packed_qkv(140, 1, d)

@@ -1,0 +1,153 @@
+"""What a GPU must show before it is believed, in a few minutes: `make gpu-check`, or `python benchmarks/gpu_check.py`.
+
+  parity        every op in fp32, bf16 and fp16 against fp64 truth, by the rule of the parity contract; same bits twice
+  training      three steps of a tiny BERT with dropout against the CPU engine; the same bits twice
+  graph         the same steps captured and replayed, bit for bit
+  speed, memory a BERT-base step in bf16, launched kernel by kernel and replayed
+Ends with one page and exit code 0 (all held), 1 (something did not) or 2 (no GPU here). Against other implementations:
+`bertfast bench pretrain --preset base` on the same machine.
+"""
+
+import sys
+
+import torch
+from bertfast.benchmarks.cases import CASES, Case, run
+
+from bertfast import BertConfig, BertForPreTraining, PackedBatch, ops
+from bertfast.optim import Optimizer
+from bertfast.step_graph import StepGraph
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+ULPS = {torch.float32: 4, torch.bfloat16: 2, torch.float16: 2}
+LR = 1e-3
+
+
+def op_parity(case: Case, shape, dtype: torch.dtype, p: float) -> list[str]:
+    """What does not hold for one op: a name per output that is further from the truth than eager, or not repeatable."""
+    truth = run(case.eager, case, case.inputs(shape, torch.float64), p)
+    eager = run(case.eager, case, case.inputs(shape, dtype), p)
+    tensors = {name: t.cuda() for name, t in case.inputs(shape, dtype).items()}
+    first, second = run(case.fused, case, tensors, p), run(case.fused, case, tensors, p)
+    faults = []
+    for name in truth:
+        if not torch.equal(first[name], second[name]):
+            faults.append(f"{name} differs from run to run")
+        if truth[name].numel():
+            error = (first[name].cpu().double() - truth[name]).abs().max().item()
+            allowed = (eager[name].double() - truth[name]).abs().max().item()
+            allowed += ULPS[dtype] * torch.finfo(dtype).eps * truth[name].abs().max().item() + 1e-30
+            if not error <= allowed:
+                faults.append(f"{name} is off by {error:.3g}, allowed {allowed:.3g}")
+    return faults
+
+
+def packed_batch(config: BertConfig, tokens: int, length: int, seed: int, device: str) -> PackedBatch:
+    """Full sequences of random words, 15 % of them to be predicted."""
+    g = torch.Generator().manual_seed(seed)
+    n, picked = tokens // length, length * 15 // 100
+    offsets = torch.stack([torch.randperm(length - 1, generator=g)[:picked].sort().values + 1 for _ in range(n)])
+    position, sequence = torch.arange(tokens) % length, torch.arange(tokens) // length
+    starts = torch.arange(n).unsqueeze(1)
+    read_rows = torch.cat([starts * length, offsets + starts * length], 1).flatten()  # [CLS], then the masked rows
+    in_read = (starts * (picked + 1) + torch.arange(1, picked + 1)).flatten()
+    ids = torch.randint(1000, config.vocab_size, (tokens,), generator=g)
+    return PackedBatch(
+        input_ids=ids, token_type_ids=(position >= length // 2).long(), position_ids=position,
+        cu_seqlens=torch.arange(0, tokens + 1, length).int(), max_seqlen=length, row_key=(sequence << 32) + position,
+        read_rows=read_rows, cu_seqlens_read=torch.arange(0, n * (picked + 1) + 1, picked + 1).int(),
+        cls_index=torch.arange(n) * (picked + 1), mask_index=in_read, labels=ids[read_rows[in_read]],
+        next_sentence_label=torch.arange(n) % 2, n_tokens=tokens, n_masked=n * picked, n_sequences=n,
+    ).to(device)  # fmt: skip
+
+
+def trained(preset: str, dtype, tokens: int, length: int, device: str, steps: int = 3, graph: bool = False):
+    """Losses of a few steps, (steps,), and the model and optimiser they leave."""
+    torch.manual_seed(0)
+    config = BertConfig.preset(preset)
+    model = BertForPreTraining(config).to(device).train()
+    optimizer, losses = Optimizer(model, dtype), []
+    batches = [packed_batch(config, tokens, length, step, device) for step in range(steps)]
+    step_graph = StepGraph(model, optimizer, batches[:1]) if graph else None
+    for step, batch in enumerate(batches):
+        if step_graph:
+            step_graph([batch], [step + 5], LR, batch.n_masked, batch.n_sequences)
+            out = step_graph.outputs[0]
+        else:
+            scale = optimizer.loss_scale
+            out = model(batch, seed=torch.tensor([step + 5], device=device), mlm_scale=scale / batch.n_masked,
+                        nsp_scale=scale / batch.n_sequences)  # fmt: skip
+            out.loss.backward()
+            optimizer.step(LR)
+        losses.append((out.loss.detach() / optimizer.loss_scale).float().cpu())
+    return torch.stack(losses), model, optimizer, batches, step_graph
+
+
+def seconds(call, repeats: int = 20) -> float:
+    """Of one call on the GPU: the median of some."""
+    times = []
+    for _ in range(repeats + 3):
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        call()
+        end.record()
+        end.synchronize()
+        times.append(start.elapsed_time(end) / 1000)
+    return sorted(times[3:])[repeats // 2]
+
+
+def check_training() -> list[str]:
+    faults = []
+    on_cpu = trained("tiny", torch.float32, 512, 64, "cpu")[0]
+    for name, graph in (("launched", False), ("replayed", True)):
+        first, second = (trained("tiny", torch.float32, 512, 64, "cuda", graph=graph)[0] for _ in range(2))
+        print(f"  {name}: losses {first.tolist()}; CPU {on_cpu.tolist()}")
+        if not torch.equal(first, second):
+            faults.append(f"training, {name}: not the same bits twice")
+        if not torch.allclose(first, on_cpu, rtol=1e-5, atol=0):
+            faults.append(f"training, {name}: losses differ from the CPU's by more than 1e-5")
+    return faults
+
+
+def show_speed(tokens: int = 32768, length: int = 128) -> None:
+    for graph in (False, True):
+        torch.cuda.reset_peak_memory_stats()
+        _, model, optimizer, batches, step_graph = trained("base", torch.bfloat16, tokens, length, "cuda", 1, graph)
+        batch, scale, seed = batches[0], optimizer.loss_scale, torch.ones(1, dtype=torch.int64, device="cuda")
+
+        def launched(model=model, optimizer=optimizer, batch=batch, scale=scale, seed=seed):
+            model(batch, seed=seed, mlm_scale=scale / batch.n_masked).loss.backward()
+            optimizer.step(LR)
+
+        took = seconds(step_graph.graph.replay if step_graph and step_graph.graph else launched)
+        memory = torch.cuda.max_memory_allocated() / 2**30
+        print(f"  BERT-base, bf16, {tokens} tokens of {length}, {'replayed' if graph else 'launched'}: "
+              f"{took * 1e3:.1f} ms, {tokens / took:,.0f} tokens/s, {memory:.1f} GiB at most")  # fmt: skip
+
+
+def main() -> int:
+    if not torch.cuda.is_available():
+        print("gpu-check: no GPU was found here; nothing was checked (torch.cuda.is_available() is False)")
+        return 2
+    major, minor = torch.cuda.get_device_capability()
+    print(f"{torch.cuda.get_device_name()}, sm_{major}{minor}, torch {torch.__version__}, CUDA {torch.version.cuda}")
+    for name, where in ops.backends().items():
+        print(f"  {name}: {where['cuda']}")
+    faults, checks = [], 0
+    for case in CASES.values():
+        for shape in case.shapes:
+            for dtype_name, dtype in DTYPES.items():
+                for p in (0.0, 0.1) if case.dropout else (0.0,):
+                    checks += 1
+                    found = op_parity(case, shape, dtype, p)
+                    faults += [f"{case.name} {shape} {dtype_name} p={p}: {fault}" for fault in found]
+    print(f"parity and repeatability of the ops: {checks} cases, {len(faults)} faults")
+    print("training:")
+    faults += check_training()
+    print("speed and memory:")
+    show_speed()
+    print("\n".join(faults) or "all of it held")
+    return 1 if faults else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
