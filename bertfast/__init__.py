@@ -7,10 +7,18 @@ from .version import __version__
 _HOMES = {  # public name -> where it is defined; imported when first used, so that `bertfast --help` need not wait
     "BertConfig": "config",
     "BertForMaskedLM": "model",
+    "BertForMultipleChoice": "heads",
     "BertForNextSentencePrediction": "model",
     "BertForPreTraining": "model",
+    "BertForQuestionAnswering": "heads",
+    "BertForSeq2Seq": "seq2seq",
+    "BertForSequenceClassification": "heads",
+    "BertForTokenClassification": "heads",
     "BertModel": "model",
     "PackedBatch": "batch",
+    "parity": "patch_parity",
+    "patch": "patching",
+    "unpatch": "patching",
     "backends": "ops",
 }
 __all__ = ["__version__", "nn", "ops", *_HOMES]

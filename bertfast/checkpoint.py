@@ -21,7 +21,8 @@ TIED = {  # tensor of the file -> the parameter it repeats
     "cls.predictions.decoder.weight": "bert.embeddings.word_embeddings.weight",
     "cls.predictions.decoder.bias": "cls.predictions.bias",
 }
-HEADS = ("pooler.", "bert.pooler.", "cls.", "classifier.", "qa_outputs.")
+TASK_HEADS = ("classifier.", "qa_outputs.", "mix.")
+HEADS = ("pooler.", "bert.pooler.", "cls.", *TASK_HEADS)
 
 
 class Checkpointed(torch.nn.Module):
@@ -109,19 +110,29 @@ def _read_file(path: Path) -> dict[str, Tensor]:
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
-        return torch.load(path, map_location="cpu", weights_only=True)
+        tensors = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError as error:
         raise UserError(f"{path} is missing") from error
     except (SafetensorError, RuntimeError, EOFError, ValueError, OSError, json.JSONDecodeError) as error:
-        raise UserError(f"{path} is damaged or truncated: {str(error).splitlines()[0]}") from error
-    except Exception as error:  # UnpicklingError: something other than tensors, which we do not run
-        raise UserError(f"{path} holds more than tensors; refusing to unpickle it") from error
+        raise UserError(f"{path} is damaged or truncated: {_first_line(error)}") from error
+    except Exception as error:  # UnpicklingError: bytes that are no pickle, or one with code, which we do not run
+        raise UserError(f"{path} is damaged or holds more than tensors: refusing to unpickle it") from error
+    if not isinstance(tensors, dict) or not all(isinstance(t, Tensor) for t in tensors.values()):
+        raise UserError(f"{path} is not a dictionary of tensors")
+    return tensors
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).splitlines()), type(error).__name__)
 
 
 def load(model, tensors: dict[str, Tensor], source: str, new_heads: bool = False) -> None:
     """Copy `tensors` into the model's parameters, strictly; see Checkpointed.from_pretrained."""
     own = dict(model.state_dict())
     found = _adapt(tensors, own, model.base_prefix)
+    if new_heads:  # a head of another task's size is another head
+        found = {n: t for n, t in found.items()
+                 if not n.startswith(TASK_HEADS) or n not in own or own[n].shape == t.shape}
     missing = sorted(set(own) - set(found))
     unexpected = sorted(set(found) - set(own))
     if new_heads:

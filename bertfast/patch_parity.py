@@ -1,0 +1,88 @@
+"""bertfast.parity: how far a patched model is from the original, on the user's own batch."""
+
+import copy
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .patching import patch, unpatch
+
+
+@dataclass
+class Deviation:
+    """The largest deviation from the original in fp32, over the largest value of the original.
+
+    A gradient's is taken over a thousandth of the largest gradient at least: those of key biases are zero in truth.
+    """
+
+    patched: float
+    original_bf16: float
+    patched_bf16: float
+
+
+def parity(model: nn.Module, batch: Mapping[str, Any]) -> "Parity":
+    """Compare `model`, patched or not, as the original and as patched, on model(**batch) in fp32 and in bf16.
+
+    Works on copies, dropout off. What is compared: every floating-point output (of (batch, sequence, ...) tensors the
+    attended rows), and the gradient of every parameter, of the loss, or without one of a fixed mixture of the outputs.
+    Returns a Parity: deviations by name, which print as a table. Raises ValueError if there is nothing to compare.
+    """
+    runs = {}
+    for patched in (False, True):
+        for dtype in (torch.float32, torch.bfloat16):
+            one = unpatch(copy.deepcopy(model)).to(dtype).eval()
+            if patched:
+                patch(one)
+            runs[patched, dtype] = _run(one, batch)
+    truth = runs[False, torch.float32]
+    if not truth:
+        raise ValueError(f"{type(model).__name__} gives no floating-point output on this batch")
+    others = runs[True, torch.float32], runs[False, torch.bfloat16], runs[True, torch.bfloat16]
+    scale = {name: float(t.abs().max()) for name, t in truth.items()}
+    least = 1e-3 * max((s for name, s in scale.items() if name.startswith("grad of ")), default=0.0)
+    result = Parity()
+    for name, t in truth.items():
+        size = max(scale[name], least if name.startswith("grad of ") else 0.0, 1e-30)
+        result[name] = Deviation(*(float((other[name] - t).abs().max()) / size for other in others))
+    return result
+
+
+class Parity(dict[str, Deviation]):
+    """Deviations by name: outputs as the model names them, gradients as "grad of <parameter>"."""
+
+    def worst(self) -> tuple[str, Deviation]:
+        """The output or gradient where patching deviates most in fp32."""
+        return max(self.items(), key=lambda item: item[1].patched)
+
+    def __str__(self) -> str:
+        gradients = {name: d for name, d in self.items() if name.startswith("grad of ")}
+        lines = [f"{'largest relative deviation':42s} {'patched':>9s} {'bf16':>9s} {'patched bf16':>13s}"]
+        shown = [(name, d) for name, d in self.items() if name not in gradients]
+        shown += sorted(gradients.items(), key=lambda item: -item[1].patched)[:5]  # the worst of many
+        for name, d in shown:
+            lines.append(f"{name[-42:]:42s} {d.patched:9.1e} {d.original_bf16:9.1e} {d.patched_bf16:13.1e}")
+        return "\n".join(lines)
+
+
+def _run(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Tensor]:
+    dtype = next(model.parameters()).dtype
+    inputs = {k: v.to(dtype) if isinstance(v, Tensor) and v.is_floating_point() else v for k, v in batch.items()}
+    output = model(**inputs)
+    tensors = {k: v for k, v in output.items() if isinstance(v, Tensor) and v.is_floating_point()}
+    mask = batch.get("attention_mask")
+    if isinstance(mask, Tensor) and mask.dim() == 2:
+        tensors = {k: v[mask.bool()] if v.shape[:2] == mask.shape else v for k, v in tensors.items()}
+    found = {name: tensor.detach().float() for name, tensor in tensors.items()}
+    goal: Any = tensors.get("loss")
+    if goal is None:
+        generator = torch.Generator().manual_seed(0)
+        goal = sum((t.float() * torch.randn(t.shape, generator=generator).to(t.device)).sum() for t in tensors.values())
+    if isinstance(goal, Tensor) and goal.requires_grad:
+        goal.backward()
+    for name, parameter in model.named_parameters():
+        if parameter.grad is not None:
+            found[f"grad of {name}"] = parameter.grad.float()
+    return found

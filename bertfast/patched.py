@@ -1,0 +1,364 @@
+"""What runs inside a patched model (bertfast.patch): stand-ins for the embeddings, encoders and layers of transformers.
+
+An encoder unpads once, hands packed rows (T, H) from layer to layer, and pads back (unpadding: Portes et al. 2023,
+Warner et al. 2024); its last layer computes only the rows that a head reads. A layer takes the parameters of its
+submodules as they are; a projection that was replaced (LoRA) is called, and a layer with a hook inside runs as the
+original. Whoever watches a layer's calls (hooks, hidden_states) sees padded tensors.
+"""
+
+import functools
+import importlib
+import math
+import time
+import warnings
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from . import ops
+from .files import UserError
+from .ops.joined_linear import joined_linear
+from .patched_rows import Reads, Rows, arrange, last_rows, padding_mask, row_keys
+
+try:
+    from transformers.activations import GELUActivation
+    from transformers.masking_utils import create_bidirectional_mask
+    from transformers.modeling_outputs import BaseModelOutput, BaseModelOutputWithPastAndCrossAttentions
+    from transformers.models.distilbert import modeling_distilbert
+except ImportError as error:
+    raise UserError(f"bertfast.patch needs transformers (pip install 'bertfast[hf]'): {error}") from error
+
+
+_OURS = ("bertfast.patching",)
+_TRANSPARENT = (*_OURS, "transformers.utils.output_capturing")  # hooks that need no padded tensors
+
+
+def hooked(module: nn.Module, transparent: tuple[str, ...] = _TRANSPARENT) -> bool:
+    """Whether somebody watches or replaces this module's calls."""
+    if "forward" in module.__dict__ or module._backward_hooks or module._backward_pre_hooks:
+        return True
+    if not module._forward_hooks and not module._forward_pre_hooks:
+        return False
+    hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
+    return any(getattr(hook, "__module__", None) not in transparent for hook in hooks)
+
+
+def _p(dropout: nn.Module, training: bool) -> float:
+    return float(dropout.p) if training else 0.0  # type: ignore[arg-type]
+
+
+@dataclass
+class Parts:
+    """A layer's leaves, under one name in every family."""
+
+    query: nn.Module
+    key: nn.Module
+    value: nn.Module
+    head_dim: int
+    scaling: float
+    p_attention: float
+    out: nn.Module
+    out_norm: nn.LayerNorm
+    p_out: float
+    up: nn.Module
+    activation: Any
+    down: nn.Module
+    down_norm: nn.LayerNorm
+    p_down: float
+
+
+def _bert_parts(layer: Any) -> tuple[Parts, tuple[nn.Module, ...]]:
+    """The parts of a BERT, RoBERTa or ELECTRA layer, and the modules between it and them."""
+    attention, up, down = layer.attention, layer.intermediate, layer.output
+    own, out = attention.self, attention.output
+    parts = Parts(
+        own.query, own.key, own.value, own.attention_head_size, own.scaling, _p(own.dropout, own.training),
+        out.dense, out.LayerNorm, _p(out.dropout, out.dropout.training), up.dense, up.intermediate_act_fn,
+        down.dense, down.LayerNorm, _p(down.dropout, down.dropout.training),
+    )
+    return parts, (attention, own, out, up, down, own.dropout, out.dropout, down.dropout)
+
+
+def _distilbert_parts(layer: Any) -> tuple[Parts, tuple[nn.Module, ...]]:
+    own, ffn = layer.attention, layer.ffn
+    parts = Parts(
+        own.q_lin, own.k_lin, own.v_lin, own.attention_head_size, own.scaling, _p(own.dropout, own.training),
+        own.out_lin, layer.sa_layer_norm, 0.0, ffn.lin1, ffn.activation, ffn.lin2, layer.output_layer_norm,
+        _p(ffn.dropout, ffn.dropout.training),
+    )
+    return parts, (own, ffn, own.dropout, ffn.dropout)
+
+
+def _parts(layer: Any) -> Parts | None:
+    """The layer's parts, or None where it must run as the original: an inner module is hooked or of another class."""
+    if not isinstance(layer, _Layer):
+        return None
+    parts, between = layer.find_parts(layer)
+    leaves = (parts.query, parts.key, parts.value, parts.out, parts.up, parts.down, parts.out_norm, parts.down_norm)
+    norms = (parts.out_norm, parts.down_norm)
+    if (
+        all(type(m).__module__ == layer.home or type(m) is nn.Dropout for m in between)
+        and all(type(m) is nn.LayerNorm and m.weight is not None and m.bias is not None for m in norms)
+        and not any(map(hooked, (*between, *leaves)))
+        and not (isinstance(parts.activation, nn.Module) and hooked(parts.activation))
+    ):
+        return parts
+    return None
+
+
+def plain(module: nn.Module) -> bool:
+    return type(module) is nn.Linear and module.bias is not None
+
+
+def _linear(module: nn.Module, x: Tensor) -> tuple[Tensor, Tensor | None]:
+    """A projection without its bias, and the bias for the next op to add; a replaced module adds its own."""
+    if not plain(module):
+        return module(x), None
+    y = F.linear(x, module.weight)  # type: ignore[arg-type]
+    return y, module.bias.to(y.dtype)  # type: ignore[union-attr, return-value]
+
+
+class _Layer:
+    """Stands before a Hugging Face layer class; on packed rows it computes the same with the fused ops."""
+
+    find_parts: Any  # the family's function
+    home: str  # the module of the originals
+
+    def forward(self: Any, hidden_states, *args, rows: Rows | None = None, parts: Parts | None = None,
+                index: Tensor | None = None, final: Rows | None = None, stream: int = 0, **kwargs):
+        if rows is None or parts is None or final is None:
+            return super().forward(hidden_states, *args, **kwargs)  # type: ignore[misc]
+        padded = hidden_states.dim() == 3  # a hook looks at this layer's input and output
+        x = rows.pack(hidden_states) if padded else hidden_states
+        context = _attend(parts, x, rows, index, final, stream)
+        if index is not None:
+            x = x.index_select(0, index)
+        x = _add_norm(context, parts.out, parts.out_norm, x, parts.p_out, rows.seed, final.row_key, stream + 1)
+        up, bias = _linear(parts.up, x)
+        if type(parts.activation) is GELUActivation and bias is not None:
+            up = ops.bias_gelu(up, bias)
+        else:
+            up = parts.activation(up if bias is None else up + bias)
+        x = _add_norm(up, parts.down, parts.down_norm, x, parts.p_down, rows.seed, final.row_key, stream + 2)
+        return rows.restore(x) if padded else x
+
+
+def _attend(parts: Parts, x: Tensor, rows: Rows, index: Tensor | None, final: Rows, stream: int) -> Tensor:
+    """Self-attention of packed rows: (T, H) -> (T, H), or (R, H) for the rows at `index`, which are `final`."""
+    projections = (parts.query, parts.key, parts.value)
+    dropout = {"p": parts.p_attention, "seed": rows.seed, "stream": stream}
+    joined = index is None and rows.keys is None and torch.is_grad_enabled() and all(map(plain, projections))
+    if joined and parts.query.weight.requires_grad and not torch.is_autocast_enabled(x.device.type):
+        # one gradient GEMM of x instead of three, worth a copy of the weights
+        qkv = joined_linear(x, *projections).unflatten(1, (3, -1, parts.head_dim))  # type: ignore[arg-type]
+        out = ops.attention_packed(qkv, rows.cu_seqlens, rows.longest, scale=parts.scaling, row_key=rows.row_key,
+                                   **dropout)
+        return out.flatten(1)
+    attended = x if rows.keys is None else x.index_select(0, rows.keys)
+    asking = x if index is None else x.index_select(0, index)
+    inputs = (asking, attended, attended)
+    q, k, v = (m(t).unflatten(1, (-1, parts.head_dim)) for m, t in zip(projections, inputs, strict=True))
+    cu_seqlens_k = rows.cu_seqlens if rows.cu_seqlens_k is None else rows.cu_seqlens_k
+    out = ops.attention(q, k, v, final.cu_seqlens, cu_seqlens_k, rows.longest, rows.longest, scale=parts.scaling,
+                        q_row_key=final.row_key, **dropout)
+    return out.flatten(1)
+
+
+def _add_norm(x, dense: nn.Module, norm: nn.LayerNorm, residual, p, seed, row_key, stream) -> Tensor:
+    """LayerNorm(dropout(dense(x)) + residual), the residual's dtype throughout, as under autocast."""
+    y, bias = _linear(dense, x)
+    dtype = residual.dtype
+    return ops.add_layer_norm(
+        y.to(dtype), None if bias is None else bias.to(dtype), residual, norm.weight.to(dtype), norm.bias.to(dtype),
+        norm.eps, p, seed, row_key, stream,
+    )
+
+
+class _Encoder:
+    """Stands before a Hugging Face encoder class: packs, runs the layers, pads back."""
+
+    reads_padding = False  # set on the instance where a head reads padding rows, unless `Reads` says which
+    output_type: Any = BaseModelOutputWithPastAndCrossAttentions
+
+    def forward(self: Any, hidden_states, attention_mask=None, *args, bertfast_mask: Tensor | None = None,
+                bertfast_reads: Reads | None = None, **kwargs):
+        if kwargs.pop("head_mask", None) is not None:
+            raise ValueError("a patched model takes no head_mask; bertfast.unpatch(model) runs the original")
+        config = config_of(self)
+        tracing = torch.compiler.is_compiling()
+        mask, reason = bertfast_mask, None
+        if bertfast_mask is None:
+            mask, reason = padding_mask(attention_mask, hidden_states.shape[1])
+        if kwargs.get("output_attentions", config.output_attentions):
+            reason = "output_attentions"
+        elif kwargs.get("past_key_values") is not None:
+            reason = "past_key_values"
+        elif kwargs.get("is_causal"):
+            reason = "is_causal"
+        if reason is not None:
+            _say_once(f"bertfast: {reason}: such a call runs the original encoder")
+            if bertfast_mask is not None:
+                attention_mask = _original_mask(config, hidden_states, bertfast_mask)
+            return super().forward(hidden_states, attention_mask, *args, **kwargs)  # type: ignore[misc]
+
+        autocast = torch.is_autocast_enabled(hidden_states.device.type)
+        if (
+            autocast and hidden_states.device.type == "cpu" and not tracing and fp32_multiplies_faster()
+            and all(p.dtype == torch.float32 for p in self.parameters())
+        ):  # autocast permits a dtype for its speed; here fp32 is the faster one
+            with torch.autocast("cpu", enabled=False):
+                return self._run(hidden_states.float(), mask, bertfast_reads, config, tracing, args, kwargs)
+        return self._run(hidden_states, mask, bertfast_reads, config, tracing, args, kwargs)
+
+    def _run(self: Any, hidden_states: Tensor, mask: Tensor | None, reads: Reads | None, config: Any, tracing: bool,
+             args: tuple, kwargs: dict):
+        """`args` and `kwargs` go to the layers that run as the original."""
+        shape, device = hidden_states.shape[:2], hidden_states.device
+        longest = config.max_position_embeddings if tracing else shape[1]
+        every_row = tracing or (self.reads_padding and reads is None)
+        reads = reads or Reads()
+        labels = None if reads.labels is None else reads.labels.to(device).reshape(shape)
+        rows = arrange(shape, longest, mask, device, labels, every_row)
+        layers = [_parts(layer) for layer in self.layer]
+        if any(p > 0.0 for parts in layers if parts for p in (parts.p_attention, parts.p_out, parts.p_down)):
+            rows.seed, rows.row_key = _draw_seed(device), row_keys(shape, rows.indices, device)
+        collecting = kwargs.get("output_hidden_states", config.output_hidden_states) not in (None, False)
+        transparent = _OURS if collecting else _TRANSPARENT
+
+        x, is_padded, final = hidden_states, True, rows
+        for i, (layer, parts) in enumerate(zip(self.layer, layers, strict=True)):
+            pad = parts is None or hooked(layer, transparent)  # whoever looks at a layer sees padded tensors
+            if pad != is_padded:
+                x, is_padded = (rows.restore(x) if pad else rows.pack(x)), pad
+            if parts is None:
+                x = layer(x, _original_mask(config, hidden_states, mask), *args, **kwargs)
+                continue
+            index = None
+            if i == len(layers) - 1 and not pad and not collecting:
+                index, final = last_rows(rows, reads, labels, tracing)
+            x = layer(x, rows=rows, parts=parts, stream=3 * i + 1, index=index, final=final)
+        if is_padded:
+            x = rows.pack(x)
+        out = final.restore(x)
+        if reads.head is not None and labels is not None:
+            labels = labels.flatten() if final.indices is None else labels.flatten()[final.indices]
+            reads.loss = _project(reads.head, x, labels)
+            out = out[:, : reads.n_first]
+        return self.output_type(last_hidden_state=out)
+
+
+@functools.cache
+def fp32_multiplies_faster() -> bool:
+    """Whether this CPU's fp32 GEMM beats its bf16 one; some run a bf16 dot product at half the rate of two FMAs."""
+    if torch.cpu._is_amx_tile_supported():
+        return False
+    dtypes = (torch.float32, torch.bfloat16)
+    operands = {dtype: (torch.ones(256, 768, dtype=dtype), torch.ones(768, 768, dtype=dtype)) for dtype in dtypes}
+    seconds = dict.fromkeys(dtypes, math.inf)
+    for _ in range(15):
+        for dtype in dtypes:
+            began = time.perf_counter()
+            torch.mm(*operands[dtype])
+            seconds[dtype] = min(seconds[dtype], time.perf_counter() - began)
+    return seconds[torch.float32] < seconds[torch.bfloat16]
+
+
+def _project(head: Any, x: Tensor, labels: Tensor) -> Tensor:
+    """The mean cross entropy of the labelled rows of x (R, H), through a BertLMPredictionHead."""
+    transform = head.transform
+    dense, bias = _linear(transform.dense, x)
+    if type(transform.transform_act_fn) is GELUActivation and bias is not None:
+        norm = transform.LayerNorm
+        x = ops.gelu_layer_norm(dense, bias, norm.weight.to(dense.dtype), norm.bias.to(dense.dtype), norm.eps)
+    else:
+        x = transform(x)
+    weight, bias = head.decoder.weight.to(x.dtype), head.decoder.bias.to(x.dtype)
+    return ops.masked_vocab_projection(x, weight, bias, labels)[0]
+
+
+def config_of(encoder: Any) -> Any:
+    """DistilBERT's encoder keeps its configuration in the layers."""
+    return encoder.config if hasattr(encoder, "config") else encoder.layer[0].attention.config
+
+
+def _original_mask(config, hidden_states: Tensor, mask: Tensor | None) -> Tensor | None:
+    return create_bidirectional_mask(config, hidden_states, mask)  # type: ignore[return-value]
+
+
+def _draw_seed(device: torch.device) -> Tensor:
+    return torch.randint(-(2**62), 2**62, (1,), device=device)
+
+
+@functools.cache
+def _say_once(message: str) -> None:
+    if not torch.compiler.is_compiling():
+        warnings.warn(message, stacklevel=6)
+
+
+class _Embeddings:
+    """Stands before a Hugging Face embeddings class: word + position + token type, LayerNorm and dropout in one op."""
+
+    def forward(self: Any, input_ids=None, token_type_ids=None, position_ids=None, inputs_embeds=None,
+                past_key_values_length=0):
+        tables = self.word_embeddings, self.position_embeddings, self.token_type_embeddings
+        if input_ids is None or inputs_embeds is not None or not self._fusable(tables):
+            return super().forward(  # type: ignore[misc]
+                input_ids, token_type_ids, position_ids, inputs_embeds, past_key_values_length
+            )
+        if position_ids is None and hasattr(self, "create_position_ids_from_input_ids"):  # RoBERTa counts from padding
+            position_ids = self.create_position_ids_from_input_ids(input_ids, self.padding_idx, past_key_values_length)
+        elif position_ids is None:
+            position_ids = self.position_ids[:, past_key_values_length : past_key_values_length + input_ids.shape[1]]
+        if token_type_ids is None:
+            token_type_ids = torch.zeros_like(input_ids)
+        given = (input_ids, position_ids, token_type_ids)
+        ids, positions, types = (t.expand(input_ids.shape).reshape(-1) for t in given)
+        p = _p(self.dropout, self.dropout.training)
+        seed = row_key = None
+        if p > 0.0:
+            seed, row_key = _draw_seed(input_ids.device), row_keys(input_ids.shape, None, input_ids.device)
+        word, position, token_type = (t.weight for t in tables)
+        norm, padding_idx = self.LayerNorm, self.word_embeddings.padding_idx
+        x = ops.embedding_sum(ids, positions, types, word, position, token_type, norm.weight, norm.bias, norm.eps,
+                              padding_idx, p, seed, row_key)
+        return x.view(*input_ids.shape, -1)
+
+    def _fusable(self: Any, tables: tuple[nn.Embedding, ...]) -> bool:
+        """Whether nothing here was replaced, hooked or set to what the op does not compute."""
+        trained = torch.is_grad_enabled()
+        # checkpointing has a hook that makes the output require a gradient, as ours does where the table does
+        transparent = (*_TRANSPARENT, "transformers.modeling_utils") if tables[0].weight.requires_grad else _TRANSPARENT
+        return (
+            all(type(t) is nn.Embedding and t.max_norm is None and not t.sparse and not t.scale_grad_by_freq
+                and not hooked(t, transparent) for t in tables)
+            and not (trained and any(t.padding_idx is not None for t in tables[1:]))  # the op knows the word table's
+            and type(self.dropout) is nn.Dropout and type(self.LayerNorm) is nn.LayerNorm
+            and not hooked(self.dropout) and not hooked(self.LayerNorm)
+        )
+
+
+# The classes themselves: the originals' names, importable from here, so that deepcopy and torch.save work.
+
+FAMILIES = {"bert": "Bert", "roberta": "Roberta", "xlm_roberta": "XLMRoberta", "electra": "Electra"}
+STAND_INS: dict[type, type] = {}  # class of transformers -> ours
+
+
+def _stand_in(source: Any, name: str, ours: type, **attributes) -> None:
+    original = getattr(source, name)
+    STAND_INS[original] = globals()[name] = type(name, (ours, original), {"__module__": __name__, **attributes})
+
+
+for _family, _prefix in FAMILIES.items():
+    _home = importlib.import_module(f"transformers.models.{_family}.modeling_{_family}")
+    _stand_in(_home, f"{_prefix}Embeddings", _Embeddings)
+    _stand_in(_home, f"{_prefix}Encoder", _Encoder)
+    _stand_in(_home, f"{_prefix}Layer", _Layer, find_parts=staticmethod(_bert_parts), home=_home.__name__)
+# DistilBERT's embeddings have no token types: they stay
+_stand_in(modeling_distilbert, "Transformer", _Encoder, output_type=BaseModelOutput)
+_stand_in(modeling_distilbert, "TransformerBlock", _Layer, find_parts=staticmethod(_distilbert_parts),
+          home=modeling_distilbert.__name__)
+ORIGINALS = {ours: original for original, ours in STAND_INS.items()}
+ENCODERS = {cls for both in STAND_INS.items() if issubclass(both[1], _Encoder) for cls in both}

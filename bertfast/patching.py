@@ -1,0 +1,222 @@
+"""bertfast.patch: a live Hugging Face BERT runs on the fused ops, in place, and stays what it was.
+
+The model and every PreTrainedModel in it keep their class, parameters, state_dict and signature. Three kinds of inner
+module get their `__class__` swapped for a stand-in from bertfast.patched. Forward hooks tell the encoder what only the
+outside knows: the padding mask before the model makes a (B, 1, S, S) tensor of it, which rows a head reads, and the
+labels of a masked language model. Where hooks do not run (a wrapper that calls `.forward`), the same numbers come out
+a little slower.
+"""
+
+import inspect
+import sys
+import warnings
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .files import UserError
+from .patched import ENCODERS, FAMILIES, ORIGINALS, STAND_INS, config_of, hooked, plain
+from .patched_rows import Reads
+
+READS = {  # what each of transformers' heads reads of the encoder's output
+    "ForSequenceClassification": "first column",
+    "ForMultipleChoice": "first column",
+    "ForNextSentencePrediction": "first column",
+    "ForTokenClassification": "labels",  # what is attended, and what has a label
+    "ForMaskedLM": "labels",
+    "ForPreTraining": "labels",
+    "ForQuestionAnswering": "padding",  # its softmax is over all columns
+}
+
+
+@dataclass
+class Report:
+    """What bertfast.patch replaced, and what it left alone and why; str() tells it in a few lines."""
+
+    replaced: list[str] = field(default_factory=list)  # names of modules
+    left: dict[str, str] = field(default_factory=dict)  # name of module -> reason
+
+    def __str__(self) -> str:
+        lines = [f"{len(self.replaced)} modules run on bertfast"]
+        return "\n".join(lines + [f"{name} left alone: {why}" for name, why in self.left.items()])
+
+
+def patch(model: nn.Module) -> Report:
+    """Run every BERT, RoBERTa, XLM-RoBERTa, ELECTRA and DistilBERT encoder in `model` on the fused ops, in place.
+
+    Nothing else changes: the classes of models, the parameters (the same objects), state_dict, signatures, outputs;
+    rows at padding are zeros. BertForMaskedLM and BertForPreTraining, in training with labels, compute the loss
+    without the logits and return None for them; skip_logits=False forces them, skip_logits=True skips them in eval too.
+    A batch with no label at all has loss 0 then. Attentions, masks that are not padding masks, and layers with hooks
+    inside run as the original. Decoders are left alone, with a warning. Patching twice does nothing more.
+    Returns a Report. Raises UserError where there is nothing to patch.
+    """
+    report = Report()
+    for name, module in model.named_modules():
+        if type(module) not in ENCODERS:
+            continue
+        config = config_of(module)
+        if getattr(config, "is_decoder", False) or getattr(config, "add_cross_attention", False):
+            report.left[name] = "a decoder or with cross-attention; bertfast runs encoders"
+            continue
+        for inner_name, inner in [("", module), *module.layer.named_children()]:  # type: ignore[union-attr]
+            inner.__class__ = STAND_INS.get(type(inner), type(inner))
+            full_name = f"{name}.layer.{inner_name}" if inner_name else name
+            if type(inner) in ORIGINALS:
+                report.replaced.append(full_name)
+            else:
+                report.left[full_name] = f"a {type(inner).__name__}"
+    for name, module in model.named_modules():
+        if _is_base(module):
+            embeddings: Any = module.embeddings
+            embeddings.__class__ = STAND_INS.get(type(embeddings), type(embeddings))
+            if type(embeddings) in ORIGINALS:
+                report.replaced.append(f"{name}.embeddings".lstrip("."))
+            _hook(module, _before_base)
+        elif _kind(module) and _is_base(module.base_model):
+            if _kind(module) != "padding":
+                _hook(module, _before_head, _after_head if _projects(module) else None)
+            _encoder(module.base_model).reads_padding = _kind(module) != "first column"
+    if not report.replaced and not report.left:
+        known = ", ".join([*FAMILIES, "distilbert"])
+        raise UserError(f"{type(model).__name__} holds no encoder that bertfast knows ({known})")
+    for name, why in report.left.items():
+        warnings.warn(f"bertfast.patch: {name} left alone: {why}", stacklevel=2)
+    return report
+
+
+def unpatch(model: nn.Module) -> nn.Module:
+    """Undo bertfast.patch, in place; returns `model`, which runs transformers' own code again."""
+    for module in model.modules():
+        if type(module) in ORIGINALS:
+            module.__class__ = ORIGINALS[type(module)]
+            module.__dict__.pop("reads_padding", None)
+        for hooks, flags in (
+            (module._forward_pre_hooks, module._forward_pre_hooks_with_kwargs),
+            (module._forward_hooks, module._forward_hooks_with_kwargs),
+        ):
+            for key in [k for k, hook in hooks.items() if hook in (_before_base, _before_head, _after_head)]:
+                del hooks[key]
+                flags.pop(key, None)
+    return model
+
+
+_HOMES = {original.__module__ for original in STAND_INS}
+
+
+_POSITIONS = {  # of the label arguments, where they are given by position
+    (cls, name): position - 1
+    for cls in {cls for home in _HOMES for cls in vars(sys.modules[home]).values() if isinstance(cls, type)}
+    if cls.__module__ in _HOMES and "For" in cls.__name__ and issubclass(cls, nn.Module)
+    for position, name in enumerate(inspect.signature(cls.forward).parameters)
+    if name in ("labels", "next_sentence_label")
+}
+
+
+def _encoder(base: Any) -> Any:
+    return getattr(base, "transformer", None) if hasattr(base, "transformer") else getattr(base, "encoder", None)
+
+
+def _is_base(module: nn.Module) -> bool:
+    """One of transformers' own base models (or a subclass), with a patched encoder."""
+    return any(c.__module__ in _HOMES and c.__name__.endswith("Model") and "PreTrained" not in c.__name__
+               for c in type(module).__mro__) and type(_encoder(module)) in ORIGINALS
+
+
+def _kind(module: nn.Module) -> str | None:
+    """What the module, if it is exactly one of transformers' models with a head, reads; see READS."""
+    cls = type(module)
+    if cls.__module__ not in _HOMES:
+        return None
+    if cls.__name__ == "ElectraForMultipleChoice":  # its summary may read any column
+        return "padding"
+    return READS.get("For" + cls.__name__.partition("For")[2])
+
+
+def _projects(module: nn.Module) -> bool:
+    """Whether the masked-language-model head is BERT's, whose loss we compute without logits."""
+    return type(module).__name__ in ("BertForMaskedLM", "BertForPreTraining")
+
+
+def _hook(module: nn.Module, before, after=None) -> None:
+    if before not in module._forward_pre_hooks.values():
+        module.register_forward_pre_hook(before, with_kwargs=True)
+        if after is not None:
+            module.register_forward_hook(after, with_kwargs=True)
+
+
+def _argument(module: nn.Module, args: tuple, kwargs: dict, name: str) -> Any:
+    position = _POSITIONS[type(module), name]
+    return args[position] if len(args) > position else kwargs.get(name)
+
+
+def _without(args: tuple, kwargs: dict, position: int, name: str) -> tuple[tuple, dict]:
+    if len(args) > position:
+        return (*args[:position], None, *args[position + 1 :]), kwargs
+    return args, {**kwargs, name: None}
+
+
+def _before_base(model: nn.Module, args: tuple, kwargs: dict):
+    """Hand the padding mask to the encoder as it is."""
+    mask = args[1] if len(args) > 1 else kwargs.get("attention_mask")
+    if not isinstance(mask, Tensor):
+        return None
+    if mask.dim() == 3:
+        raise ValueError(
+            f"attention_mask has shape {tuple(mask.shape)}; use (batch, sequence) or (batch, 1, queries, keys)"
+        )
+    tokens = args[0] if args else kwargs.get("input_ids")
+    if tokens is None:
+        tokens = kwargs.get("inputs_embeds")
+    if tokens is None or mask.shape != tokens.shape[:2] or kwargs.get("past_key_values") is not None:
+        return None
+    args, kwargs = _without(args, kwargs, 1, "attention_mask")
+    return args, {**kwargs, "bertfast_mask": mask}
+
+
+def _before_head(model: Any, args: tuple, kwargs: dict):
+    """Tell the encoder which rows this head reads; take the labels out where the encoder computes their loss."""
+    config, base = model.config, model.base_model
+    skip = kwargs.pop("skip_logits", None) if _projects(model) else False
+    whole = (
+        any(kwargs.get(f"output_{k}", getattr(config, f"output_{k}")) for k in ("hidden_states", "attentions"))
+        or hooked(base) or hooked(_encoder(base))
+    )
+    if _kind(model) == "first column":
+        return args, {**kwargs, "bertfast_reads": Reads(first_only=not whole)}
+    labels = _argument(model, args, kwargs, "labels")
+    reads = Reads(labels)
+    if labels is not None and (model.training if skip is None else skip) and not whole and _fusable_head(model):
+        if type(model).__name__ == "BertForMaskedLM":
+            reads.head = model.cls.predictions
+        elif _argument(model, args, kwargs, "next_sentence_label") is not None:  # the original wants both, or no loss
+            reads.head, reads.n_first = model.cls.predictions, 1
+    if reads.head is not None:
+        args, kwargs = _without(args, kwargs, _POSITIONS[type(model), "labels"], "labels")
+    return args, {**kwargs, "bertfast_reads": reads}
+
+
+def _fusable_head(model: Any) -> bool:
+    head = model.cls.predictions
+    inner = (model.cls, head, head.transform, head.transform.dense, head.transform.LayerNorm, head.decoder)
+    return plain(head.decoder) and type(head.transform.LayerNorm) is nn.LayerNorm and not any(map(hooked, inner))
+
+
+def _after_head(model: Any, args: tuple, kwargs: dict, output):
+    """Put the loss where the original has it, in place of the logits."""
+    reads = kwargs["bertfast_reads"]
+    if reads.head is None:
+        return None
+    skipped, loss = reads.loss is not None, reads.loss
+    if not skipped:  # the encoder ran as the original, so the logits are all there
+        loss = F.cross_entropy(output[0].view(-1, model.config.vocab_size), reads.labels.view(-1))
+    if reads.n_first:
+        pairs = output[1] if isinstance(output, tuple) else output.seq_relationship_logits
+        labels = _argument(model, args, kwargs, "next_sentence_label")
+        loss = loss + F.cross_entropy(pairs.view(-1, 2), labels.view(-1))
+    if isinstance(output, tuple):
+        return (loss, *output[skipped:])
+    first = next(iter(output))
+    return type(output)(**{**output, "loss": loss, first: None if skipped else output[first]})

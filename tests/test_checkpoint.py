@@ -1,0 +1,139 @@
+"""Checkpoint files as they are found in the world: every form that loads, and one clear error for each that doesn't."""
+
+import json
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+
+import bertfast
+from bertfast.files import UserError
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """transformers' own checkpoint of a small BertForPreTraining, the tied decoder's bias included."""
+    torch.manual_seed(0)
+    config = transformers.BertConfig(vocab_size=60, hidden_size=32, num_hidden_layers=2, num_attention_heads=2,
+                                     intermediate_size=48, max_position_embeddings=16)
+    transformers.BertForPreTraining(config).save_pretrained(tmp_path)
+    return tmp_path
+
+
+def take(folder):
+    """The tensors, and no file with them left."""
+    tensors = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    return tensors
+
+
+def write_shards(folder, tensors, suffix, write):
+    names = sorted(tensors)
+    files = {f"model-{i}-of-3{suffix}": names[i::3] for i in range(3)}
+    for file, members in files.items():
+        write({n: tensors[n] for n in members}, folder / file)
+    index = "model.safetensors.index.json" if suffix == ".safetensors" else "pytorch_model.bin.index.json"
+    weight_map = {n: file for file, members in files.items() for n in members}
+    (folder / index).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+
+
+def renamed(tensors):
+    return {n.replace("LayerNorm.weight", "LayerNorm.gamma").replace("LayerNorm.bias", "LayerNorm.beta"): t
+            for n, t in tensors.items()}
+
+
+FORMS = {
+    "safetensors": lambda folder, t: save_file(t, folder / "model.safetensors"),
+    "pickle": lambda folder, t: torch.save(t, folder / "pytorch_model.bin"),
+    "old pickle": lambda folder, t: torch.save(t, folder / "pytorch_model.bin", _use_new_zipfile_serialization=False),
+    "sharded safetensors": lambda folder, t: write_shards(folder, t, ".safetensors", save_file),
+    "sharded pickle": lambda folder, t: write_shards(folder, t, ".bin", torch.save),
+    "gamma and beta": lambda folder, t: save_file(renamed(t), folder / "model.safetensors"),
+    "no prefix": lambda folder, t: save_file({n.removeprefix("bert."): x for n, x in t.items()},
+                                             folder / "model.safetensors"),
+    "tied copies and position_ids": lambda folder, t: save_file(
+        {**t, "cls.predictions.decoder.weight": t["bert.embeddings.word_embeddings.weight"].clone(),
+         "bert.embeddings.position_ids": torch.arange(16)}, folder / "model.safetensors"),
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_every_form_gives_the_same_model(form, dtype, folder):
+    expected = bertfast.BertForPreTraining.from_pretrained(folder).state_dict()
+    expected = {n: t.to(dtype).float() for n, t in expected.items()}
+    FORMS[form](folder, {n: t.to(dtype) for n, t in take(folder).items()})
+    found = bertfast.BertForPreTraining.from_pretrained(folder).state_dict()
+    assert found.keys() == expected.keys()
+    for name, t in expected.items():
+        assert found[name].dtype == torch.float32 and torch.equal(found[name], t), name
+
+
+@pytest.mark.parametrize(("change", "cls", "said"), [
+    (lambda t: {n: x for n, x in t.items() if "pooler" not in n}, "BertModel", "initialised anew: pooler.dense.bias"),
+    (lambda t: {n: x for n, x in t.items() if "cls" not in n}, "BertForMaskedLM", "initialised anew: cls.predictions"),
+    (lambda t: t, "BertModel", "not used: cls.predictions"),
+], ids=["no pooler", "no head", "another head"])
+def test_heads_may_be_missing_only_when_asked(change, cls, said, folder, capsys):
+    save_file(change(take(folder)), folder / "model.safetensors")
+    with pytest.raises(UserError, match="missing|unexpected"):
+        getattr(bertfast, cls).from_pretrained(folder)
+    getattr(bertfast, cls).from_pretrained(folder, new_heads=True)
+    assert said in capsys.readouterr().out
+
+
+def cut(name):
+    def write(folder, tensors):
+        FORMS["pickle" if name.endswith("bin") else "safetensors"](folder, tensors)
+        data = (folder / name).read_bytes()
+        (folder / name).write_bytes(data[: len(data) // 2])
+    return write
+
+
+def without_a_shard(folder, tensors):
+    FORMS["sharded safetensors"](folder, tensors)
+    (folder / "model-1-of-3.safetensors").unlink()
+
+
+def another_config(**changes):
+    def write(folder, tensors):
+        FORMS["safetensors"](folder, tensors)
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps({**config, **changes}))
+    return write
+
+
+WORD = "bert.embeddings.word_embeddings.weight"
+FAULTS = {
+    "truncated safetensors": (cut("model.safetensors"), "model.safetensors is damaged or truncated"),
+    "truncated pickle": (cut("pytorch_model.bin"), "pytorch_model.bin is damaged"),
+    "empty file": (lambda folder, t: (folder / "model.safetensors").touch(), "is damaged or truncated"),
+    "text for weights": (lambda folder, t: (folder / "pytorch_model.bin").write_text("404: not found"), "is damaged"),
+    "a pickle of something else": (lambda folder, t: torch.save([1, 2], folder / "pytorch_model.bin"),
+                                   "is not a dictionary of tensors"),
+    "a missing shard": (without_a_shard, "model-1-of-3.safetensors is missing"),
+    "an index without a map": (lambda folder, t: (folder / "model.safetensors.index.json").write_text("{}"),
+                               "has no weight_map"),
+    "a cut config": (lambda folder, t: (folder / "config.json").write_text('{"hidden_size": 3'),
+                     "config.json is damaged"),
+    "another shape": (lambda folder, t: FORMS["safetensors"](folder, {**t, WORD: torch.zeros(61, 32)}),
+                      r"mis-shaped: bert.embeddings.word_embeddings.weight \(61, 32\) instead of \(60, 32\)"),
+    "a layer too few": (another_config(num_hidden_layers=3), "missing: bert.encoder.layer.2"),
+    "a layer too many": (another_config(num_hidden_layers=1), "unexpected: bert.encoder.layer.1"),
+    "RoBERTa": (another_config(model_type="roberta"), "describes a roberta model"),
+    "a decoder": (another_config(is_decoder=True), "is_decoder=True is not supported"),
+    "relative positions": (another_config(position_embedding_type="relative_key"), "relative_key"),
+    "an untied decoder": (
+        lambda folder, t: FORMS["safetensors"](folder, {**t, "cls.predictions.decoder.weight": torch.zeros(60, 32)}),
+        "an untied checkpoint"),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_every_fault_is_one_clear_error(fault, folder):
+    write, message = FAULTS[fault]
+    write(folder, take(folder))
+    with pytest.raises(UserError, match=message) as caught:
+        bertfast.BertForPreTraining.from_pretrained(folder)
+    assert "\n" not in str(caught.value)

