@@ -55,7 +55,11 @@ class BertConfig:
     @classmethod
     def from_file(cls, path: Path) -> "BertConfig":
         """Read a config.json. Raises UserError for another architecture or a variant we would compute wrongly."""
-        values = read_json(path)
+        return cls.from_dict(read_json(path), path)
+
+    @classmethod
+    def from_dict(cls, values: Any, path: Path) -> "BertConfig":
+        """The same from the file's content."""
         if not isinstance(values, dict) or "hidden_size" not in values or "num_hidden_layers" not in values:
             raise UserError(f"{path} is not a BERT configuration")
         if values.get("model_type", "bert") != "bert":

@@ -54,10 +54,15 @@ class BertLayer(nn.Module):
         self.intermediate = FeedForward(config.hidden_size, config.intermediate_size, config.hidden_act)
         self.output = AddLayerNorm(config.intermediate_size, config.hidden_size, eps, p, 3 * index + 3)
 
-    def forward(self, x: Tensor, rows: Rows, read: Rows | None = None, read_rows: Tensor | None = None) -> Tensor:
-        context = self.attention["self"](x, rows, read, read_rows)
+    def forward(self, x: Tensor, rows: Rows, read: Rows | None = None, read_rows: Tensor | None = None,
+                **mask) -> Tensor:
+        context = self.attention["self"](x, rows, read, read_rows, **mask)
         if read is not None:
             x, rows = x[read_rows], read
+        return self.after_attention(context, x, rows)
+
+    def after_attention(self, context: Tensor, x: Tensor, rows: Rows) -> Tensor:
+        """The rest of the layer, from self-attention's output `context` and the layer's input x."""
         x = self.attention["output"](context, x, rows)
         return self.output(self.intermediate(x), x, rows)
 
@@ -157,11 +162,12 @@ class BertModel(Checkpointed):
         self.apply(lambda module: _initialise(module, config.initializer_range))
 
     def encode(self, batch: PackedBatch, seed: Tensor | None = None, read: bool = True,
-               hidden_states: list[Tensor] | None = None) -> Tensor:
+               hidden_states: list[Tensor] | None = None, **mask) -> Tensor:
         """Packed rows after the last layer: (R, H) at batch.read_rows, or (T, H) where `read` is false.
 
         seed: the step's dropout key, int64 with one element; in training it is drawn from torch's generator if None.
         hidden_states: a list that collects embeddings and layer outputs, each (T, H); it implies all rows.
+        mask: mask_mode and prefix_lens as in bertfast.ops.attention.
         """
         if not self.training:
             seed = None
@@ -182,9 +188,9 @@ class BertModel(Checkpointed):
             if read and layer is layers[-1]:
                 subset = rows.subset(batch.read_rows, batch.cu_seqlens_read), batch.read_rows
             if self.recompute and torch.is_grad_enabled():
-                x = checkpoint(layer, x, rows, *subset, use_reentrant=False, preserve_rng_state=False)
+                x = checkpoint(layer, x, rows, *subset, **mask, use_reentrant=False, preserve_rng_state=False)
             else:
-                x = layer(x, rows, *subset)
+                x = layer(x, rows, *subset, **mask)
         if hidden_states is not None:
             hidden_states.append(x)
         return x

@@ -1,0 +1,99 @@
+"""A fine-tuned checkpoint on new text: rows are read, packed, computed and written in streams, in their order."""
+
+import json
+import time
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from bertfast import machine, report
+from bertfast.checkpoint import find
+from bertfast.data.tokenizer import Tokenizer
+from bertfast.files import UserError, atomic_path, read_json
+from bertfast.finetune.batches import Item, by_budget, pack
+from bertfast.finetune.read import Row, open_table
+from bertfast.finetune.task import Settings, Task
+
+CHUNK = 2048  # rows in memory at a time
+
+
+def with_features(model, task: Task, items: list[Item], tokens: int) -> list[Item]:
+    """The items with what a BertForFeatures reads of them, computed once."""
+    result: list[Item] = []
+    device = next(model.parameters()).device
+    with report.counter("examples encoded") as count:
+        for group in by_budget(items, tokens):
+            sequences = [s for item in group for s in item.sequences]
+            rows = model.features(pack(sequences).to(device)).cpu()
+            per_item = [sum(len(s.reads) for s in item.sequences) if task.feature_rows == "tokens"
+                        else len(item.sequences) for item in group]
+            result += [item._replace(features=part) for item, part in zip(group, rows.split(per_item))]
+            count(len(result))
+    return result
+
+
+@torch.no_grad()
+def run(model, task: Task, items: list[Item], tokens: int) -> list[np.ndarray]:
+    """The head's output for each item, computed in batches of at most `tokens` tokens; the model's mode is kept."""
+    training = model.training
+    model.eval()
+    outputs: list[np.ndarray] = []
+    for group in by_budget(items, tokens) if items else []:
+        outputs += task.infer(model, group)
+    model.train(training)
+    return outputs
+
+
+class Predictor:
+    """A checkpoint that `bertfast finetune` wrote, ready to predict."""
+
+    def __init__(self, folder: str | Path, precision: str = "auto"):
+        from bertfast.finetune.train import TASKS
+
+        folder = Path(folder)
+        if (folder / "checkpoint" / "finetune.json").is_file():  # the run's folder was given
+            folder = folder / "checkpoint"
+        folder = find(folder)
+        if not (folder / "finetune.json").is_file():
+            raise UserError(f"{folder} was not fine-tuned by bertfast: it has no finetune.json")
+        stored = read_json(folder / "finetune.json")
+        self.settings = Settings(**stored["settings"])
+        self.tokenizer = Tokenizer.load(folder)
+        config = read_json(folder / "config.json")
+        positions = config.get("encoder", config)["max_position_embeddings"]
+        self.task = TASKS[self.settings.task](self.settings, self.tokenizer, positions, stored["labels"])
+        device = machine.choose_device()
+        self.precision, _ = machine.choose_precision(precision, device)
+        self.model = self.task.head.from_pretrained(folder).to(device, machine.DTYPES[self.precision]).eval()
+
+    def predict(self, rows: Iterator[Row], columns: dict[str, str]) -> Iterator[dict]:
+        """One JSON object a row, in order; CHUNK rows are read at a time."""
+        while chunk := list(islice(rows, CHUNK)):
+            examples = [self.task.example(row, columns, labelled=False) for row in chunk]
+            items = self.task.items(examples)
+            yield from self.task.predictions(examples, items, run(self.model, self.task, items, self.settings.tokens))
+
+
+def predict_file(predictor: Predictor, source: Path, out: Path, columns: list[str] | None = None) -> dict:
+    """Predict every row of a file into JSON lines, written as a whole or not at all: {"rows", "seconds", "decisions"}.
+
+    columns: names for a file without header, if they differ from the training file's.
+    """
+    settings = predictor.settings
+    table = open_table(source, columns or settings.columns or None, words=settings.task == "tagging")
+    found = predictor.task.find_columns(table, labelled=False)
+    began, n = time.perf_counter(), 0
+    with atomic_path(out) as path, open(path, "w", encoding="utf-8") as file, report.counter("predicted") as count:
+        for n, prediction in enumerate(predictor.predict(iter(table), found), 1):
+            file.write(json_line(prediction))
+            count(n)
+    if n == 0:
+        raise UserError(f"{source} holds no examples")
+    return {"rows": n, "seconds": time.perf_counter() - began, "decisions": dict(predictor.task.counts)}
+
+
+def json_line(value: dict) -> str:
+    return json.dumps(value, ensure_ascii=False) + "\n"

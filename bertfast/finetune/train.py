@@ -1,0 +1,365 @@
+"""The fine-tuning loop: a pretrained encoder and a new head on packed batches, the best checkpoint kept.
+
+A step takes `batch_size` examples, packed into as few token budgets as they need; its loss is normalised over the whole
+step. Order, dropout and head are functions of the seed. After every evaluation that is the best so far, the checkpoint
+and its predictions are on disk: a Ctrl-C loses nothing but the steps since.
+"""
+
+import math
+import re
+import time
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from bertfast import machine, report
+from bertfast.checkpoint import Checkpointed, find
+from bertfast.config import BertConfig
+from bertfast.data.tokenizer import Tokenizer
+from bertfast.files import UserError, atomic_folder, write_bytes, write_json
+from bertfast.finetune import show
+from bertfast.finetune.answer import Answering
+from bertfast.finetune.batches import Item, by_budget, epoch_batches
+from bertfast.finetune.classify import Classification, MultipleChoice, Regression
+from bertfast.finetune.predict import json_line, run, with_features
+from bertfast.finetune.read import Table, open_table
+from bertfast.finetune.tag import Tagging
+from bertfast.finetune.task import LEARNING_RATES, Example, Settings, Task
+from bertfast.finetune.write import Writing
+from bertfast.optim import Optimizer, linear_schedule
+from bertfast.pretrain import step_seed
+from bertfast.seq2seq import BertForSeq2Seq
+from bertfast.version import __version__
+
+TASKS: dict[str, type[Task]] = {
+    "classification": Classification, "regression": Regression, "tagging": Tagging, "qa": Answering,
+    "multiple-choice": MultipleChoice, "seq2seq": Writing,
+}
+HELD_OUT = 10  # without a dev file, one example in so many is kept for evaluation
+
+
+class FineTuning:
+    """Data, task and model of one `bertfast finetune`: everything between the command and its closing table."""
+
+    def __init__(self, folder: Path, settings: Settings):
+        check(settings)
+        self.folder, self.settings = folder, settings
+        self.device = machine.choose_device()
+        self.precision, self.precision_reason = machine.choose_precision(settings.precision, self.device)
+        checkpoint = find(settings.model)
+        self.tokenizer = Tokenizer.load(checkpoint)
+        config = BertConfig.from_file(checkpoint / "config.json")
+        if config.vocab_size < self.tokenizer.vocab_size:
+            raise UserError(f"{settings.model}: a vocabulary of {self.tokenizer.vocab_size}, but the model has "
+                            f"{config.vocab_size} words")
+        self.task = TASKS[settings.task](settings, self.tokenizer, config.max_position_embeddings)
+        if settings.metric and settings.metric not in self.task.metrics:
+            raise UserError(f"--metric {settings.metric}: this task has {', '.join(self.task.metrics)}")
+        self.train_examples, self.dev_examples = self._read()
+        self.task.learn(self.train_examples, self.dev_examples)
+        self.dev_examples = self.task.gathered(self.dev_examples)
+        self.metric = settings.metric or self.task.metrics[0]
+        self.train_items = self.task.items(self.train_examples)
+        self.dev_items = self.task.items(self.dev_examples)
+        self.lengths = np.array([item.n_tokens for item in self.train_items])
+        per_epoch = -(-len(self.train_items) // settings.batch_size)
+        self.steps = settings.steps or max(1, math.ceil(settings.epochs * per_epoch))
+        self.eval_every = settings.eval_every or per_epoch
+        self.peak = machine.gemm_rate(machine.DTYPES[self.precision], self.device)
+        self.best: dict | None = None  # {"seed", "step", metric …} of the checkpoint on disk
+        self.rows: list[dict] = []  # of metrics.jsonl
+
+    def _read(self) -> tuple[list[Example], list[Example]]:
+        settings = self.settings
+        tables = [self._table(path) for path in (settings.train, settings.dev) if path]
+        examples = [read(self.task, table) for table in tables]
+        if settings.dev is None:
+            examples = list(held_out(self.task, examples[0]))
+            self.task.counts[f"examples held out for evaluation, one text in {HELD_OUT} (no --dev)"] = len(examples[1])
+            if not examples[1]:
+                raise UserError(f"{settings.train} has too few examples to hold some out: name a --dev file")
+        return examples[0], examples[1]
+
+    def _table(self, path: str) -> Table:
+        return open_table(path, self.settings.columns or None, words=self.settings.task == "tagging")
+
+    # ---- the model
+
+    def model_for(self, seed: int) -> Checkpointed:
+        """The pretrained encoder with a new head, its initial values a function of the seed."""
+        settings, task = self.settings, self.task
+        torch.manual_seed(seed)
+        changes: dict = {}
+        if settings.dropout is not None:
+            changes = {"hidden_dropout_prob": settings.dropout, "attention_probs_dropout_prob": settings.dropout}
+        config = BertConfig.from_file(find(settings.model) / "config.json")
+        task.configure(config)
+        model = task.head.from_pretrained(settings.model, new_heads=True, extra=config.extra, **changes)
+        freeze(model, settings.freeze)
+        model = model.to(self.device).train()
+        if settings.features and self.train_items[0].features is None:
+            self.train_items, self.dev_items = (
+                with_features(model, task, items, settings.tokens) for items in (self.train_items, self.dev_items)
+            )
+        return model
+
+    def optimizer_for(self, model: Checkpointed) -> Optimizer:
+        settings = self.settings
+        return Optimizer(
+            model, machine.DTYPES[self.precision], eps=1e-8, weight_decay=settings.weight_decay,
+            max_grad_norm=settings.max_grad_norm, lr_scale=layer_scale(model.config, settings.layer_decay),
+        )
+
+    def describe(self, allocator: str) -> dict[str, str]:
+        """The header: what is about to run, and why so."""
+        settings, n_tokens = self.settings, int(self.lengths.sum())
+        per_step = n_tokens / len(self.lengths) * min(settings.batch_size, len(self.lengths))
+        return {
+            "task": f"{settings.task}: {self.task.head.__name__}"
+                    + (f", {len(self.task.labels)} labels" if settings.task in ("classification", "tagging") else ""),
+            "model": settings.model,
+            "data": f"{len(self.train_examples):,} examples for training ({len(self.train_items):,} sequences or "
+                    f"windows, {n_tokens:,} tokens), {len(self.dev_examples):,} for evaluation",
+            "steps": f"{self.steps:,} of {settings.batch_size} (about {per_step:,.0f} tokens), "
+                     f"evaluation every {self.eval_every:,}; seeds: {settings.seeds}",
+            "judged by": self.metric,
+            "precision": f"{self.precision} ({self.precision_reason}), fp32 masters",
+            "device": f"{self.device}, {torch.get_num_threads()} threads; GEMM peak {self.peak / 1e9:,.0f} GFLOP/s",
+            "kernels": report.kernels_in_use(self.device.type),
+            "allocator": allocator,
+        }
+
+    # ---- the loop
+
+    def train(self) -> dict:
+        """All seeds; the content of metrics.json. A Ctrl-C passes through when the best so far is written down."""
+        results: list[dict] = []
+        try:
+            for seed in range(self.settings.seed, self.settings.seed + self.settings.seeds):
+                results.append(self._train_seed(seed))
+        finally:
+            summary = self._summary(results)
+        return summary
+
+    def _train_seed(self, seed: int) -> dict:
+        settings = self.settings
+        model = self.model_for(seed)
+        optimizer = self.optimizer_for(model)
+        best: dict = {}
+        batches, stale = self._batches(seed), 0
+        window = Window()
+        with report.progress(self.steps, 0, self.peak) as bar:
+            for step in range(1, self.steps + 1):
+                norm = self._step(model, optimizer, next(batches), seed, step, window)
+                if step % settings.log_every == 0 or step == self.steps:
+                    row = window.row(seed, step, self.learning_rate(step), norm)
+                    self._log(row)
+                    bar.show(step, row, window.flops / row.pop("seconds"))
+                    window = Window()
+                    if not math.isfinite(row["loss"]) and int(optimizer.skipped_in_a_row) >= settings.log_every:
+                        raise UserError(f"stopped at step {step}: the loss is not a number; try a lower --lr")
+                if step % self.eval_every and step != self.steps:
+                    continue
+                began = time.perf_counter()
+                scores, predictions = self.evaluate(model)
+                self._log({"seed": seed, "step": step, **{f"dev_{n}": v for n, v in scores.items()}})
+                show.evaluation(step, scores)
+                stale = 0 if not best or scores[self.metric] > best[self.metric] else stale + 1
+                if stale == 0:
+                    best = {"seed": seed, "step": step, **scores}
+                    if self.best is None or best[self.metric] > self.best[self.metric]:
+                        self.best = best
+                        self.save(model, optimizer, predictions)
+                window.began += time.perf_counter() - began
+                if settings.patience and stale >= settings.patience:
+                    show.note(f"stopped at step {step}: {stale} evaluations without a better {self.metric}")
+                    break
+        return best
+
+    def learning_rate(self, step: int) -> float:
+        """Of a step, counted from 1."""
+        peak = self.settings.lr or LEARNING_RATES[self.settings.features]
+        return linear_schedule(peak, self.settings.warmup, self.steps, step - 1)
+
+    def _batches(self, seed: int) -> Iterator[list[Item]]:
+        epoch = 0
+        while True:
+            for indices in epoch_batches(self.lengths, self.settings.batch_size, seed, epoch):
+                yield [self.train_items[i] for i in indices]
+            epoch += 1
+
+    def _step(self, model, optimizer: Optimizer, items: list[Item], seed: int, step: int, window: "Window"):
+        settings = self.settings
+        key = torch.tensor([step_seed(seed, step)], device=self.device)
+        n_targets = max(1, self.task.n_targets(items))
+        groups = [items] if settings.features else by_budget(items, settings.tokens, balanced=True)
+        first = 0
+        for group in groups:
+            out, batch = self.task.forward(model, group, first, seed=key, scale=optimizer.loss_scale / n_targets)
+            out.loss.backward()
+            if len(groups) > 1:
+                optimizer.accumulate()
+            first += sum(len(item.sequences) for item in group)
+            window.loss = window.loss + out.loss.detach() / optimizer.loss_scale
+            window.tokens += sum(item.n_tokens for item in group)
+            window.flops += self.task.flops(model.config, batch) if batch else 0.0
+        window.steps += 1
+        return optimizer.step(self.learning_rate(step))
+
+    def evaluate(self, model) -> tuple[dict[str, float], list[dict]]:
+        """(metrics, predictions) of the dev examples."""
+        outputs = run(model, self.task, self.dev_items, self.settings.tokens)
+        predictions = self.task.predictions(self.dev_examples, self.dev_items, outputs)
+        return self.task.score(self.dev_examples, predictions), predictions
+
+    # ---- what is written
+
+    def save(self, model, optimizer: Optimizer, predictions: list[dict]) -> None:
+        """checkpoint/, a folder for transformers and for `bertfast predict`, and predictions.jsonl."""
+        masters = optimizer.master_state()
+        state = {name: masters.get(name, tensor).float() for name, tensor in model.state_dict().items()}
+        with atomic_folder(self.folder / "checkpoint") as folder:
+            model.save_pretrained(folder, state)
+            self.tokenizer.save(folder)
+            write_json(folder / "finetune.json", {
+                "bertfast": __version__, "settings": asdict(self.settings), "labels": self.task.labels,
+                "best": self.best,
+            })
+        lines = (json_line({"example": e.where, "gold": self.task.gold(e), **p})
+                 for e, p in zip(self.dev_examples, predictions))
+        write_bytes(self.folder / "predictions.jsonl", "".join(lines).encode())
+        if "label" in predictions[0] and isinstance(self.task, Classification):
+            show.plot_confusion(self.folder / "confusion.png", *self.task.decisions(self.dev_examples, predictions),
+                                self.task.labels)
+
+    def _log(self, row: dict) -> None:
+        self.rows.append(row)
+        show.append_row(self.folder / "metrics.jsonl", row)
+
+    def _summary(self, results: list[dict]) -> dict:
+        names = [name for name in self.task.metrics if results and name in results[0]]
+        values = {name: [r[name] for r in results] for name in names}
+        summary = {
+            "task": self.settings.task, "metric": self.metric, "best": self.best, "seeds": results,
+            "mean": {name: float(np.mean(v)) for name, v in values.items()},
+            "std": {name: float(np.std(v, ddof=1)) if len(v) > 1 else 0.0 for name, v in values.items()},
+            "decisions": dict(self.task.counts),
+        }
+        write_json(self.folder / "metrics.json", summary)
+        show.plot_loss(self.folder / "loss.png", self.rows, self.metric)
+        return summary
+
+
+class Window:
+    """Sums over the steps between two rows of metrics."""
+
+    def __init__(self):
+        self.began, self.steps, self.tokens, self.flops = time.perf_counter(), 0, 0, 0.0
+        self.loss: torch.Tensor | float = 0.0
+
+    def row(self, seed: int, step: int, lr: float, norm: torch.Tensor) -> dict:
+        seconds = time.perf_counter() - self.began
+        return {"seed": seed, "step": step, "loss": float(self.loss) / self.steps, "lr": lr, "grad_norm": float(norm),
+                "tokens_per_sec": self.tokens / seconds, "seconds": seconds}
+
+
+def check(settings: Settings) -> None:
+    """Raises UserError for settings no fine-tuning can have."""
+    if settings.task not in TASKS:
+        raise UserError(f"task {settings.task!r} is unknown; known: {', '.join(TASKS)}")
+    if settings.symmetric and settings.task != "regression":
+        raise UserError("--symmetric is for regression")
+    if settings.multi_label and settings.task != "classification":
+        raise UserError("--multi-label is for classification")
+    if settings.characters and settings.task != "tagging":
+        raise UserError("--characters is for tagging")
+    if settings.style not in ("encoder-decoder", "prefix-lm"):
+        raise UserError(f"--style {settings.style}: say encoder-decoder or prefix-lm")
+    if settings.features and settings.freeze != "none":
+        raise UserError("--features trains no part of the encoder: leave --freeze out")
+    if not 0 <= settings.warmup <= 1 or not 0 < settings.layer_decay <= 1:
+        raise UserError("--warmup is a share of the steps, between 0 and 1, --layer-decay a factor of at most 1")
+
+
+def read(task: Task, table: Table) -> list[Example]:
+    """All examples of a table, checked."""
+    columns = task.find_columns(table)
+    examples = [task.example(row, columns) for row in table]
+    if not examples:
+        raise UserError(f"{table.path} holds no examples")
+    show.understood(table, columns, len(examples))
+    return examples
+
+
+def held_out(task: Task, examples: list[Example]) -> tuple[list[Example], list[Example]]:
+    """(train, dev): of all texts each tenth is kept apart, with all examples that share it."""
+    groups = list(dict.fromkeys(map(task.group, examples)))
+    chosen = set(groups[HELD_OUT - 1 :: HELD_OUT])
+    return tuple([e for e in examples if (task.group(e) in chosen) == wanted] for wanted in (False, True))  # type: ignore
+
+
+def freeze(model, what: str) -> None:
+    """Let part of the encoder be: "none", "embeddings", a number of layers from below (embeddings too), or "all".
+
+    Pooler and head always learn. Raises UserError for anything else.
+    """
+    layers = model.config.num_hidden_layers
+    if what not in ("none", "embeddings", "all") and not (what.isdigit() and int(what) <= layers):
+        raise UserError(f"--freeze {what}: say none, embeddings, a number of layers up to {layers}, or all")
+    n = {"none": -1, "embeddings": 0, "all": layers}.get(what)
+    n = int(what) if n is None else n
+    if n >= 0:
+        encoder: Any = model.encoder if isinstance(model, BertForSeq2Seq) else model.bert
+        for part in (encoder.embeddings, *encoder.encoder["layer"][:n]):
+            part.requires_grad_(False)
+
+
+def layer_scale(config: BertConfig, decay: float):
+    """Parameter name -> factor of its learning rate: 1 at the head, `decay` times less a layer downwards.
+
+    Discriminative fine-tuning (Howard and Ruder 2018).
+    """
+    def scale(name: str) -> float:
+        if not re.match(r"(bert|encoder|decoder\.bert)\.(embeddings|encoder)\.", name):
+            return 1.0
+        layer = int(name.split(".layer.")[1].partition(".")[0]) if ".layer." in name else -1
+        return decay ** (config.num_hidden_layers - layer)
+
+    return scale
+
+
+def finetune(folder: Path, settings: Settings, allocator: str, overwrite: bool = False) -> dict:
+    """`bertfast finetune`: from settings to the closing table. Returns the content of metrics.json.
+
+    Raises UserError for a fault in settings or data, and where `folder` holds a run that is not to be replaced.
+    """
+    if (folder / "checkpoint").exists() and not overwrite:
+        raise UserError(f"{folder} already holds a fine-tuning: choose another --out, or add --overwrite")
+    began = time.perf_counter()
+    work = FineTuning(folder, settings)
+    show.decisions(work.task)
+    show.examples(work.task, work.train_examples[:3], work.train_items)
+    report.header(work.describe(allocator))
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot create {folder}: {error.strerror}") from error
+    write_json(folder / "config.json", {
+        "settings": asdict(settings), "bertfast": __version__, "torch": torch.__version__,
+        "precision": work.precision, "threads": torch.get_num_threads(),
+    })
+    write_bytes(folder / "metrics.jsonl", b"")
+    try:
+        summary = work.train()
+    except KeyboardInterrupt:
+        show.note(f"stopped; the best so far: {folder / 'checkpoint'} ({work.metric} {work.best[work.metric]:.4f})"
+                  if work.best else "stopped before the first evaluation: nothing was saved")
+        raise
+    show.closing_table(summary)
+    show.note(f"done in {time.perf_counter() - began:.0f} s; best checkpoint: {folder / 'checkpoint'}; "
+              f"metrics: {folder / 'metrics.json'}; predictions: {folder / 'predictions.jsonl'}")
+    return summary

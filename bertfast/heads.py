@@ -1,0 +1,270 @@
+"""Task heads on the encoder, with transformers' names: a thin linear layer on the rows that the task reads.
+
+Packed:  model(batch, labels=…) with a PackedBatch: the last layer computes batch.read_rows only, which is [CLS] alone
+         for sentences and [CLS] and the first piece of each word for tagging; question answering reads all rows.
+Padded:  model(input_ids, attention_mask, token_type_ids, labels=…), as in transformers, with its losses.
+
+A packed loss is the mean over the labels, or their sum times `scale` (0-dim: one over the count in the whole step's
+batch, times the loss scale). Which loss a sequence head takes is config.extra["problem_type"], as in transformers.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .batch import PackedBatch
+from .checkpoint import Checkpointed
+from .config import BertConfig
+from .model import BertModel, _initialise, _packed
+from .ops.dropout import dropout_scale
+from .ops.masked_vocab_projection import IGNORE_INDEX
+
+
+@dataclass
+class HeadOutput:
+    """loss: 0-dim or None; logits in the shape that the head's docstring gives."""
+
+    loss: Tensor | None = None
+    logits: Tensor | None = None
+    start_logits: Tensor | None = None
+    end_logits: Tensor | None = None
+
+
+def sequence_loss(logits: Tensor, labels: Tensor, problem_type: str, scale: Tensor | None) -> Tensor:
+    """The loss of (B, C) logits: labels (B,) int64; for multi-label (B, C) of 0 and 1; for regression floats."""
+    logits = logits.float()
+    if problem_type == "regression":
+        loss, n = F.mse_loss(logits.flatten(), labels.flatten().float(), reduction="sum"), logits.numel()
+    elif problem_type == "multi_label_classification":
+        loss, n = F.binary_cross_entropy_with_logits(logits, labels.float(), reduction="sum"), logits.numel()
+    else:
+        return _cross_entropy(logits, labels, scale)
+    return loss / max(1, n) if scale is None else loss * (scale / logits.shape[1])
+
+
+def _cross_entropy(logits: Tensor, labels: Tensor, scale: Tensor | None) -> Tensor:
+    loss = F.cross_entropy(logits.float(), labels, ignore_index=IGNORE_INDEX, reduction="sum")
+    return loss / (labels != IGNORE_INDEX).sum().clamp(min=1) if scale is None else loss * scale
+
+
+def options_apart(scores: Tensor, n_options: Tensor) -> Tensor:
+    """One score an option, all in a row, as (questions, most options), -inf where a question has fewer."""
+    column = torch.arange(int(n_options.max()), device=scores.device)
+    used = column < n_options.unsqueeze(1)
+    return scores.new_full(used.shape, -torch.inf).masked_scatter(used, scores)
+
+
+class Headed(Checkpointed):
+    """What the heads share: encoder, dropout and one linear layer: `n_outputs` per row that is read."""
+
+    base_prefix = "bert."
+    pooled = False  # whether [CLS] goes through the pooler first
+    head = "classifier"
+    classifier: nn.Linear
+    qa_outputs: nn.Linear
+
+    def __init__(self, config: BertConfig):
+        super().__init__(config)
+        self.bert = BertModel(config, add_pooling_layer=self.pooled)
+        dropout = config.extra.get("classifier_dropout")
+        self.p = config.hidden_dropout_prob if dropout is None else dropout
+        self.stream = 3 * config.num_hidden_layers + 1  # dropout's next free site: see bertfast.nn
+        linear = nn.Linear(config.hidden_size, self.n_outputs(config))
+        _initialise(linear, config.initializer_range)
+        setattr(self, self.head, linear)
+
+    def n_outputs(self, config: BertConfig) -> int:
+        return len(config.extra.get("id2label") or "01")  # transformers' default is two labels
+
+    def _dropped(self, x: Tensor, row_key: Tensor, seed: Tensor | None) -> Tensor:
+        return x if seed is None else dropout_scale(x, self.p, seed, row_key, self.stream)
+
+    def _seed(self, seed: Tensor | None, device: torch.device) -> Tensor | None:
+        """The step's dropout key, which encoder and head share; None where nothing is dropped."""
+        config = self.config
+        if not self.training or max(config.hidden_dropout_prob, config.attention_probs_dropout_prob, self.p) == 0:
+            return None
+        return torch.randint(-(2**62), 2**62, (1,), device=device) if seed is None else seed
+
+    def _classify_cls(self, batch: PackedBatch, seed: Tensor | None) -> Tensor:
+        seed = self._seed(seed, batch.input_ids.device)
+        x = self.bert.encode(batch, seed)
+        row_key = batch.row_key[batch.read_rows[batch.cls_index]]
+        return self.classifier(self._dropped(self.bert.pool(x[batch.cls_index]), row_key, seed))
+
+
+class BertForSequenceClassification(Headed):
+    """One decision a sequence, on pooled [CLS]: logits (B, num_labels). Classification, multi-label, regression."""
+
+    pooled = True
+
+    def forward(self, input_ids, attention_mask=None, token_type_ids=None, position_ids=None, labels=None, *,
+                orders: int = 1, seed=None, scale: Tensor | None = None) -> HeadOutput:
+        """input_ids: a PackedBatch or (B, S) ids; labels: as in `sequence_loss`.
+
+        orders: so many sequences in a row are one example in different orders, whose logits are averaged.
+
+        A labelled call without config.extra["problem_type"] decides as transformers does: one label is regression,
+        integer labels single-label, floats multi-label.
+        """
+        batch, _ = _packed(input_ids, attention_mask, token_type_ids, position_ids)
+        logits = self._classify_cls(batch, seed)
+        if orders > 1:
+            logits = logits.view(-1, orders, logits.shape[1]).mean(1)
+        if labels is None:
+            return HeadOutput(None, logits)
+        kind = self.config.extra.get("problem_type") or (
+            "regression" if logits.shape[1] == 1
+            else "multi_label_classification" if labels.is_floating_point() else "single_label_classification"
+        )
+        return HeadOutput(sequence_loss(logits, labels, kind, scale), logits)
+
+
+class BertForMultipleChoice(Headed):
+    """One score an option, on pooled [CLS]; softmax over the options of a question: logits (questions, options)."""
+
+    pooled = True
+
+    def n_outputs(self, config: BertConfig) -> int:
+        return 1
+
+    def forward(self, input_ids, attention_mask=None, token_type_ids=None, position_ids=None, labels=None, *,
+                n_options: Tensor | None = None, seed=None, scale: Tensor | None = None) -> HeadOutput:
+        """input_ids: (questions, options, S) ids, or a PackedBatch of the options one after another.
+
+        n_options: (questions,) int64 with the packed call: how many sequences each question has; the logits of those
+        with fewer than the most are -inf at the end. labels: (questions,) int64.
+        """
+        if isinstance(input_ids, PackedBatch):
+            if n_options is None:
+                raise ValueError("a packed call needs n_options, the number of sequences of each question")
+            batch = input_ids
+        else:
+            n_options = torch.full(input_ids.shape[:1], input_ids.shape[1], device=input_ids.device)
+            flat = [None if t is None else t.flatten(0, 1)
+                    for t in (input_ids, attention_mask, token_type_ids, position_ids)]
+            batch, _ = _packed(*flat)
+        scores = self._classify_cls(batch, seed).squeeze(1)
+        logits = options_apart(scores, n_options)
+        return HeadOutput(_cross_entropy(logits, labels, scale) if labels is not None else None, logits)
+
+
+class BertForTokenClassification(Headed):
+    """One decision a token. Packed: logits (P, num_labels) at batch.mask_index, labels (P,), else batch.labels."""
+
+    def forward(self, input_ids, attention_mask=None, token_type_ids=None, position_ids=None, labels=None, *,
+                seed=None, scale: Tensor | None = None) -> HeadOutput:
+        """input_ids: a PackedBatch (which may hold its labels), or (B, S) ids with labels (B, S): logits (B, S, C)."""
+        batch, padding = _packed(input_ids, attention_mask, token_type_ids, position_ids)
+        seed = self._seed(seed, batch.input_ids.device)
+        if padding is None:
+            x, rows = self.bert.encode(batch, seed)[batch.mask_index], batch.read_rows[batch.mask_index]
+            logits = self.classifier(self._dropped(x, batch.row_key[rows], seed))
+            return HeadOutput(_cross_entropy(logits, batch.labels if labels is None else labels, scale), logits)
+        x = self.bert.encode(batch, seed, read=False)
+        logits = padding.restore(self.classifier(self._dropped(x, batch.row_key, seed)))
+        loss = None if labels is None else _cross_entropy(logits.flatten(0, 1), labels.flatten(), scale)
+        return HeadOutput(loss, logits)
+
+
+class BertForQuestionAnswering(Headed):
+    """Where an answer begins and ends. Packed: start and end logits (T,); padded: (B, S).
+
+    The softmax is over the tokens of a sequence, question included, as in BERT (Devlin et al. 2019); padding, which
+    transformers' class lets take part, does not exist here.
+    """
+
+    head = "qa_outputs"
+
+    def n_outputs(self, config: BertConfig) -> int:
+        return 2
+
+    def forward(self, input_ids, attention_mask=None, token_type_ids=None, position_ids=None, start_positions=None,
+                end_positions=None, *, seed=None, scale: Tensor | None = None) -> HeadOutput:
+        """start_positions, end_positions: (B,) int64, positions in their sequences (0 = [CLS] = no answer here)."""
+        batch, padding = _packed(input_ids, attention_mask, token_type_ids, position_ids)
+        x = self.bert.encode(batch, self._seed(seed, batch.input_ids.device), read=False)
+        logits = self.qa_outputs(x)
+        out = HeadOutput(logits=logits)
+        if start_positions is not None and end_positions is not None:
+            row = torch.arange(batch.n_tokens, device=x.device)
+            sequence = torch.searchsorted(batch.cu_seqlens[1:].long(), row, right=True)
+            column = row - batch.cu_seqlens[sequence]
+            padded = logits.new_full((len(start_positions), batch.max_seqlen, 2), -torch.inf)
+            padded = padded.index_put((sequence, column), logits[: batch.n_tokens])
+            pair = [_cross_entropy(padded[..., i], labels, scale)
+                    for i, labels in enumerate((start_positions, end_positions))]
+            out.loss = (pair[0] + pair[1]) / 2
+        if padding is not None:
+            logits = padding.restore(logits)
+        out.start_logits, out.end_logits = logits.unbind(-1)
+        return out
+
+
+class ScalarMix(nn.Module):
+    """γ · Σₖ softmax(w)ₖ hₖ over the layers of an encoder (ELMo, Peters et al. 2018): (N, L + 1, H) -> (N, H)."""
+
+    def __init__(self, n_layers: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(n_layers))
+        self.gamma = nn.Parameter(torch.ones(()))
+
+    def forward(self, layers: Tensor) -> Tensor:
+        # one pass over the layers, and no copy of them: a row vector times each (L + 1, H) matrix
+        return torch.matmul((self.gamma * self.weight.softmax(0)).to(layers.dtype), layers)
+
+
+class BertForFeatures(Headed):
+    """Feature-based transfer: the encoder is never trained, a learned mix of its layers feeds one linear layer.
+
+    What is mixed is each sequence's mean over its tokens, or where config.extra["features"] is "tokens" the words'
+    first pieces ("options": one output a sequence). `features` computes it once, (N, layers + 1, H) in fp16, and
+    `decide` is all that training runs. The rounding to fp16 belongs to the model: cached or not, the same numbers.
+    """
+
+    def __init__(self, config: BertConfig):
+        super().__init__(config)
+        self.mix = ScalarMix(config.num_hidden_layers + 1)
+        self.bert.requires_grad_(False)
+
+    def n_outputs(self, config: BertConfig) -> int:
+        return 1 if config.extra.get("features") == "options" else super().n_outputs(config)
+
+    @torch.no_grad()
+    def features(self, batch: PackedBatch) -> Tensor:
+        """What `decide` reads of a packed batch: (B or P, layers + 1, H) fp16. No dropout, in training neither."""
+        states: list[Tensor] = []
+        training = self.bert.training
+        self.bert.eval()
+        self.bert.encode(batch, read=False, hidden_states=states)
+        self.bert.train(training)
+        if self.config.extra.get("features") == "tokens":
+            rows = batch.read_rows[batch.mask_index]
+            return torch.stack([x[rows] for x in states], 1).half()
+        lengths = batch.cu_seqlens.diff().long()
+        sequence = torch.repeat_interleave(torch.arange(len(lengths), device=lengths.device), lengths)
+        sums = torch.zeros(len(lengths), len(states), self.config.hidden_size, device=lengths.device)
+        for k, x in enumerate(states):
+            sums[:, k].index_add_(0, sequence, x[: len(sequence)].float())
+        return (sums / lengths.clamp(min=1).view(-1, 1, 1)).half()
+
+    def decide(self, features: Tensor, labels: Tensor | None = None, *, n_options: Tensor | None = None,
+               orders: int = 1, seed=None, scale: Tensor | None = None) -> HeadOutput:
+        """The head on features; labels, n_options and orders as the other heads take them."""
+        x = self.mix(features.to(self.classifier.weight.dtype))
+        seed = self._seed(seed, x.device)
+        logits = self.classifier(self._dropped(x, torch.arange(len(x), device=x.device), seed))
+        if n_options is not None:
+            logits = options_apart(logits.squeeze(1), n_options)
+        elif orders > 1:
+            logits = logits.view(-1, orders, logits.shape[1]).mean(1)
+        if labels is None:
+            return HeadOutput(None, logits)
+        kind = self.config.extra.get("problem_type", "single_label_classification")
+        return HeadOutput(sequence_loss(logits, labels, kind, scale), logits)
+
+    def forward(self, batch: PackedBatch, labels: Tensor | None = None, **arguments) -> HeadOutput:
+        """Features and decision of a packed batch."""
+        return self.decide(self.features(batch), labels, **arguments)

@@ -1,0 +1,596 @@
+"""Fine-tuning end to end: every task learns, transformers scores its checkpoint the same, faults are explained."""
+
+import json
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file
+from typer.testing import CliRunner
+
+import bertfast
+import bertfast.heads
+from bertfast import cli, machine
+from bertfast.data.tokenizer import Tokenizer
+from bertfast.files import UserError
+from bertfast.finetune import metrics
+from bertfast.finetune.batches import by_budget, epoch_batches, pack
+from bertfast.finetune.predict import Predictor, predict_file, run
+from bertfast.finetune.read import open_table
+from bertfast.finetune.tag import Tagging
+from bertfast.finetune.task import Example, Settings
+from bertfast.finetune.train import TASKS, FineTuning, Window, finetune, freeze, layer_scale
+
+FILLER = "the a cat dog house tree walked over under green small river near with some old".split()
+DIGITS = "one two three four five".split()
+
+
+def sentence(rng, *special):
+    words = rng.choices(FILLER, k=rng.randint(2, 12))
+    for word in special:
+        words.insert(rng.randint(0, len(words)), word)
+    return words
+
+
+@pytest.fixture(scope="module")
+def start(tmp_path_factory):
+    """An encoder that has learnt nothing yet, with a vocabulary of the words below."""
+    folder = tmp_path_factory.mktemp("start")
+    rng = random.Random(0)
+    names = ["good", "bad", "Paris", "yes", "no", "where", "is", "it"]
+    Tokenizer.train([" ".join(sentence(rng, *DIGITS, *names)) for _ in range(50)], 200, cased=True).save(folder)
+    torch.manual_seed(0)
+    model = bertfast.BertModel(bertfast.BertConfig(
+        vocab_size=Tokenizer.load(folder).vocab_size, hidden_size=32, num_hidden_layers=2, num_attention_heads=2,
+        intermediate_size=64, max_position_embeddings=64, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
+        initializer_range=0.1,
+    ))
+    model.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def no_measuring(monkeypatch):
+    """The share of peak that is printed is no matter here, and measuring the peak takes longer than a test."""
+    monkeypatch.setattr(machine, "gemm_rate", lambda dtype, device: 1e11)
+
+
+def write_rows(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def classification(rng, path):
+    words = {"good": "positive", "bad": "negative"}
+    lines = [f"{' '.join(sentence(rng, w))}\t{words[w]}" for w in rng.choices(list(words), k=160)]
+    path.with_suffix(".tsv").write_text("sentence\tlabel\n" + "\n".join(lines))
+    return ".tsv", {}
+
+
+def pairs(rng, path):
+    rows = ["Quality,#1 String,#2 String"]
+    for _ in range(160):
+        word = rng.choice(["good", "bad"])
+        rows.append(f'{int(word == "good")},"{" ".join(sentence(rng))}, then",{" ".join(sentence(rng, word))}')
+    path.with_suffix(".csv").write_bytes(b"\xef\xbb\xbf" + "\r\n".join(rows).encode())
+    return ".csv", {"metric": "f1"}
+
+
+def multi_label(rng, path):
+    rows = []
+    for _ in range(200):
+        found = [w for w in ("good", "Paris", "five") if rng.random() < 0.4]
+        rows.append({"text": " ".join(sentence(rng, *found)), "labels": found})
+    write_rows(path.with_suffix(".jsonl"), rows)
+    return ".jsonl", {"multi_label": True, "steps": 120}
+
+
+def regression(rng, path):
+    digits = rng.choices(range(5), k=200)
+    write_rows(path.with_suffix(".jsonl"), [
+        {"sentence1": " ".join(sentence(rng)), "sentence2": " ".join(sentence(rng, DIGITS[d])), "score": d / 2}
+        for d in digits])
+    return ".jsonl", {"symmetric": True, "steps": 120}
+
+
+def tagging(rng, path):
+    lines = []
+    for _ in range(120):
+        words = sentence(rng, rng.choice(["Paris", "Paris dog"]))
+        for word in " ".join(words).split():
+            lines.append(f"{word}\tX\t{'I-LOC' if word == 'Paris' else 'O'}")  # IOB1
+        lines.append("")
+    path.with_suffix(".conll").write_text("\n".join(lines))
+    return ".conll", {}
+
+
+def qa(rng, path):
+    questions = []
+    for i in range(160):
+        digit = rng.choice(DIGITS)
+        context = " ".join(sentence(rng, digit, *["near"] * 5))
+        questions.append({"context": context, "qas": [{
+            "id": f"q{i}", "question": "where is it ?",
+            "answers": [{"text": digit, "answer_start": context.index(digit)}],
+        }]})
+    path.with_suffix(".json").write_text(json.dumps({"data": [{"title": "t", "paragraphs": questions}]}))
+    return ".json", {"max_length": 24, "stride": 4, "steps": 150}
+
+
+def multiple_choice(rng, path):
+    rows = []
+    for _ in range(120):
+        label = rng.randint(0, 2)
+        options = [" ".join(sentence(rng, "yes" if i == label else "no")) for i in range(3)]
+        rows.append({"context": " ".join(sentence(rng)), "question": "where is it", "answer": "ABC"[label],
+                     **{f"ending{i}": option for i, option in enumerate(options)}})
+    write_rows(path.with_suffix(".jsonl"), rows)
+    return ".jsonl", {"steps": 100}
+
+
+def seq2seq(rng, path):
+    digits = rng.choices(DIGITS, k=160)
+    write_rows(path.with_suffix(".jsonl"),
+               [{"source": " ".join(sentence(rng, d)), "target": f"it is {d} house"} for d in digits])
+    return ".jsonl", {"steps": 150, "eval_every": 150, "max_target_length": 12}
+
+
+KINDS = {  # name: (task, maker of data)
+    "classification": ("classification", classification), "pairs": ("classification", pairs),
+    "multi-label": ("classification", multi_label), "regression": ("regression", regression),
+    "tagging": ("tagging", tagging), "seq2seq": ("seq2seq", seq2seq), "prefix-lm": ("seq2seq", seq2seq),
+    "qa": ("qa", qa), "multiple-choice": ("multiple-choice", multiple_choice),
+}
+
+
+def settings(kind, start, folder, **changes):
+    """A train and a dev file of a kind in `folder`, and the settings to learn it."""
+    task, maker = KINDS[kind]
+    ending, extra = maker(random.Random(1), folder / "train")
+    if kind == "prefix-lm":
+        extra["style"] = kind
+    maker(random.Random(2), folder / "dev")
+    return Settings(**{
+        **dict(task=task, model=str(start), train=str(folder / f"train{ending}"), dev=str(folder / f"dev{ending}"),
+               steps=60, batch_size=16, lr=3e-3, precision="fp32", eval_every=30), **extra, **changes,
+    })
+
+
+def read_lines(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+@torch.no_grad()
+def by_transformers(kind, folder, chosen, max_length):
+    """Predictions of transformers' own classes and tokenizer, one example at a time."""
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    name = json.loads((folder / "config.json").read_text())["architectures"][0]
+    model = getattr(transformers, name).from_pretrained(folder)
+    assert tokenizer.vocab_size
+    call = lambda *texts, **kw: model(**tokenizer(*texts, return_tensors="pt", **kw))
+    for example in chosen:
+        if kind == "prefix-lm":  # transformers loads the weights, but has no such mask
+            yield {}
+        elif kind == "seq2seq":
+            ids = model.generate(**{k: v for k, v in tokenizer(example.inputs[0], return_tensors="pt").items()
+                                    if k != "token_type_ids"}, max_new_tokens=12, num_beams=1, do_sample=False)
+            yield {"text": tokenizer.decode(ids[0], skip_special_tokens=True)}
+        elif kind == "tagging":
+            encoding = tokenizer(example.inputs, is_split_into_words=True, return_tensors="pt")
+            guess = model(**encoding).logits[0].argmax(-1)
+            words = encoding.word_ids()
+            yield {"tags": [model.config.id2label[int(guess[words.index(i)])] for i in range(len(example.inputs))]}
+        elif kind == "regression":
+            a, b = example.inputs
+            yield {"score": (call(a, b).logits + call(b, a).logits).item() / 2}
+        elif kind == "multiple-choice":
+            context, question, options = example.inputs
+            encoding = tokenizer([context] * len(options), [question + o for o in options], return_tensors="pt",
+                                 padding=True)
+            yield {"scores": model(**{k: v[None] for k, v in encoding.items()}).logits[0].softmax(-1).tolist()}
+        elif kind == "qa":
+            _, question, context = example.inputs
+            encoding = tokenizer(question, context, truncation="only_second", max_length=max_length, stride=4,
+                                 return_overflowing_tokens=True, return_offsets_mapping=True)
+            spans = []
+            for i in range(len(encoding["input_ids"])):
+                out = model(**{k: torch.tensor([encoding[k][i]]) for k in ("input_ids", "token_type_ids")})
+                inside = [j for j, s in enumerate(encoding.sequence_ids(i)) if s == 1]
+                spans += [(float(out.start_logits[0, a] + out.end_logits[0, b]),
+                           context[encoding["offset_mapping"][i][a][0] : encoding["offset_mapping"][i][b][1]])
+                          for a in inside for b in inside if b >= a]
+            yield {"answer": max(spans)[1]}
+        else:
+            logits = call(*example.inputs).logits[0]
+            p = logits.sigmoid() if kind == "multi-label" else logits.softmax(-1)
+            yield {"scores": {model.config.id2label[i]: float(v) for i, v in enumerate(p)}}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_task_learns_and_its_checkpoint_scores_the_same(kind, start, tmp_path, capsys):
+    chosen = settings(kind, start, tmp_path)
+    out = tmp_path / "run"
+    summary = finetune(out, chosen, "")
+    assert summary["best"][summary["metric"]] > 0.9, summary
+    printed = capsys.readouterr().out
+    assert "example 3, " in printed and "[CLS]" in printed
+    assert json.loads((out / "metrics.json").read_text()) == summary
+    rows = read_lines(out / "metrics.jsonl")
+    assert [r["step"] for r in rows if "loss" in r] == list(range(10, chosen.steps + 1, 10))
+    names = {"loss.png", "predictions.jsonl", "metrics.json", "metrics.jsonl", "config.json", "checkpoint"}
+    confusion = {"confusion.png"} if kind in ("classification", "pairs") else set()
+    assert {p.name for p in out.iterdir()} == names | confusion
+    predictions = read_lines(out / "predictions.jsonl")
+    predictor = Predictor(out, "fp32")
+    result = predict_file(predictor, chosen.dev, tmp_path / "again.jsonl")
+    again = read_lines(tmp_path / "again.jsonl")
+    assert result["rows"] == len(again) == len(predictions)
+    assert all({k: v for k, v in p.items() if k not in ("example", "gold")} == q for p, q in zip(predictions, again))
+    work = FineTuning(out, chosen)
+    assert set(summary["mean"]) == set(work.task.metrics)
+    assert {**summary["best"], **work.task.score(work.dev_examples, again)} == summary["best"]
+    theirs = by_transformers(kind, out / "checkpoint", work.dev_examples[:25], chosen.max_length)
+    for ours, their in zip(again, theirs):
+        for key, value in their.items():
+            assert ours[key] == (pytest.approx(value, abs=2e-5) if key.startswith("score") else value)
+
+
+def test_a_run_is_a_function_of_its_seed(start, tmp_path):
+    """Bit for bit; and packing does not change what is computed, only how it is rounded."""
+    def final(**changes):
+        work = FineTuning(tmp_path, settings("tagging", start, tmp_path, steps=8, dropout=0.1, **changes))
+        models, step = [], work._step
+        work._step = lambda model, *rest: (models.append(model), step(model, *rest))[1]
+        work._train_seed(changes.get("seed", 1))
+        return torch.cat([p.detach().flatten() for p in models[0].parameters()])
+
+    first = final()
+    assert torch.equal(first, final())
+    assert not torch.equal(first, final(seed=2))
+    torch.testing.assert_close(final(tokens=64), first, rtol=2e-3, atol=2e-4)
+
+
+def test_seeds_are_reported_with_mean_and_spread(start, tmp_path):
+    summary = finetune(tmp_path / "run", settings("classification", start, tmp_path, steps=20, eval_every=None,
+                                                  seeds=3, patience=1), "")
+    assert [r["seed"] for r in summary["seeds"]] == [1, 2, 3]
+    values = [r["accuracy"] for r in summary["seeds"]]
+    assert summary["mean"]["accuracy"] == pytest.approx(np.mean(values))
+    assert summary["std"]["accuracy"] == pytest.approx(np.std(values, ddof=1))
+    assert summary["best"]["accuracy"] == max(values)
+    with pytest.raises(UserError, match="already holds"):
+        finetune(tmp_path / "run", settings("classification", start, tmp_path), "")
+
+
+def test_freezing_and_layer_decay(start, tmp_path):
+    chosen = settings("classification", start, tmp_path, steps=4)
+    work = FineTuning(tmp_path, chosen)
+    before = {n: p.clone() for n, p in work.model_for(1).named_parameters()}
+    for what, moving in {"none": ("embeddings", "layer.0", "layer.1", "pooler", "classifier"),
+                         "embeddings": ("layer.0", "layer.1", "pooler", "classifier"),
+                         "1": ("layer.1", "pooler", "classifier"), "all": ("pooler", "classifier")}.items():
+        chosen.freeze = what
+        finetune(tmp_path / f"run-{what}", chosen, "")
+        model = bertfast.BertForSequenceClassification.from_pretrained(tmp_path / f"run-{what}" / "checkpoint")
+        moved = {n for n, p in model.named_parameters() if not torch.equal(p, before[n])}
+        assert {n for n in before if any(part in n for part in moving)} == moved, what
+    with pytest.raises(UserError, match="--freeze 3"):
+        freeze(model, "3")
+    scale = layer_scale(model.config, 0.5)
+    assert [scale(n) for n in ("classifier.weight", "bert.encoder.layer.1.output.dense.weight",
+                               "bert.encoder.layer.0.output.dense.weight", "bert.embeddings.LayerNorm.bias")
+            ] == [1.0, 0.5, 0.25, 0.125]
+
+
+def test_interruption_keeps_the_best(start, tmp_path):
+    chosen = settings("classification", start, tmp_path, steps=100_000, eval_every=5)
+    arguments = ["finetune", "--out", str(tmp_path / "run"), "--steps", "100000", "--eval-every", "5"]
+    for name in ("task", "model", "train", "dev", "lr", "precision"):
+        arguments += [f"--{name}", str(getattr(chosen, name))]
+    process = subprocess.Popen([sys.executable, "-c", "from bertfast.cli import main; main()", *arguments],
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 120
+    while not (tmp_path / "run" / "predictions.jsonl").exists() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 130 and "Traceback" not in err
+    assert "the best so far" in out
+    assert json.loads((tmp_path / "run" / "metrics.json").read_text())["best"]["accuracy"] > 0
+    assert Predictor(tmp_path / "run", "fp32").settings == Settings(**{**vars(chosen), "batch_size": 32})
+
+
+# ---- batches
+
+
+def test_epochs_are_fair_and_balanced():
+    rng = np.random.default_rng(0)
+    lengths = rng.integers(3, 200, 5000)
+    batches = epoch_batches(lengths, 32, seed=1, epoch=0)
+    assert len(batches) == -(-5000 // 32)
+    assert sorted(np.concatenate(batches)) == list(range(5000))
+    assert {len(b) for b in batches} <= {31, 32}
+    sums = np.array([lengths[b].sum() for b in batches if len(b) == 32])
+    assert sums.std() / sums.mean() < 0.03 < 0.09 < lengths.std() / lengths.mean() / 32**0.5
+    same, other = epoch_batches(lengths, 32, 1, 0), epoch_batches(lengths, 32, 1, 1)
+    assert all(np.array_equal(a, b) for a, b in zip(batches, same)) and not np.array_equal(batches[0], other[0])
+    assert [len(b) for b in epoch_batches(lengths[:5], 32, 1, 0)] == [5]
+
+
+def test_long_sentences_are_read_in_windows_each_word_once(start, capsys):
+    tokenizer = Tokenizer.load(start)
+    task = Tagging(Settings("tagging", str(start), "train"), tokenizer, 64, ["N", "V"])
+    words = [random.Random(3).choice([*FILLER, "Parisgood", "goodbadgood"]) for _ in range(10_000)]
+    items = task.items([Example("here", words, None), Example("there", ["cat", "\u200b", "dog"], ["N", "V", "N"])])
+    assert all(item.n_tokens <= 64 for item in items)
+    assert sorted(w for item in items[:-1] for w in item.extra) == list(range(10_000))
+    for item in items[:-1]:
+        (one,) = item.sequences
+        for position, word in zip(one.reads, item.extra):
+            pieces = tokenizer.backend.encode(words[word], add_special_tokens=False).ids
+            assert one.ids[position] == pieces[0]
+            assert list(one.ids[position : position + len(pieces)]) == pieces  # no word is cut where it is read
+            inner = 1 < position < 62
+            assert inner or word in (items[0].extra[0], items[-2].extra[-1])
+    assert list(items[-1].sequences[0].labels) == [0, 1, 0]
+    assert task.counts["words without a readable character, read as [UNK]"] == 1
+
+
+def test_outputs_do_not_depend_on_the_budget(start, tmp_path):
+    work = FineTuning(tmp_path, settings("qa", start, tmp_path))
+    model = work.model_for(1).eval()
+    whole, small = (run(model, work.task, work.dev_items, tokens) for tokens in (100_000, 64))
+    assert len(by_budget(work.dev_items, 64)) > 30
+    for a, b in zip(whole, small):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
+    out, batch = work.task.forward(model, work.dev_items[:3])
+    assert batch.n_tokens == len(batch.input_ids) == sum(i.n_tokens for i in work.dev_items[:3])
+    assert pack(work.dev_items[0].sequences, first=7).row_key[0] == 7 << 32
+
+
+# ---- files and their faults
+
+TABLES = {  # name: (file name, content, options) -> rows or error
+    "bom": ("a.tsv", b"\xef\xbb\xbfid\ttext\n1\tcaf\xc3\xa9\n", {}, [{"id": "1", "text": "café"}]),
+    "latin-1": ("a.tsv", b"text\tlabel\ncaf\xe9\tx\n", {}, [{"text": "café", "label": "x"}]),
+    "utf-16": ("a.tsv", "text\tlabel\ncafé\tx\n".encode("utf-16"), {}, [{"text": "café", "label": "x"}]),
+    "stray quotes": ("a.tsv", b'text\tlabel\nhe said "no\tx\n"quoted" word\ty\n', {},
+                     [{"text": 'he said "no', "label": "x"}, {"text": '"quoted" word', "label": "y"}]),
+    "quoted tsv": ("a.tsv", b'text\tlabel\n"a ""b""\tc"\tx\n"d"\ty\n', {},
+                   [{"text": 'a "b"\tc', "label": "x"}, {"text": "d", "label": "y"}]),
+    "crlf": ("a.csv", b'text,label\r\n"two\r\nlines, one field",x\r\n', {},
+             [{"text": "two\r\nlines, one field", "label": "x"}]),
+    "no header": ("a.tsv", b"x\tone\textra\ny\ttwo\n", {"columns": ["label", "text"]},
+                  [{"label": "x", "text": "one"}, {"label": "y", "text": "two"}]),
+    "line separator is no line end": ("a.tsv", "text\tlabel\na\u2028b\x85c\tx\n".encode(), {},
+                                      [{"text": "a\u2028b\x85c", "label": "x"}]),
+    "jsonl": ("a.jsonl", b'{"text": "a", "label": 1}\n\n{"text": "b", "label": 0}', {},
+              [{"text": "a", "label": 1}, {"text": "b", "label": 0}]),
+    "conll": ("a.conll", b"-DOCSTART- -X- O\n\nEU NNP B-ORG\n# NN O\n\nx y z\n", {"words": True},
+              [{"1": ["EU", "#"], "2": ["NNP", "NN"], "3": ["B-ORG", "O"]}, {"1": ["x"], "2": ["y"], "3": ["z"]}]),
+    "blank lines with tabs": ("a.tsv", b"a\tO\n\t\nb\tX\n", {"words": True},
+                              [{"1": ["a"], "2": ["O"]}, {"1": ["b"], "2": ["X"]}]),
+    "conllu": ("a.conllu", b"# text = vamonos\n1-2\tvamonos" + b"\t_" * 8 + b"\n1\tvamos\t_\tVERB" + b"\t_" * 6
+               + b"\n1.1\tx\t_\tY" + b"\t_" * 6 + b"\n2\tnos\t_\tPRON" + b"\t_" * 6, {"words": True},
+               {"form": ["vamos", "nos"], "upos": ["VERB", "PRON"]}),
+    "fields": ("a.tsv", b"text\tlabel\none\tx\ntwo\n", {}, "a.tsv:3: 1 fields, but the header on line 1 names 2"),
+    "csv quote": ("a.csv", b'text,label\n"one" two,x\n', {}, "a.csv:2: "),
+    "jsonl fault": ("a.jsonl", b'{"text": "a"}\n{"text": \n', {}, "a.jsonl:2: not JSON"),
+    "empty": ("a.tsv", b"", {}, "a.tsv is empty"),
+    "squad fault": ("a.json", b'{"data": [{"paragraphs": [{"context": "x", "qas": [{"id": 1}]}]}]}', {}, "question 1"),
+    "conll fault": ("a.conll", b"a O\nb\n", {"words": True}, "a.conll:2: 1 fields, but the first word has 2"),
+}
+
+
+@pytest.mark.parametrize("case", TABLES)
+def test_files_are_understood_or_explained(case, tmp_path):
+    name, content, options, expected = TABLES[case]
+    (tmp_path / name).write_bytes(content)
+    if isinstance(expected, str):
+        with pytest.raises(UserError, match=expected.replace("(", r"\(")):
+            list(open_table(tmp_path / name, **options))
+        return
+    rows = [row.values for row in open_table(tmp_path / name, **options)]
+    if isinstance(expected, dict):
+        assert len(rows) == 1 and {k: rows[0][k] for k in expected} == expected
+    else:
+        assert rows == expected
+
+
+FAULTS = {  # name: (task, content of train.tsv or .jsonl, options, what the one line must say)
+    "no label": ("classification", "text\tlabel\na\tx\nb\t\n", {}, "train.tsv:3: no label in label"),
+    "which column": ("classification", "phrase\tlabel\na\tx\n", {}, "Name it with --text; there are: phrase, label"),
+    "no such column": ("classification", "text\tlabel\na\tx\n", {"text_pair": "b"}, "has no column 'b'"),
+    "one label": ("classification", "text\tlabel\na\tx\nb\tx\n", {}, "only one label"),
+    "no number": ("regression", "text\tscore\na\tx\n", {}, "train.tsv:2: score is 'x', not a number"),
+    "nan": ("regression", "text\tscore\na\tnan\n", {}, "train.tsv:2: score is 'nan', not a number"),
+    "tags": ("tagging", '{"tokens": ["a", "b"], "tags": ["X"]}', {}, "train.jsonl:1: 2 words, but 1 tags"),
+    "option": ("multiple-choice", "text\tchoice1\tchoice2\tlabel\na\tb\t\t0\n", {},
+               "train.tsv:2: option 2 of 2 is missing"),
+    "choice": ("multiple-choice", "text\tchoice1\tchoice2\tlabel\na\tb\tc\t3\n", {}, "label '3' names none of the 2"),
+    "answer": ("qa", '{"context": "abc", "question": "x", "answers": {"text": ["b"], "answer_start": [0]}}', {},
+               "the answer 'b' is not at character 0"),
+    "metric": ("classification", "text\tlabel\na\tx\nb\ty\n", {"metric": "bleu"}, "this task has accuracy, f1, mcc"),
+    "length": ("classification", "text\tlabel\na\tx\nb\ty\n", {"max_length": 65}, "the model has 64 positions"),
+    "task": ("summary", "text\tlabel\na\tx\nb\ty\n", {}, "task 'summary' is unknown"),
+    "symmetric": ("regression", "text\tscore\na\t1\nb\t2\n", {"symmetric": True}, "--symmetric needs pairs"),
+}
+
+
+@pytest.mark.parametrize("case", FAULTS)
+def test_faults_are_one_clear_line(case, start, tmp_path):
+    task, content, options, message = FAULTS[case]
+    path = tmp_path / ("train.jsonl" if content.startswith("{") else "train.tsv")
+    path.write_text(content)
+    with pytest.raises(UserError) as error:
+        finetune(tmp_path / "run", Settings(task, str(start), str(path), str(path), **options), "")
+    assert message in str(error.value) and "\n" not in str(error.value)
+
+
+def test_decisions_are_counted_and_told(start, tmp_path, capsys):
+    """A text without words, one too long, and a label that only dev has."""
+    rows = [*["a cat\tx", "the dog\ty"] * 10, "\ty", "cat " * 10_000 + "\tx"]
+    (tmp_path / "train.tsv").write_text("text\tlabel\n" + "\n".join(rows))
+    (tmp_path / "dev.tsv").write_text("text\tlabel\na cat\tx\nthe dog\tz\n")
+    chosen = Settings("classification", str(start), str(tmp_path / "train.tsv"), str(tmp_path / "dev.tsv"), steps=3,
+                      precision="fp32")
+    summary = finetune(tmp_path / "run", chosen, "")
+    assert summary["decisions"] == {
+        "rows with an empty text, kept": 1, "texts cut to 64 tokens (--max-length)": 1,
+        f"dev examples with label 'z', which training never sees (first: {tmp_path / 'dev.tsv'}:3)": 1,
+    }
+    printed = capsys.readouterr().out
+    assert all(f"decided: {n:,} {what}" in printed for what, n in summary["decisions"].items())
+    assert summary["best"]["accuracy"] <= 0.5
+
+
+def test_held_out_where_there_is_no_dev_file(start, tmp_path):
+    chosen = settings("classification", start, tmp_path)
+    chosen.dev = None
+    work = FineTuning(tmp_path, chosen)
+    assert (len(work.train_examples), len(work.dev_examples)) == (144, 16)
+    assert not {e.where for e in work.train_examples} & {e.where for e in work.dev_examples}
+
+
+def test_a_text_is_on_one_side_of_the_split(start, tmp_path):
+    rows = [{"context": f"cat {i // 3}", "choice1": "yes", "choice2": "no", "label": i % 2} for i in range(90)]
+    write_rows(tmp_path / "train.jsonl", rows)
+    chosen = Settings("multiple-choice", str(start), str(tmp_path / "train.jsonl"), precision="fp32")
+    work = FineTuning(tmp_path, chosen)
+    train, dev = ({e.inputs[0] for e in part} for part in (work.train_examples, work.dev_examples))
+    assert len(dev) == 3 and len(work.dev_examples) == 9 and not train & dev
+    write_rows(tmp_path / "train.jsonl", rows[:20])
+    with pytest.raises(UserError, match="too few examples"):
+        FineTuning(tmp_path, work.settings)
+
+
+@pytest.mark.parametrize("kind", ["regression", "tagging", "qa", "prefix-lm"])
+def test_bf16_trains_and_keeps_fp32_masters(kind, start, tmp_path):
+    chosen = settings(kind, start, tmp_path, steps=12, eval_every=12, precision="bf16")
+    finetune(tmp_path / "run", chosen, "")
+    losses = [r["loss"] for r in read_lines(tmp_path / "run" / "metrics.jsonl") if "loss" in r]
+    assert len(losses) == 2 and losses[1] < losses[0]
+    work = Predictor(tmp_path / "run", "bf16")
+    assert next(work.model.parameters()).dtype == torch.bfloat16
+    saved = load_file(tmp_path / "run" / "checkpoint" / "model.safetensors")
+    assert all(t.dtype == torch.float32 for t in saved.values())
+    assert not all(torch.equal(t, t.bfloat16().float()) for t in saved.values())
+
+
+def test_chinese_words_from_characters(start, tmp_path):
+    task = Tagging(Settings("tagging", str(start), "train", characters=True), Tokenizer.load(start), 64)
+    row = next(iter(open_table_of(tmp_path, [{"tokens": ["今天", "天气", "好"]}])))
+    example = task.example(row, {"words": "tokens"})
+    assert example.inputs == list("今天天气好")
+    assert example.label == ["B-WORD", "I-WORD", "B-WORD", "I-WORD", "B-WORD"]
+    task.learn([example], [example])
+    items = task.items([example])
+    guess = [np.array([task.label_ids[t] for t in ("B-WORD", "I-WORD", "I-WORD", "B-WORD", "B-WORD")])]
+    (prediction,) = task.predictions([example], items, guess)
+    assert prediction["words"] == ["今天天", "气", "好"]
+    assert task.score([example], [prediction])["f1"] == pytest.approx(1 / 3)
+
+
+def open_table_of(folder, rows):
+    write_rows(folder / "rows.jsonl", rows)
+    return open_table(folder / "rows.jsonl")
+
+
+# ---- metrics
+
+
+def test_answers_are_scored_as_squad_does():
+    scores = metrics.answers([["the Cat."], [], ["a dog", "red dog"], []], ["cat", "", "big red dog", "no"])
+    assert scores["exact_match"] == 0.5
+    assert scores["f1"] == pytest.approx((1 + 1 + 0.8 + 0) / 4)
+
+
+def test_a_missing_metric_library_is_told(monkeypatch):
+    monkeypatch.setitem(sys.modules, "seqeval.metrics", None)
+    with pytest.raises(UserError, match=r"seqeval, which is not installed: pip install 'bertfast\[metrics\]'"):
+        metrics.spans([["O"]], [["O"]])
+
+
+def test_command_line(start, tmp_path):
+    chosen = settings("multiple-choice", start, tmp_path)
+    command = ["finetune", "--task", "multiple-choice", "--model", str(start), "--train", chosen.train, "--dev",
+               chosen.dev, "--out", str(tmp_path / "run"), "--steps", "2", "--choices", "ending0, ending1,ending2",
+               "--precision", "fp32"]
+    result = CliRunner().invoke(cli.app, command)
+    assert result.exit_code == 0, result.output
+    assert "text = 'context', text pair = 'question', label = 'answer'" in result.output
+    arguments = ["predict", "--model", str(tmp_path / "run"), "--input", chosen.dev, "--out", str(tmp_path / "p.jsonl")]
+    assert CliRunner().invoke(cli.app, arguments).exit_code == 0
+    assert len(read_lines(tmp_path / "p.jsonl")) == 120
+    assert set(TASKS) == {task for task, _ in KINDS.values()}
+
+
+# ---- features
+
+
+@pytest.mark.parametrize("kind", ["classification", "tagging", "multiple-choice", "regression"])
+def test_features_are_cached_and_train_only_the_head(kind, start, tmp_path):
+    """A mix of frozen layers: less than full training can do, but far from chance; the encoder is untouched."""
+    chosen = settings(kind, start, tmp_path, features=True, lr=3e-2, steps=200, eval_every=200)
+    summary = finetune(tmp_path / "run", chosen, "")
+    assert summary["best"][summary["metric"]] > {"multiple-choice": 0.5, "regression": 0.3}.get(kind, 0.75), summary
+    model = bertfast.heads.BertForFeatures.from_pretrained(tmp_path / "run" / "checkpoint")
+    encoder = bertfast.BertModel.from_pretrained(start)
+    own = model.state_dict()
+    assert all(torch.equal(own[f"bert.{n}"], t) for n, t in encoder.state_dict().items() if not n.startswith("pooler"))
+    assert float((model.mix.weight.softmax(0) - 1 / 3).abs().max()) > 1e-3
+    predict_file(Predictor(tmp_path / "run", "fp32"), chosen.dev, tmp_path / "again.jsonl")
+    cached = read_lines(tmp_path / "run" / "predictions.jsonl")
+    for ours, fresh in zip(cached, read_lines(tmp_path / "again.jsonl")):
+        for key, value in fresh.items():
+            if key not in ("score", "scores"):
+                assert ours[key] == value
+
+
+def test_features_are_refused_where_a_head_needs_the_encoder(start, tmp_path):
+    with pytest.raises(UserError, match="--features is not for qa"):
+        FineTuning(tmp_path, settings("qa", start, tmp_path, features=True))
+
+
+def test_the_mix_is_elmos():
+    mix = bertfast.heads.ScalarMix(3)
+    layers = torch.randn(5, 3, 8)
+    torch.testing.assert_close(mix(layers), layers.mean(1))
+    with torch.no_grad():
+        mix.weight.copy_(torch.tensor([1.0, 0.0, -1.0])), mix.gamma.fill_(2.0)
+    expected = 2 * sum(w * layers[:, k] for k, w in enumerate(mix.weight.softmax(0)))
+    torch.testing.assert_close(mix(layers), expected)
+
+
+# ---- the benchmark's peer
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("kind", [k for k in KINDS if k not in ("prefix-lm", "regression")])
+def test_the_benchmarks_peer_trains_the_same(kind, start, tmp_path):
+    """Without dropout, from one start, transformers' loop and ours see the same losses and end at the same scores."""
+    from bertfast.benchmarks.finetune import Peer
+
+    chosen = settings(kind, start, tmp_path, lr=1e-3)
+    if kind == "qa":
+        chosen.max_length = 20  # all windows full: transformers lets padding take part in its softmax
+    work = FineTuning(tmp_path, chosen)
+    model, peer = work.model_for(1), Peer(work)
+    missing, unexpected = peer.model.load_state_dict(model.state_dict(), strict=False)
+    assert not unexpected and all("decoder." in name for name in missing), missing
+    optimizer, window, batches = work.optimizer_for(model), Window(), work._batches(1)
+    for step in range(1, 5):
+        items = next(batches)
+        if kind == "qa":
+            items = [item for item in items if item.n_tokens == 20]
+        window.loss = 0.0
+        work._step(model, optimizer, items, 1, step, window)
+        loss = peer.step(items, work.learning_rate(step))
+        assert loss == pytest.approx(float(window.loss), rel=2e-4), step
+    ours, theirs = work.evaluate(model)[0], peer.evaluate()
+    assert theirs == {name: pytest.approx(value, abs=0.02) for name, value in ours.items()}
