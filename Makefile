@@ -1,14 +1,18 @@
 # make pretrain   from a fresh clone to a pretrained BERT          make test        the test suite
 # make install    the .venv alone                                  make test-full   the long tests as well
-# make lint | bench | aot
+# make gpu-check  what a GPU must show before it is believed
+# make lint | aot | bench-quick | bench [DATA=prepared set]
 PYTHON ?= python3
 VENV   := .venv
 RUN    := $(VENV)/bin/
 PIP    := $(RUN)python -m pip --disable-pip-version-check
 SOURCES := $(wildcard csrc/*.cpp csrc/cpu/* csrc/cuda/*)
 OUT    ?= runs/mini
+BENCH  := $(RUN)bertfast bench
+RESULTS ?= benchmarks/results
+TEXT   := $(if $(DATA),--data $(DATA))
 
-.PHONY: install pretrain test test-full lint bench aot clean
+.PHONY: install pretrain test test-full lint bench bench-quick aot gpu-check clean
 
 install: $(VENV)/.built
 
@@ -23,7 +27,7 @@ $(VENV)/.built: $(VENV)/.dependencies setup.py $(SOURCES)
 	touch $@
 
 pretrain: install
-	$(RUN)bertfast pretrain --out $(OUT) --resume --preset mini --lr 1e-3 --steps 1000 --dropout 0
+	$(RUN)bertfast pretrain --out $(OUT) --resume --preset mini --lr 1e-3 --steps 1200 --dropout 0
 
 test: install
 	$(RUN)python -m pytest -m "not full" tests
@@ -36,10 +40,33 @@ lint: install
 	$(RUN)mypy
 
 bench: install
-	$(RUN)python -m pytest benchmarks
+	$(BENCH) pretrain --preset mini $(TEXT) --out $(RESULTS)/pretrain_mini.json
+	$(BENCH) pretrain --preset small $(TEXT) --out $(RESULTS)/pretrain_small.json
+	$(BENCH) pretrain --preset base --tokens 1024 --rounds 5 --at-once 4 $(TEXT) --out $(RESULTS)/pretrain_base.json
+	$(BENCH) pretrain --preset mini --fill 0.75 $(TEXT) --out $(RESULTS)/pretrain_mini_fill75.json
+	$(BENCH) pretrain --preset mini --fill 0.5 $(TEXT) --out $(RESULTS)/pretrain_mini_fill50.json
+	$(BENCH) pretrain --preset mini --length 512 $(TEXT) --out $(RESULTS)/pretrain_mini_512.json
+	$(BENCH) pretrain --preset mini --threads 1 $(TEXT) --out $(RESULTS)/pretrain_mini_1thread.json
+	$(BENCH) memory --preset mini $(TEXT) --out $(RESULTS)/memory_mini.json
+	$(BENCH) memory --preset base --tokens 1024 --at-once 4 $(TEXT) --out $(RESULTS)/memory_base.json
+	$(BENCH) ops --out $(RESULTS)/ops.json
+	$(if $(DATA),$(BENCH) quality --data $(DATA) --steps 3000 --out $(RESULTS)/quality.json)
+	$(BENCH) roofline --preset mini --out $(RESULTS)/roofline_mini.json
+	$(BENCH) roofline --preset base --out $(RESULTS)/roofline_base.json
+	$(BENCH) profile --preset mini --out $(RESULTS)/profile_mini.json
+	$(BENCH) report $(RESULTS) --readme README.md --readme benchmarks/README.md
+
+bench-quick: install
+	$(BENCH) pretrain --quick --preset mini --tokens 1024 --rounds 5 $(TEXT) --out runs/bench/pretrain.json
+	$(BENCH) ops --quick --rounds 5 --out runs/bench/ops.json
+	$(BENCH) roofline --out runs/bench/roofline.json
+	$(BENCH) report runs/bench
 
 aot: install
 	$(RUN)python benchmarks/aot.py
+
+gpu-check: install
+	$(RUN)python benchmarks/gpu_check.py
 
 clean:
 	rm -rf build *.egg-info bertfast/*.so

@@ -77,15 +77,15 @@ def _norm(x, weight, bias):
 
 
 def _embedding_inputs(shape, dtype):
-    rows, columns = shape
+    rows, columns, words = (*shape, 50)[:3]
     g = _generator(shape)
-    ids = torch.randint(0, 50, (rows,), generator=g)
+    ids = torch.randint(0, words, (rows,), generator=g)
     ids[: rows // 2] = 7  # a hot token
     return _cast({
         "input_ids": ids,
         "position_ids": torch.arange(rows) % 64,
         "token_type_ids": torch.randint(0, 2, (rows,), generator=g),
-        "word": _normal(g, 50, columns),
+        "word": _normal(g, words, columns),
         "position": _normal(g, 64, columns, std=0.5),
         "token_type": _normal(g, 2, columns, std=0.5),
         "weight": _normal(g, columns, std=0.3, mean=1.0),
@@ -110,6 +110,8 @@ ATTENTION_SHAPES = (
     ((1,), 0, 2, 16),
     ((), 4, 2, 64),
     ((200, 17), 3, 2, 24),
+    ((70, 9), 1, 1, 72),
+    ((33,), 0, 3, 20),
 )
 
 
@@ -266,6 +268,7 @@ CASES = {
         _attention_case("prefix"),
         _attention_case("full", subset=True),
         _attention_case("causal", subset=True),
+        _attention_case("prefix", subset=True),
     )
 }
 

@@ -10,6 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
+from bertfast.benchmarks.commands import bench
 from bertfast.files import UserError
 
 app = typer.Typer(
@@ -19,6 +20,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+app.add_typer(bench)
 
 
 @app.callback()
@@ -65,6 +67,7 @@ def pretrain(
     optimizer: Annotated[str, typer.Option(help="adamw or lamb.")] = "adamw",
     weight_decay: Annotated[float, typer.Option(help="On matrices and tables only.")] = 0.01,
     max_grad_norm: Annotated[float, typer.Option(help="Gradient clipping; 0 turns it off.")] = 1.0,
+    start: Annotated[str, typer.Option(help="A new model's weights: counts (of words) or normal.")] = "counts",
     dropout: Annotated[float, typer.Option(help="Hidden and attention dropout of a new model.")] = 0.1,
     mlm_probability: Annotated[float, typer.Option(help="Share of the tokens that are predicted.")] = 0.15,
     whole_word_masking: Annotated[bool, typer.Option("--whole-word-masking", help="Mask whole words.")] = False,
@@ -95,9 +98,10 @@ def pretrain(
     import time
     from dataclasses import replace
 
+    from bertfast import pretrain as engine
     from bertfast import report
     from bertfast.data.prepare import prepare
-    from bertfast.pretrain import Settings, latest, start, stored_settings
+    from bertfast.pretrain import Settings, latest, stored_settings
 
     given: dict[str, Any] = {
         name: str(value) if isinstance(value, Path) else value
@@ -121,21 +125,115 @@ def pretrain(
             report.console.print("no --data: learning from the documentation on this machine")
             prepare(None, out / "data", vocab_size=8192, console=report.console)
     began = time.perf_counter()
-    run = start(out, settings, resume)
+    run = engine.start(out, settings, resume)
     report.header(run.describe(allocator))
     if run.step >= settings.steps:
         report.console.print(f"this run is finished: {latest(out)}")
         return
     try:
-        result, checkpoint = run.train()
+        results, checkpoint = run.train()
     except KeyboardInterrupt:
         report.console.print(f"stopped; {latest(out) or 'no checkpoint was written'}. "
                              f"Go on with: bertfast pretrain --out {out} --resume")
         raise typer.Exit(130) from None
-    report.closing_table(out, result, run.train_data.manifest["unigram_entropy"])
+    report.closing_table(out, results, run.train_data.manifest["unigram_entropy"])
     report.examples(checkpoint, run.validation_data)
     report.console.print(f"trained in {time.perf_counter() - began:.0f} s; checkpoint: {checkpoint}; "
                          f"curves: {out / 'loss.png'}; rows: {out / 'metrics.jsonl'}", highlight=False)
+
+
+@app.command()
+def finetune(
+    context: typer.Context,
+    task: Annotated[str, typer.Option(help="classification, regression, tagging, qa, multiple-choice or seq2seq.")],
+    model: Annotated[str, typer.Option(help="A pretrained checkpoint's folder, or an id on the Hugging Face hub.")],
+    train: Annotated[Path, typer.Option(help=".csv .tsv .jsonl .json .parquet .conll .conllu, or SQuAD's .json.")],
+    out: Annotated[Path, typer.Option(help="The run's folder: checkpoint, metrics.json, predictions.jsonl, pictures.")],
+    dev: Annotated[Path | None, typer.Option(help="What it is judged on; without, a tenth of --train.")] = None,
+    text: Annotated[str | None, typer.Option(help="Column of the text (words, context) if not found by name.")] = None,
+    text_pair: Annotated[str | None, typer.Option(help="Column of the second text, or the question.")] = None,
+    label: Annotated[str | None, typer.Option(help="Column of the label (number, tag, answers).")] = None,
+    choices: Annotated[str | None, typer.Option(help="Columns of the options, with commas between.")] = None,
+    columns: Annotated[str | None, typer.Option(help="Names of all columns, for files without a header.")] = None,
+    multi_label: Annotated[bool, typer.Option("--multi-label", help="A row may have any number of labels.")] = False,
+    label_separator: Annotated[str, typer.Option(help="What stands between them in one field.")] = ",",
+    symmetric: Annotated[bool, typer.Option("--symmetric", help="Regression: average both orders of a pair.")] = False,
+    characters: Annotated[bool, typer.Option("--characters", help="Tagging: learn word boundaries (Chinese).")] = False,
+    max_length: Annotated[int | None, typer.Option(help="Tokens of a sequence or window (512; qa 384).")] = None,
+    stride: Annotated[int, typer.Option(min=0, help="Tokens that windows of a long text share.")] = 128,
+    max_answer_length: Annotated[int, typer.Option(min=1, help="Tokens of an answer (qa).")] = 30,
+    epochs: Annotated[float, typer.Option(min=0, help="How often each example is seen.")] = 3.0,
+    steps: Annotated[int | None, typer.Option(min=1, help="Optimiser steps, instead of epochs.")] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Examples (windows) a step.")] = 32,
+    tokens: Annotated[int, typer.Option(min=64, help="Token budget of one packed batch.")] = 4096,
+    lr: Annotated[float | None, typer.Option(help="Peak learning rate (5e-5; with --features 5e-3).")] = None,
+    warmup: Annotated[float, typer.Option(help="Share of the steps with a rising learning rate.")] = 0.1,
+    weight_decay: Annotated[float, typer.Option(help="On matrices and tables only.")] = 0.01,
+    layer_decay: Annotated[float, typer.Option(help="Factor on the learning rate, a layer downwards.")] = 1.0,
+    max_grad_norm: Annotated[float, typer.Option(help="Gradient clipping; 0 turns it off.")] = 1.0,
+    dropout: Annotated[float | None, typer.Option(help="Instead of the checkpoint's.")] = None,
+    freeze: Annotated[str, typer.Option(help="none, embeddings, a number of layers from below, or all.")] = "none",
+    features: Annotated[bool, typer.Option("--features", help="Encode once, train a mix of layers only.")] = False,
+    style: Annotated[str, typer.Option(help="seq2seq: encoder-decoder or prefix-lm.")] = "encoder-decoder",
+    max_target_length: Annotated[int, typer.Option(min=2, help="Tokens that are written at most (seq2seq).")] = 128,
+    beams: Annotated[int, typer.Option(min=1, help="Beam search; 1 is greedy (seq2seq).")] = 1,
+    length_penalty: Annotated[float, typer.Option(help="Beam search: 0 favours short texts.")] = 1.0,
+    precision: Annotated[str, typer.Option(help="auto, fp32, bf16 or fp16.")] = "auto",
+    metric: Annotated[str | None, typer.Option(help="Which one decides (accuracy, f1, mcc, pearson, …).")] = None,
+    eval_every: Annotated[int | None, typer.Option(min=1, help="Steps between evaluations; an epoch.")] = None,
+    patience: Annotated[int, typer.Option(min=0, help="Stop after so many evaluations without a better one.")] = 0,
+    seed: Annotated[int, typer.Option(help="Order, dropout and the new head are functions of it.")] = 1,
+    seeds: Annotated[int, typer.Option(min=1, help="Train so many times; mean and spread are reported.")] = 1,
+    log_every: Annotated[int, typer.Option(min=1, help="Steps between rows of metrics.jsonl.")] = 10,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a run that --out already holds.")] = False,
+) -> None:
+    """Put a head on a pretrained encoder and train both on your examples.
+
+    Columns are found by their usual names, or named by you; what was understood is printed, with three examples,
+    before training starts. OUT/checkpoint is the best so far at any moment (so Ctrl-C loses nothing), a folder that
+    transformers loads; OUT also holds metrics.json, predictions.jsonl (of the dev file), loss.png, confusion.png.
+
+    Example: bertfast finetune --task classification --model runs/mine/checkpoint-20000 --train train.tsv --dev dev.tsv
+    --out runs/sst2
+    """
+    from bertfast import machine
+
+    allocator = machine.keep_pages()
+    from bertfast.finetune.task import Settings
+    from bertfast.finetune.train import finetune as start
+
+    values: dict[str, Any] = {
+        name: str(v) if isinstance(v, Path) else v for name, v in context.params.items()
+        if name not in ("out", "overwrite")
+    }
+    for name in ("choices", "columns"):
+        values[name] = [part.strip() for part in values[name].split(",")] if values[name] else []
+    start(out, Settings(**values), allocator, overwrite)
+
+
+@app.command()
+def predict(
+    model: Annotated[Path, typer.Option(help="The folder of a fine-tuning, or its checkpoint.")],
+    input: Annotated[Path, typer.Option(help="A file of rows as in training; labels are not needed.")],
+    out: Annotated[Path, typer.Option(help="JSON lines, one a row, in their order.")],
+    columns: Annotated[str | None, typer.Option(help="Names of all columns, for a file without a header.")] = None,
+    precision: Annotated[str, typer.Option(help="auto, fp32, bf16 or fp16.")] = "auto",
+) -> None:
+    """Predict every row of a file with a fine-tuned checkpoint; any size, in the memory of a batch.
+
+    Example: bertfast predict --model runs/sst2 --input test.tsv --out test.jsonl
+    """
+    from bertfast import machine
+
+    machine.keep_pages()
+    from bertfast.finetune.predict import Predictor, predict_file
+
+    names = [part.strip() for part in columns.split(",")] if columns else None
+    result = predict_file(Predictor(model, precision), input, out, names)
+    for what, n in result["decisions"].items():
+        print(f"decided: {n:,} {what}")
+    print(f"{result['rows']:,} rows in {result['seconds']:.1f} s "
+          f"({result['rows'] / result['seconds']:,.0f} a second): {out}")
 
 
 @app.command()

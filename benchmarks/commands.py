@@ -1,0 +1,203 @@
+"""`bertfast bench …`: the suites as commands. Heavy imports stand inside, so that --help answers at once."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from bertfast.files import UserError
+
+bench = typer.Typer(
+    name="bench", no_args_is_help=True, pretty_exceptions_enable=False,
+    help="Measure bertfast against Hugging Face and plain PyTorch on this machine; results are JSON files.",
+)
+Out = Annotated[Path | None, typer.Option(help="Write the result as JSON (NAME.json; `report` reads the folder).")]
+Threads = Annotated[int | None, typer.Option(min=1, help="Threads of each contender; by default torch's choice.")]
+Rounds = Annotated[int, typer.Option(min=1, help="Turns of each contender, interleaved; medians are reported.")]
+Quick = Annotated[bool, typer.Option("--quick", help="Without what torch.compile has to compile first.")]
+DataOption = Annotated[str | None, typer.Option(help="A prepared set; by default ids of Zipf's frequencies, V=30522.")]
+Preset = Annotated[str, typer.Option(help="tiny, mini, small, medium, base or large.")]
+Length = Annotated[int, typer.Option(min=8, help="Length of the longest sequence, S.")]
+Tokens = Annotated[int, typer.Option(min=8, help="Real tokens of a step.")]
+Fill = Annotated[float, typer.Option(help="How full the padded batch is, 0.5 to 1.")]
+AtOnce = Annotated[int, typer.Option(min=0, help="Contenders in memory together (large models); 0 = all.")]
+
+
+def _finish(result: dict, out: Path | None) -> None:
+    from bertfast.benchmarks import report
+
+    report.show(result)
+    if out:
+        report.write(result, out)
+    if result.get("stopped_early"):
+        raise typer.Exit(130)
+
+
+def _threads(threads: int | None) -> int:
+    import torch
+
+    return threads or torch.get_num_threads()
+
+
+@bench.command()
+def pretrain(data: DataOption = None, preset: Preset = "mini", tokens: Tokens = 2048, length: Length = 128,
+             fill: Fill = 1.0, rounds: Rounds = 9, threads: Threads = None, quick: Quick = False, at_once: AtOnce = 0,
+             out: Out = None) -> None:
+    """A pretraining step against five set-ups of transformers' BERT and a plain-PyTorch model equal to ours.
+
+    Same sequences, weights, AdamW, clipping and dropout for all; their losses with dropout off must agree before
+    anything is timed. Ctrl-C ends it with the rounds that were complete.
+
+    Example: bertfast bench pretrain --preset small --length 512 --fill 0.75 --out results/small.json
+    """
+    from bertfast.benchmarks import pretrain
+
+    _finish(pretrain.run("pretrain", data=data, preset=preset, tokens=tokens, length=length, fill=fill, rounds=rounds,
+                         threads=_threads(threads), quick=quick, at_once=at_once), out)
+
+
+@bench.command()
+def memory(data: DataOption = None, preset: Preset = "mini", tokens: Tokens = 2048, length: Length = 128,
+           fill: Fill = 1.0, rounds: Rounds = 3, threads: Threads = None, quick: Quick = False, at_once: AtOnce = 0,
+           out: Out = None) -> None:
+    """Peak memory of a pretraining step, with the system's default allocator, of the same contenders.
+
+    Example: bertfast bench memory --preset base --at-once 4 --out results/memory_base.json
+    """
+    from bertfast.benchmarks import pretrain
+
+    _finish(pretrain.run("memory", data=data, preset=preset, tokens=tokens, length=length, fill=fill, rounds=rounds,
+                         threads=_threads(threads), quick=quick, at_once=at_once), out)
+
+
+@bench.command()
+def ops(op: Annotated[list[str] | None, typer.Option(help="Only this op; may be given several times.")] = None,
+        rounds: Rounds = 7, threads: Threads = None, quick: Quick = False, out: Out = None) -> None:
+    """Every fused op, forward and backward, against eager and compiled PyTorch, in GB/s or GFLOP/s and % of the peak.
+
+    Example: bertfast bench ops --op attention_full --op bias_gelu
+    """
+    from bertfast.benchmarks import ops
+    from bertfast.benchmarks.roofline import COSTS
+
+    known = [*COSTS, "adamw_step"]
+    if unknown := [name for name in op or [] if name not in known]:
+        raise UserError(f"op {unknown[0]!r} is unknown; known: {', '.join(known)}")
+    _finish(ops.run(quick=quick, only=op or [], rounds=rounds, threads=_threads(threads)), out)
+
+
+@bench.command()
+def inference(model: Annotated[Path, typer.Option(help="A BERT checkpoint's folder.")],
+              text: Annotated[Path, typer.Option(help="A text file, a sentence a line.")],
+              batch: Annotated[list[int] | None, typer.Option(min=1, help="Sentences a batch, any number of times: by "
+                                                              "default 1 and 64.")] = None,
+              sentences: Annotated[int, typer.Option(min=1, help="Lines to take.")] = 512,
+              rounds: Rounds = 9, threads: Threads = None, out: Out = None) -> None:
+    """What you would gain on your model: embeddings of your text, ours against transformers and sentence-transformers.
+
+    Example: bertfast bench inference --model all-MiniLM-L6-v2/ --text sentences.txt
+    """
+    from bertfast.benchmarks import inference
+
+    _finish(inference.run(model=model, text=text, batches=batch or [1, 64], sentences=sentences, rounds=rounds,
+                          threads=_threads(threads)), out)
+
+
+@bench.command()
+def quality(data: Annotated[str, typer.Option(help="A prepared set.")], preset: Preset = "mini",
+            steps: Annotated[int, typer.Option(min=1, help="Optimiser steps.")] = 3000, tokens: Tokens = 2048,
+            length: Length = 128, lr: Annotated[float, typer.Option(help="Peak learning rate.")] = 1e-3,
+            dropout: Annotated[float, typer.Option(help="Hidden and attention dropout.")] = 0.1,
+            every: Annotated[int, typer.Option(min=1, help="Steps between validations: a turn.")] = 100,
+            precision: Annotated[list[str] | None, typer.Option(help="Ours: fp32 (default), bf16, or both.")] = None,
+            peer: Annotated[list[str] | None, typer.Option(help="Set-ups of transformers, as `pretrain` names them: "
+                                                           "by default HF sdpa fp32.")] = None,
+            threads: Threads = None, out: Out = None) -> None:
+    """Seconds of training to a validation loss 0.3, 0.5 and 0.7 nats below the unigram entropy, ours and transformers'.
+
+    Same data, batches, start, schedule and optimiser; they train in turns. Ctrl-C ends it with the curves so far.
+
+    Example: bertfast bench quality --data runs/mini/data --steps 3000 --out results/quality.json
+    """
+    from bertfast.benchmarks import quality
+
+    peers = peer or ["HF sdpa fp32"]
+    if unknown := [name for name in peers if name not in quality.SETUPS]:
+        raise UserError(f"peer {unknown[0]!r} is unknown; known: {', '.join(quality.SETUPS)}")
+    _finish(quality.run(data=data, preset=preset, steps=steps, tokens=tokens, length=length, lr=lr, dropout=dropout,
+                        every=every, threads=_threads(threads), precisions=precision or ["fp32"], peers=peers), out)
+
+
+@bench.command()
+def roofline(preset: Preset = "mini", tokens: Tokens = 2048, length: Length = 128,
+             vocab_size: Annotated[int, typer.Option(min=1, help="V.")] = 30522, threads: Threads = None,
+             out: Out = None) -> None:
+    """The least time of a step by formula, every tensor from memory: here from measured peaks, GPUs from datasheets.
+
+    Example: bertfast bench roofline --preset base
+    """
+    import torch
+    from bertfast.benchmarks import contest, roofline
+
+    torch.set_num_threads(_threads(threads))
+    measuring = contest.yardstick()
+    next(measuring)
+    found = [next(measuring) for _ in range(3)]
+    best = {name: max(turn[name] for turn in found) for name in found[0]}
+    here = [roofline.Machine(f"this machine, {name}", best[name], best["copy"], predicted=False)
+            for name in ("fp32", "bf16")]
+    _finish({"suite": "roofline", **contest.provenance(_threads(threads)), "machine": best,
+             **roofline.bounds(preset, tokens, length, vocab_size, here)}, out)
+
+
+@bench.command()
+def profile(data: DataOption = None, preset: Preset = "mini", tokens: Tokens = 2048, length: Length = 128,
+            precision: Annotated[str, typer.Option(help="auto, fp32 or bf16.")] = "auto", threads: Threads = None,
+            out: Out = None) -> None:
+    """Where the time of our step goes, kind of op by kind of op, beside the least it could take by formula.
+
+    Example: bertfast bench profile --preset base --tokens 1024
+    """
+    from bertfast.benchmarks import step_profile
+
+    _finish(step_profile.run(data=data, preset=preset, tokens=tokens, length=length, precision=precision,
+                        threads=_threads(threads)), out)
+
+
+@bench.command()
+def report(folder: Annotated[Path, typer.Argument(help="Where the results lie.")] = Path("benchmarks/results"),
+           readme: Annotated[list[Path] | None, typer.Option(help="Files whose <!-- bench NAME --> markers to fill.")]
+           = None) -> None:
+    """Turn results into tables, pictures (PNG, beside the results) and the README's figures.
+
+    Example: bertfast bench report benchmarks/results --readme README.md --readme benchmarks/README.md
+    """
+    from bertfast.benchmarks import plots, report
+
+    found = report.results(folder)
+    for path in readme or []:
+        if not path.is_file():
+            raise UserError(f"there is no file {path}")
+    for result in found.values():
+        report.show(result)
+    written = plots.draw(found, folder)
+    changed = report.update(readme or [], found)
+    for path in [*written, *changed]:
+        print(f"wrote {path}")
+
+
+@bench.command()
+def compare(before: Annotated[Path, typer.Argument(help="A result.")],
+            after: Annotated[Path, typer.Argument(help="A later result of the same suite.")]) -> None:
+    """Name what got slower beyond the spread of both, or stopped working; exit code 1 if anything did.
+
+    Example: bertfast bench compare main.json branch.json
+    """
+    from bertfast.benchmarks import report
+
+    worse = report.compare(report.load(before), report.load(after))
+    for row in worse:
+        print(f"{row['key']}: {row['contender']} {row['why']}")
+    if worse:
+        raise typer.Exit(1)
+    print("no regression beyond the spread")

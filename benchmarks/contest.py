@@ -1,0 +1,276 @@
+"""How every end-to-end suite measures: contenders in processes of their own, taking turns.
+
+A contender is a generator function. What it yields first are its facts (what it computed with dropout off: they must
+agree before anything is timed); every later `next` is one turn and yields {"seconds": ...} and more. All start one
+after another, then take turns, round by round, so that a change of clock or a busy neighbour hits all of them. Figures
+are medians over the rounds, with the spread beside them. A contender that fails, dies, takes too long or computes
+something else is reported as such, never dropped.
+"""
+
+import multiprocessing
+import os
+import platform
+import re
+import shlex
+import signal
+import statistics
+import subprocess
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from bertfast import machine
+from bertfast.version import __version__
+
+PATIENCE = 1200  # seconds for a start (compilation) or a turn
+MEASURED_COPY = 256 << 20  # bytes: beyond the caches of most machines
+
+console = Console(width=None if sys.stdout.isatty() else 120)  # a log gets whole tables
+
+
+@dataclass
+class Contender:
+    """`make(**arguments)` is the generator, run in a fresh process; it must be importable by name."""
+
+    name: str
+    make: Callable[..., Iterator[dict]]
+    arguments: dict[str, Any]
+    keep_pages: bool = True  # whether glibc is told to keep freed pages (bertfast.machine.keep_pages)
+
+
+@dataclass
+class Outcome:
+    """What a contender gave: its facts, one dict a turn, and why it ended early ("" if it did not)."""
+
+    facts: dict = field(default_factory=dict)
+    turns: list[dict] = field(default_factory=list)
+    failed: str = ""
+
+    def values(self, name: str = "seconds") -> list[float]:
+        return [turn[name] for turn in self.turns]
+
+
+def contest(contenders: list[Contender], rounds: int, threads: int, check: Callable[[dict[str, dict]], dict[str, str]],
+            at_once: int = 0) -> tuple[dict[str, Outcome], bool]:
+    """Outcomes by name, and whether Ctrl-C cut it short (then with the rounds that were complete).
+
+    check: facts by name -> reasons, by name, to refuse contenders. at_once: how many are in memory together (0 = all);
+    the first then runs in every heat beside the others, so that heats can be compared.
+    """
+    outcomes = {c.name: Outcome() for c in contenders}
+    size = at_once or len(contenders)
+    heats = [contenders[:size]]
+    for start in range(size, len(contenders), max(1, size - 1)):
+        heats.append([contenders[0], *contenders[start : start + max(1, size - 1)]])
+    try:
+        for heat in heats:
+            _heat(heat, rounds, threads, check, outcomes)
+    except KeyboardInterrupt:
+        for outcome in outcomes.values():
+            if not outcome.turns:
+                outcome.failed = outcome.failed or "not measured: stopped"
+        return outcomes, True
+    return outcomes, False
+
+
+def _heat(contenders, rounds, threads, check, outcomes) -> None:
+    processes: dict[str, _Process] = {}
+    status = console.status("") if console.is_terminal else nullcontext()
+    try:
+        with status as line:
+            tell = line.update if line else lambda text: console.print(text, highlight=False)
+            for contender in contenders:
+                tell(f"starting {contender.name}")
+                process = processes[contender.name] = _Process(contender, threads)
+                facts, outcomes[contender.name].failed = process.next()
+                outcomes[contender.name].facts = facts or outcomes[contender.name].facts
+            refused = check({n: o.facts for n, o in outcomes.items() if o.facts and not o.failed})
+            for name, reason in refused.items():
+                outcomes[name].failed = reason
+            for name, outcome in outcomes.items():
+                if outcome.failed and name in processes:
+                    processes.pop(name).end()
+            for i in range(rounds):
+                tell(f"round {i + 1} of {rounds}")
+                for name, process in list(processes.items()):
+                    turn, outcomes[name].failed = process.next()
+                    if turn is None:
+                        processes.pop(name).end()
+                    else:
+                        outcomes[name].turns.append(turn)
+    finally:
+        for process in processes.values():
+            process.pipe.close()  # all of them first, so that they end side by side
+        for process in processes.values():
+            process.end()
+
+
+class _Process:
+    """One contender's process, and the pipe it answers on."""
+
+    def __init__(self, contender: Contender, threads: int):
+        context = multiprocessing.get_context("spawn")
+        self.pipe, theirs = context.Pipe()
+        with _environment(OMP_NUM_THREADS=str(threads), MKL_NUM_THREADS=str(threads), TOKENIZERS_PARALLELISM="false"):
+            self.process = context.Process(
+                target=_work, args=(theirs, contender.make, contender.arguments, threads, contender.keep_pages),
+                daemon=False,  # a daemon may have no children, and torch.compile wants some
+            )
+            self.process.start()
+        theirs.close()
+
+    def next(self) -> tuple[dict | None, str]:
+        """What the generator yields next, or None and why there is nothing."""
+        try:
+            self.pipe.send("next")
+            if not self.pipe.poll(PATIENCE):
+                return None, f"no answer within {PATIENCE} s"
+            answer = self.pipe.recv()
+        except (EOFError, OSError):
+            self.process.join(10)
+            return None, f"the process ended with exit code {self.process.exitcode}"
+        return (None, answer) if isinstance(answer, str) else (answer, "")
+
+    def end(self) -> None:
+        self.pipe.close()  # which ends a process that waits; one that computes is killed
+        self.process.join(5)
+        self.process.kill()
+        self.process.join()
+
+
+def _work(pipe, make, arguments, threads, keep_pages) -> None:
+    """The process's whole life: one answer a request, until the pipe closes."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
+    quiet = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(quiet, 1)
+    os.dup2(quiet, 2)
+    torch.set_num_threads(threads)
+    if keep_pages:
+        machine.keep_pages()
+    turns = None
+    while True:
+        try:
+            pipe.recv()
+        except EOFError:
+            return
+        try:
+            turns = turns or make(**arguments)
+            answer = next(turns)
+        except Exception as error:
+            where = traceback.extract_tb(error.__traceback__)[-1]
+            message = (str(error).strip().splitlines() or [""])[0]
+            answer = f"{type(error).__name__}: {message} ({Path(where.filename).name}:{where.lineno})"
+        pipe.send(answer)
+
+
+@contextmanager
+def _environment(**values: str):
+    before = {name: os.environ.get(name) for name in values}
+    os.environ.update(values)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            os.environ.pop(name) if value is None else os.environ.update({name: value})
+
+
+def yardstick() -> Iterator[dict]:
+    """A contender that measures the machine: FLOP/s of GEMMs (best of 1024^3 and 2048^3) and bytes/s of a copy."""
+    device = machine.choose_device()
+    source = torch.ones(MEASURED_COPY // 4, device=device)
+    target = torch.empty_like(source)
+    target.copy_(source)
+    yield {}
+    while True:
+        rates = {name: machine.gemm_rate(machine.DTYPES[name], device) for name in ("fp32", "bf16")}
+        best = min(timed(target.copy_, device, source)[0] for _ in range(4))
+        yield {**rates, "copy": 2 * MEASURED_COPY / best}
+
+
+def timed(call: Callable[..., Any], device: torch.device, *arguments) -> tuple[float, Any]:
+    """Seconds of one call, on CUDA until the device has finished, and what it returned."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    began = time.perf_counter()
+    result = call(*arguments)
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - began, result
+
+
+def peaks(outcome: Outcome) -> dict[str, float]:
+    """The yardstick's best of all rounds: {"fp32": FLOP/s, "bf16": FLOP/s, "copy": bytes/s}."""
+    names = outcome.turns[0] if outcome.turns else {}
+    return {name: max(outcome.values(name)) for name in names}
+
+
+def middle(values: list[float]) -> dict[str, float]:
+    """Median, and the spread: the distance between the quartiles as a share of the median."""
+    median = statistics.median(values)
+    if len(values) < 2:
+        return {"median": median, "spread": 0.0}
+    low, _, high = statistics.quantiles(values, n=4, method="inclusive")
+    return {"median": median, "spread": (high - low) / median}
+
+
+def provenance(threads: int) -> dict:
+    """Where a result comes from: command, commit, hardware, versions, settings of the process. Paths are shortened."""
+    command = [Path(a).name if Path(a).is_absolute() else a for a in sys.argv]
+    return {
+        "command": shlex.join([Path(command[0]).name, *command[1:]]),
+        "date": time.strftime("%Y-%m-%d %H:%M", time.gmtime()) + " UTC",
+        "commit": _commit(),
+        "hardware": hardware(),
+        "threads": threads,
+        "versions": {"bertfast": __version__, "python": platform.python_version(), **_versions()},
+        "environment": {n: v for n, v in os.environ.items() if n.startswith(("OMP_", "MALLOC_", "BERTFAST_"))},
+    }
+
+
+def hardware() -> dict:
+    """CPU, its cores and instruction set, memory, and the GPU if there is one."""
+    info = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
+    facts = dict(map(str.strip, line.split(":", 1)) for line in info.partition("\n\n")[0].splitlines() if ":" in line)
+    name = re.sub(r"\(\w+\)", "", facts.get("model name", platform.processor()))  # (R), (TM)
+    numbers = f" (family {facts['cpu family']}, model {facts['model']})" if "cpu family" in facts else ""
+    isa = torch.backends.cpu.get_cpu_capability()
+    return {
+        "cpu": name + numbers,
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "isa": isa + (" with bf16" if torch.cpu._is_avx512_bf16_supported() else ""),
+        "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30)
+        if hasattr(os, "sysconf") else None,
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+    }
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for name in ("torch", "transformers", "sentence-transformers", "numpy", "cut-cross-entropy", "liger-kernel"):
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def _commit() -> str | None:
+    """The source tree's commit, with "+ changes" where its code differs; None outside a git tree."""
+    git = ["git", "-C", str(Path(__file__).resolve().parent)]
+    try:
+        head = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True)
+        code = ("*.py", "*.cpp", "*.h", "*.cu", "*.toml")
+        status = subprocess.run([*git, "status", "--porcelain", "--", *(f":/{pattern}" for pattern in code)],
+                                capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return head.stdout.strip() + (" + changes" if status.stdout.strip() else "")

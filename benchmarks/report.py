@@ -1,0 +1,280 @@
+"""Results as tables and pictures, and one result against another.
+
+A suite's result is one JSON file in a folder. `tables` are what the terminal shows and what stands between the
+markers of README files; nobody types a figure. Colours are Okabe and Ito's (2008), told apart by the colour-blind;
+pictures say by position and label what they say by colour.
+"""
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+from bertfast.benchmarks import contest
+from rich.table import Table
+
+from bertfast.files import UserError, atomic_path, read_json, write_bytes
+
+OURS, PLAIN, THEIRS, OTHER = "#D55E00", "#009E73", "#0072B2", "#999999"
+NOISE = 0.05  # a slowdown below this is never called one, whatever the spread
+
+
+# ---- tables: {title, columns, rows of strings}
+
+
+def tables(result: dict) -> list[dict]:
+    """The tables of one result, ready to print. Raises UserError for a file that no suite wrote."""
+    suite = result.get("suite")
+    makers: dict[str, Callable] = {"pretrain": _pretrain, "memory": _memory, "ops": _ops, "inference": _inference,
+                                   "quality": _quality, "roofline": _roofline, "profile": _profile}
+    if suite not in makers:
+        raise UserError(f"this is not a result of bertfast bench: suite {suite!r}")
+    return makers[suite](result)
+
+
+def colour(contender: str) -> str:
+    families = (("bertfast", OURS), ("plain", PLAIN), ("HF", THEIRS), ("transformers", THEIRS), ("sentence", THEIRS),
+                ("eager", THEIRS), ("compiled", PLAIN))
+    return next((shade for name, shade in families if contender.startswith(name)), OTHER)
+
+
+def measured(result: dict, value: str = "median") -> list[dict]:
+    return [row for row in result["rows"] if not row["failed"] and value in row]
+
+
+def _failures(result: dict, columns: int) -> list[list[str]]:
+    return [[row["contender"], row["failed"], *[""] * (columns - 2)] for row in result["rows"] if row["failed"]]
+
+
+def _pretrain(result: dict) -> list[dict]:
+    settings, rows = result["settings"], measured(result)
+    columns = ["contender", "tokens/s", "× the best HF", "useful GFLOP/s", "of the GEMM rate", "spread"]
+    best = max((r["tokens_per_second"] for r in rows if r["contender"].startswith("HF")), default=None)
+    lines = [[
+        r["contender"], f"{r['tokens_per_second']:,.0f}", f"{r['tokens_per_second'] / best:.2f}" if best else "–",
+        f"{r['flops_per_second'] / 1e9:,.0f}", f"{r['share']:.0%}" if "share" in r else "–", f"{r['spread']:.0%}",
+    ] for r in sorted(rows, key=lambda r: r["median"])]
+    peaks = result["machine"]
+    rates = "; GEMM " + ", ".join(f"{n} {peaks[n] / 1e9:,.0f}" for n in ("fp32", "bf16")) + " GFLOP/s" if peaks else ""
+    title = (f"preset {settings['preset']}: {settings['tokens']} real tokens a step in {settings['sequences']} "
+             f"sequences of up to {settings['length']} ({settings['fill']:.0%} full), vocabulary "
+             f"{settings['vocab_size']:,}, {result['threads']} threads{rates}")
+    return [{"title": title, "columns": columns, "rows": lines + _failures(result, len(columns))}]
+
+
+def _memory(result: dict) -> list[dict]:
+    settings, rows = result["settings"], measured(result, "peak_bytes")
+    columns = ["contender", "peak, MiB", "without parameters, gradients, optimiser, MiB", "of HF sdpa bf16's"]
+    peer = next((r["activation_bytes"] for r in rows if r["contender"] == "HF sdpa bf16 autocast"), None)
+    lines = [[r["contender"], f"{r['peak_bytes'] / 2**20:,.0f}", f"{r['activation_bytes'] / 2**20:,.0f}",
+              f"{r['activation_bytes'] / peer:.2f}" if peer else "–"]
+             for r in sorted(rows, key=lambda r: r["peak_bytes"])]
+    title = (f"peak memory of a step, preset {settings['preset']}: {settings['tokens']} tokens, sequences of up to "
+             f"{settings['length']}, vocabulary {settings['vocab_size']:,}, {result['threads']} threads")
+    return [{"title": title, "columns": columns, "rows": lines + _failures(result, len(columns))}]
+
+
+def _ops(result: dict) -> list[dict]:
+    """A table a dtype: a line an op, shape and direction; each contender's time, and ours against the best other."""
+    made = []
+    for dtype in ("fp32", "bf16"):
+        rows = [r for r in result["rows"] if r["dtype"] == dtype]
+        names = list(dict.fromkeys(r["contender"] for r in rows))
+        lines = []
+        for key in dict.fromkeys(r["key"] for r in rows):
+            here = {r["contender"]: r for r in rows if r["key"] == key}
+            times = {n: r["median"] for n, r in here.items() if not r["failed"]}
+            others = [t for n, t in times.items() if n != "bertfast"]
+            ours = here.get("bertfast", {"failed": "missing"})
+            good = not ours["failed"]
+            unit = "GFLOP/s" if good and ours["flops"] else "GB/s"
+            lines.append([
+                " ".join(key.split(" ")[:2]), key.rpartition(" ")[2],
+                *[f"{1e6 * times[n]:,.0f}" if n in times else here[n]["failed"] if n in here else "" for n in names],
+                f"{min(others) / times['bertfast']:.2f}" if good and others else "–",
+                f"{ours['rate'] / 1e9:,.0f} {unit}" if good else "–", f"{ours['share']:.0%}" if good else "–",
+            ])
+        columns = ["op and shape", "direction", *[f"{n}, µs" for n in names], "× the best other", "rate", "of the peak"]
+        if lines:
+            made.append({"title": f"ops in {dtype}, {result['threads']} threads", "columns": columns, "rows": lines})
+    return made
+
+
+def _inference(result: dict) -> list[dict]:
+    made = []
+    columns = ["contender", "sentences/s", "× sentence-transformers", "largest difference", "least cosine", "spread"]
+    for key in dict.fromkeys(r["key"] for r in result["rows"]):
+        rows = sorted((r for r in measured(result) if r["key"] == key), key=lambda r: r["median"])
+        peer = next((r["median"] for r in rows if r["contender"] == "sentence-transformers"), None)
+        lines = [[r["contender"], f"{1 / r['median']:,.0f}", f"{peer / r['median']:.2f}" if peer else "–",
+                  f"{r['difference']:.1e}", f"{r['cosine']:.5f}", f"{r['spread']:.0%}"] for r in rows]
+        failed = _failures({"rows": [r for r in result["rows"] if r["key"] == key]}, len(columns))
+        made.append({"title": f"sentence embeddings, {key}, {result['threads']} threads", "columns": columns,
+                     "rows": lines + failed})
+    return made
+
+
+def _quality(result: dict) -> list[dict]:
+    settings = result["settings"]
+    targets = settings["targets"]
+    columns = ["contender", *[f"{t} nats below" for t in targets], "last validation loss", "seconds"]
+    rows = [r for r in result["rows"] if not r["failed"]]
+    lines = [[r["contender"], *[f"{t:,.0f} s" if t else "not reached" for t in r["reached"]],
+              f"{r['curve'][-1][2]:.3f}", f"{r['curve'][-1][1]:,.0f}"] for r in rows]
+    title = (f"time to a validation loss so far below the unigram entropy ({settings['unigram_entropy']:.3f} nats): "
+             f"preset {settings['preset']}, {settings['steps']:,} steps of {settings['tokens']:,} tokens, "
+             f"{result['threads']} threads")
+    return [{"title": title, "columns": columns, "rows": lines + _failures(result, len(columns))}]
+
+
+def _roofline(result: dict) -> list[dict]:
+    columns = ["machine", "lower bound, ms", "tokens/s at most", "largest pieces", ""]
+    made = []
+    for key in dict.fromkeys(r["key"] for r in result["rows"]):
+        lines = []
+        for row in (r for r in result["rows"] if r["key"] == key):
+            pieces = sorted(row["pieces"].items(), key=lambda item: -item[1]["seconds"])[:3]
+            lines.append([row["contender"], f"{1e3 * row['seconds']:,.2f}", f"{row['tokens_per_second']:,.0f}",
+                          ", ".join(f"{n} {p['seconds'] / row['seconds']:.0%}" for n, p in pieces), row["label"]])
+        made.append({"title": f"lower bound of a step by formula, {key}", "columns": columns, "rows": lines})
+    return made
+
+
+def _profile(result: dict) -> list[dict]:
+    settings, rows = result["settings"], result["rows"]
+    total = sum(r["seconds"] for r in rows)
+    bound = sum(r["bound"] or 0.0 for r in rows)
+    lines = []
+    for row in rows:
+        reached = "–" if not row["bound"] else f"{row['bound'] / row['seconds']:.0%}"
+        if row["bound"] and row["bound"] > row["seconds"]:
+            reached = "all, in cache"
+        lines.append([row["contender"], f"{1e3 * row['seconds']:,.1f}", f"{row['seconds'] / total:.0%}",
+                      f"{1e3 * row['bound']:,.1f}" if row["bound"] else "–", reached])
+    lines.append(["step", f"{1e3 * total:,.1f}", "100%", f"{1e3 * bound:,.1f}", f"{bound / total:.0%}"])
+    title = (f"where the time of our step goes: preset {settings['preset']} in {settings['precision']}, "
+             f"{settings['tokens']} tokens, sequences of {settings['length']}, vocabulary {settings['vocab_size']:,}, "
+             f"{result['threads']} threads")
+    columns = ["kind of op", "measured, ms", "of the step", "lower bound, ms", "reached"]
+    return [{"title": title, "columns": columns, "rows": lines}]
+
+
+def show(result: dict) -> None:
+    """Print a result's tables on the terminal."""
+    for made in tables(result):
+        table = Table(title=made["title"], title_justify="left")
+        for i, column in enumerate(made["columns"]):
+            table.add_column(column, justify="left" if i == 0 else "right", overflow="fold")
+        for row in made["rows"]:
+            table.add_row(*row)
+        contest.console.print(table)
+
+
+# ---- README files: generated between markers
+
+
+def results(folder: Path) -> dict[str, dict]:
+    """All results of a folder by file name without suffix. Raises UserError where there is none, or a damaged one."""
+    found = {path.stem: read_json(path) for path in sorted(folder.glob("*.json"))}
+    found = {name: result for name, result in found.items() if isinstance(result, dict) and "suite" in result}
+    if not found:
+        raise UserError(f"there is no result in {folder}: run bertfast bench first")
+    return found
+
+
+def markdown(result: dict, short: bool = False) -> str:
+    """A result's tables in Markdown, each with its title, and where they come from below."""
+    parts = []
+    for made in tables(result):
+        lines = [["" if cell is None else cell.replace("|", "/") for cell in row] for row in made["rows"]]
+        parts.append("\n".join([
+            f"{made['title'][0].upper()}{made['title'][1:]}:", "", "| " + " | ".join(made["columns"]) + " |",
+            "|" + "---|" * len(made["columns"]), *["| " + " | ".join(row) + " |" for row in lines],
+        ]))
+    versions, machine = result["versions"], result["hardware"]
+    parts.append(f"`{result['command']}`: {machine['cores']} cores of {machine['cpu']}, {machine['isa']}"
+                 f"{', ' + machine['gpu'] if machine['gpu'] else ''}; torch {versions['torch']}, transformers "
+                 f"{versions.get('transformers', 'not installed')}; commit {result['commit']}, {result['date'][:10]}.")
+    return "\n\n".join(parts)
+
+
+def rewrite(text: str, found: dict[str, dict]) -> str:
+    """`text` with every `<!-- bench NAME -->` … `<!-- end -->` filled from the result NAME.
+
+    Raises UserError where a marker names a result that is not there.
+    """
+    def fill(match: re.Match) -> str:
+        name = match[1]
+        if name not in found:
+            raise UserError(f"the marker <!-- bench {name} --> has no result {name}.json")
+        return f"<!-- bench {name} -->\n{markdown(found[name])}\n<!-- end -->"
+
+    return re.sub(r"<!-- bench ([\w.-]+) -->\n.*?<!-- end -->", fill, text, flags=re.DOTALL)
+
+
+def update(readmes: list[Path], found: dict[str, dict]) -> list[Path]:
+    """Fill the markers of these files; returns those that changed."""
+    changed = []
+    for path in readmes:
+        before = path.read_text(encoding="utf-8")
+        after = rewrite(before, found)
+        if after != before:
+            write_bytes(path, after.encode())
+            changed.append(path)
+    return changed
+
+
+# ---- one result against another
+
+
+def compare(before: dict, after: dict) -> list[dict]:
+    """What got slower beyond the spread, or failed: [{"key", "contender", "why"}], only of contenders of ours.
+
+    Times are taken as shares of what the machine reached in the same run, where a row has one, so that another clock
+    is not called a regression; of memory, peaks are compared. Raises UserError for results of different suites.
+    """
+    if before["suite"] != after["suite"]:
+        raise UserError(f"a result of {before['suite']} cannot be compared with one of {after['suite']}")
+    old = {(r["key"], r["contender"]): r for r in before["rows"] if r["contender"].startswith("bertfast")}
+    new = {(r["key"], r["contender"]): r for r in after["rows"]}
+    found = []
+    value = "peak_bytes" if before["suite"] == "memory" else "median"
+    for (key, contender), was in old.items():
+        if was["failed"] or value not in was:
+            continue
+        now = new.get((key, contender))
+        why = None
+        if now is None or now["failed"]:
+            why = f"failed: {now['failed']}" if now else "is missing"
+        else:
+            shares = value == "median" and "share" in was and "share" in now
+            worse = was["share"] / now["share"] if shares else now[value] / was[value]
+            allowed = 1 + max(NOISE, was.get("spread", 0.0) + now.get("spread", 0.0))
+            if worse > allowed:
+                why = f"{worse:.2f} times as {'large' if value == 'peak_bytes' else 'slow'} (allowed {allowed:.2f})"
+        if why:
+            found.append({"key": key, "contender": contender, "why": why})
+    return found
+
+
+def load(path: Path) -> dict:
+    """A result file. Raises UserError where it is none."""
+    result = read_json(path)
+    if not isinstance(result, dict) or "rows" not in result or "suite" not in result:
+        raise UserError(f"{path} is not a result of bertfast bench")
+    return result
+
+
+def save_plot(figure, path: Path) -> None:
+    with atomic_path(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=120)
+
+
+def write(result: dict, path: Path) -> None:
+    """A result as JSON, one line a row, so that a difference between two commits can be read."""
+    rows = ",\n  ".join(json.dumps(row, ensure_ascii=False) for row in result["rows"])
+    head = json.dumps({k: v for k, v in result.items() if k != "rows"}, indent=1, ensure_ascii=False)
+    text = f'{head[:-2]},\n "rows": [\n  {rows}\n ]\n}}\n'
+    json.loads(text)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_bytes(path, text.encode())

@@ -1,0 +1,279 @@
+"""The harness: it measures what it says, refuses what computes something else, and catches what got slower."""
+
+import itertools
+import json
+import os
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from bertfast.benchmarks import contest, ops, plots, pretrain, quality, report, roofline
+from bertfast.benchmarks.cases import CASES
+from bertfast.benchmarks.contest import Contender
+from safetensors.torch import load_file, save_file
+
+import bertfast
+from bertfast import cli
+from bertfast.files import UserError
+from bertfast.pretrain import useful_flops
+
+ROOT = Path(__file__).parent.parent
+TINY = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64,
+        "vocab_size": 1500, "max_position_embeddings": 64}
+BATCHES = {"data": None, "tokens": 256, "length": 32, "fill": 0.75, "vocab_size": 1500}
+CONTENDERS = {
+    pretrain.REFERENCE: (pretrain.hugging_face, pretrain.SETUPS[pretrain.REFERENCE]),
+    "HF sdpa bf16 autocast": (pretrain.hugging_face, pretrain.SETUPS["HF sdpa bf16 autocast"]),
+    "bertfast fp32": (pretrain.bertfast, {"precision": "fp32"}),
+    "bertfast bf16": (pretrain.bertfast, {"precision": "bf16"}),
+    "plain fp32": (pretrain.plain_torch, {"precision": "fp32", "compiled": False}),
+    "plain bf16": (pretrain.plain_torch, {"precision": "bf16", "compiled": False}),
+}
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("checkpoint")
+    torch.manual_seed(0)
+    config = bertfast.BertConfig(**TINY, initializer_range=0.1)
+    bertfast.BertForPreTraining(config).save_pretrained(folder)
+    return folder
+
+
+def made(rows, suite="ops", **more):
+    """A result as a suite writes it."""
+    return {"suite": suite, **contest.provenance(1), "machine": {}, "settings": {}, "rows": rows, **more}
+
+
+def step_row(name, tokens_per_second, share=0.5, spread=0.02):
+    seconds = 1 / tokens_per_second
+    return {"key": "mini S=128 fill=100 %", "contender": name, "dtype": "fp32", "failed": "", "samples": [seconds],
+            "median": seconds, "spread": spread, "loss": 10.0, "tokens_per_second": tokens_per_second,
+            "flops_per_second": 1e7 * tokens_per_second, "share": share}
+
+
+STEP_SETTINGS = {"preset": "mini", "tokens": 2048, "sequences": 16, "length": 128, "fill": 1.0, "vocab_size": 30522,
+                 "dropout": 0.1, "text": "zipf", "rounds": 3, "steps_a_turn": 2}
+
+
+# ---- a training step
+
+
+@pytest.mark.parametrize("fill", [0.5, 0.75, 1.0])
+def test_batches_are_as_full_as_asked_and_padding_them_loses_nothing(fill):
+    (batch,) = pretrain.make_batches(None, 256, 32, fill, n=1, vocab_size=1500)
+    inputs = pretrain.padded(batch, 32)
+    attended = inputs["attention_mask"].bool()
+    assert attended.float().mean() == pytest.approx(fill, abs=0.04) and attended[:, 0].all()
+    assert torch.equal(inputs["input_ids"][attended], batch.input_ids)
+    assert int((inputs["labels"] != -100).sum()) == batch.n_masked == int((batch.labels != -100).sum())
+    lengths = batch.cu_seqlens.diff()[: batch.n_sequences]
+    assert int(lengths.max()) == 32 and int(lengths.sum()) == batch.n_tokens
+    with pytest.raises(UserError, match="fill"):
+        pretrain.make_batches(None, 256, 32, 0.3)
+
+
+def test_every_contender_computes_the_same_step_and_a_wrong_one_is_refused(checkpoint, tmp_path):
+    def facts(make, arguments, folder=checkpoint):
+        turns = make(checkpoint=str(folder), batches=BATCHES, turn_steps=1, **arguments)
+        first, turn = next(turns), next(turns)
+        assert turn["seconds"] > 0 and turn["loss"] < 0.9 * first["losses"][0] + 2
+        return first
+
+    found = {name: facts(*entry) for name, entry in CONTENDERS.items()}
+    assert pretrain.agreement({**found, "machine": {}}) == {}
+    reference = found[pretrain.REFERENCE]
+    assert found["plain fp32"]["losses"] == pytest.approx(reference["losses"], rel=1e-5)
+    assert found["bertfast fp32"]["norms"] == pytest.approx(reference["norms"], rel=1e-3)
+
+    state = load_file(checkpoint / "model.safetensors")  # one attention projection forgotten
+    state["bert.encoder.layer.0.attention.output.dense.weight"].zero_()
+    save_file(state, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text((checkpoint / "config.json").read_text())
+    wrong = facts(*CONTENDERS["bertfast fp32"], tmp_path)
+    refused = pretrain.agreement({**found, "bertfast fp32": wrong})
+    assert list(refused) == ["bertfast fp32"] and "refused" in refused["bertfast fp32"]
+
+
+@pytest.mark.full
+def test_the_command_measures_in_processes_and_reports(tmp_path, capsys, monkeypatch):
+    arguments = "bench pretrain --preset tiny --tokens 256 --length 32 --rounds 1 --threads 1 --quick --out"
+    monkeypatch.setattr("sys.argv", ["bertfast", *arguments.split(), str(tmp_path / "step.json")])
+    with pytest.raises(SystemExit, match="0"):
+        cli.main()
+    result = report.load(tmp_path / "step.json")
+    assert [r["contender"] for r in result["rows"] if r["failed"]] == []
+    assert all(r["tokens_per_second"] > 0 and 0 < r["share"] < 1 for r in result["rows"])
+    assert result["command"].startswith("bertfast bench pretrain --preset tiny") and str(tmp_path) not in str(result)
+    assert "tokens/s" in capsys.readouterr().out
+
+
+def test_useful_flops_of_the_roofline_are_those_of_the_training_loop():
+    config = bertfast.BertConfig.preset("mini")
+    (batch,) = pretrain.make_batches(None, 2048, 128, 1.0, n=1)
+    costs = roofline.step_costs(config, batch.n_tokens, 128, 4)
+    flops = sum(cost.flops for cost in costs.values())
+    attention = costs["attention"].flops  # five products backward here, four there
+    assert flops - attention / 7 == pytest.approx(useful_flops(config, batch), rel=5e-3)
+    model = bertfast.BertForPreTraining(config)
+    assert roofline._parameters(config) == sum(p.numel() for p in model.parameters())
+
+
+# ---- contests
+
+
+def test_contenders_take_turns_and_those_that_fail_are_reported():
+    contenders = [
+        Contender("good", itertools.repeat, {"object": {"seconds": 1.0}}),
+        Contender("dies", os._exit, {"status": 3}),
+        Contender("stops", itertools.repeat, {"object": {"seconds": 1.0}, "times": 2}),
+        Contender("wrong", itertools.repeat, {"object": {"seconds": 2.0}}),
+    ]
+    check = lambda facts: {"wrong": "refused: 2"} if facts["wrong"]["seconds"] == 2.0 else {}
+    outcomes, stopped = contest.contest(contenders, rounds=2, threads=1, check=check)
+    assert not stopped
+    assert {n: len(o.turns) for n, o in outcomes.items()} == {"good": 2, "dies": 0, "stops": 1, "wrong": 0}
+    assert outcomes["good"].failed == "" and outcomes["wrong"].failed == "refused: 2"
+    assert "exit code 3" in outcomes["dies"].failed and "StopIteration" in outcomes["stops"].failed
+
+
+def test_middle_and_reached():
+    assert contest.middle([1.0, 2.0, 3.0, 4.0, 100.0]) == {"median": 3.0, "spread": pytest.approx(2 / 3)}
+    assert quality.reached([[0, 0.0, 7.0], [10, 5.0, 6.0], [20, 10.0, 5.0]], 5.5) == 7.5
+    assert quality.reached([[0, 0.0, 7.0], [10, 5.0, 6.0]], 5.5) is None
+
+
+# ---- ops: a slow one is caught, a wrong one refused
+
+
+@pytest.fixture(scope="module")
+def op_rows():
+    """bias_gelu as it is, slowed down, and wrong, each against eager."""
+    def slow(t, p):
+        time.sleep(0.005)
+        return CASES["bias_gelu"].fused(t, p)
+
+    fused, eager = CASES["bias_gelu"].fused, ops.BEST["bias_gelu"]
+    sides = {"as it is": fused, "slow": slow, "wrong": lambda t, p: fused(t, p) * 1.01}
+    return {name: ops.measure("bias_gelu", (256, 64), "fp32", {"bertfast": call, "eager": eager}, 3)
+            for name, call in sides.items()}
+
+
+def test_a_slowed_op_is_caught_and_a_wrong_one_refused(op_rows, tmp_path, capsys, monkeypatch):
+    results = {name: made(rows) for name, rows in op_rows.items()}
+    assert not any(r["failed"] for r in op_rows["as it is"]) and all(r["rate"] > 0 for r in op_rows["as it is"])
+    assert report.compare(results["as it is"], results["as it is"]) == []
+    worse = {row["key"]: row["why"] for row in report.compare(results["as it is"], results["slow"])}
+    assert "times as slow" in worse["bias_gelu 256x64 fp32 forward"]
+    refused = report.compare(results["as it is"], results["wrong"])
+    assert len(refused) == 2 and all("refused" in row["why"] for row in refused)
+    assert [r["failed"] for r in op_rows["wrong"] if r["contender"] == "eager"] == ["", ""]
+
+    for name in ("as it is", "slow"):
+        report.write(results[name], tmp_path / f"{name}.json")
+    for pair, code in ((["as it is", "slow"], 1), (["slow", "slow"], 0)):
+        paths = [str(tmp_path / f"{name}.json") for name in pair]
+        monkeypatch.setattr("sys.argv", ["bertfast", "bench", "compare", *paths])
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        assert ended.value.code == code
+    assert "bias_gelu 256x64 fp32 forward: bertfast" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("op", ops.BEST)
+def test_plain_pytorch_computes_what_the_table_defines(op):
+    shape = {"embedding_sum": (24, 32, 100), "attention_full": ((16, 16), 0, 2, 16),
+             "masked_vocab_projection": (12, 32, 100)}.get(op, (24, 32))
+    rows = ops.measure(op, shape, "fp32", {"eager": ops.BEST[op], "bertfast": CASES[op].fused}, 1)
+    assert [r["failed"] for r in rows] == [""] * len(rows)
+    assert all(r["share"] > 0 and r["median"] > 0 for r in rows)
+
+
+def test_the_optimiser_is_compared_and_checked():
+    for dtype in ("fp32", "bf16"):
+        rows = ops.optimizer_rows("tiny", dtype, 1)
+        assert [(r["contender"], r["failed"]) for r in rows] == [("bertfast", ""), ("eager", "")]
+
+
+# ---- reports
+
+
+def test_readmes_say_what_the_results_say():
+    found = report.results(ROOT / "benchmarks/results")
+    for name in ("README.md", "benchmarks/README.md"):
+        text = (ROOT / name).read_text()
+        assert "<!-- bench " in text, name
+        assert report.rewrite(text, found) == text, f"run: bertfast bench report benchmarks/results --readme {name}"
+
+
+def test_a_readme_is_filled_from_results_and_only_there(tmp_path):
+    rows = [step_row("bertfast fp32", 9000), step_row("HF sdpa fp32", 3000),
+            {"key": "", "contender": "HF compiled fp32", "dtype": "fp32", "failed": "RuntimeError: no compiler"}]
+    result = made(rows, "pretrain", settings=STEP_SETTINGS)
+    report.write(result, tmp_path / "step.json")
+    found = report.results(tmp_path)
+    assert found["step"]["rows"] == result["rows"]
+    readme = tmp_path / "README.md"
+    readme.write_text("before\n<!-- bench step -->\nold\n<!-- end -->\nafter\n")
+    assert report.update([readme], found) == [readme] and report.update([readme], found) == []
+    text = readme.read_text()
+    assert text.startswith("before\n<!-- bench step -->\n") and text.endswith("<!-- end -->\nafter\n")
+    assert "| bertfast fp32 | 9,000 | 3.00 | 90 | 50% | 2% |" in text and "no compiler" in text and "old" not in text
+    with pytest.raises(UserError, match="no result nothing.json"):
+        report.rewrite("<!-- bench nothing -->\n<!-- end -->", found)
+    with pytest.raises(UserError, match="no result in"):
+        report.results(tmp_path / "none")
+
+
+def test_every_suite_has_tables_and_pictures(op_rows, tmp_path):
+    peaks = {"fp32": 1e12, "bf16": 2e12, "copy": 1e10}
+    machine = roofline.Machine("this machine, fp32", peaks["fp32"], peaks["copy"], predicted=False)
+    curve = [[0, 0.0, 7.0], [10, 5.0, 6.0], [20, 10.0, 5.0]]
+    curves = [{"key": "q", "contender": n, "failed": "", "curve": [[s, t * k, y] for s, t, y in curve],
+               "median": 5.0 * k, "samples": [5.0 * k], "spread": 0.0, "reached": [1.0, 2.0, None]}
+              for n, k in (("bertfast fp32", 1), ("HF sdpa fp32", 3))]
+    about = {"preset": "mini", "steps": 20, "tokens": 2048, "unigram_entropy": 6.0, "targets": [0.3, 0.5, 0.7]}
+    embeddings = [{"key": "batch 1", "contender": n, "failed": "", "median": 0.01, "samples": [0.01], "spread": 0.1,
+                   "difference": 1e-6, "cosine": 1.0} for n in ("sentence-transformers", "bertfast.patch fp32")]
+    peak = [{**step_row(n, 1000), "peak_bytes": 2**30, "activation_bytes": 2**28}
+            for n in ("bertfast fp32", "plain fp32")]
+    kinds = [{"key": "mini", "contender": kind, "failed": "", "seconds": 0.1, "bound": bound}
+             for kind, bound in (("linear layers", 0.08), ("rest", None))]
+    found = {
+        "ops": made(op_rows["as it is"]),
+        "pretrain": made([step_row("bertfast fp32", 9000), step_row("HF sdpa fp32", 3000)], "pretrain",
+                         settings=STEP_SETTINGS, machine=peaks),
+        "memory": made(peak, "memory", settings=STEP_SETTINGS),
+        "roofline": made([], "roofline") | roofline.bounds("mini", 2048, 128, 30522, [machine]),
+        "inference": made(embeddings, "inference"),
+        "quality": made(curves, "quality", settings=about),
+        "profile": made(kinds, "profile", settings={**STEP_SETTINGS, "precision": "fp32"}),
+    }
+    for name, result in found.items():
+        assert all(len(row) == len(t["columns"]) for t in report.tables(result) for row in t["rows"]), name
+        assert json.loads(json.dumps(result)) == result
+    drawn = plots.draw(found, tmp_path)
+    assert [p.stem for p in drawn] == ["ops", "pretrain", "inference", "quality"]
+    assert all(p.read_bytes().startswith(b"\x89PNG") for p in drawn)
+    larger = made([{**peak[0], "peak_bytes": 2**31}, peak[1]], "memory")
+    assert [row["why"] for row in report.compare(found["memory"], larger)] == ["2.00 times as large (allowed 1.05)"]
+    gpu = [r for r in found["roofline"]["rows"] if "H100" in r["contender"]]
+    assert gpu[0]["label"] == "predicted, not measured" and gpu[0]["seconds"] > 0
+
+
+@pytest.mark.parametrize(("arguments", "message"), [
+    (["bench", "ops", "--op", "softmax"], "op 'softmax' is unknown"),
+    (["bench", "compare", "a.json", "b.json"], "cannot read a.json"),
+    (["bench", "pretrain", "--preset", "huge"], "preset 'huge' is unknown"),
+    (["bench", "inference", "--model", "nowhere", "--text", "x"], "nowhere is not a checkpoint's folder"),
+    (["bench", "quality", "--data", "nowhere"], "there is no prepared set nowhere"),
+])
+def test_mistakes_are_one_line(arguments, message, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.argv", ["bertfast", *arguments])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert ended.value.code == 2
+    error = capsys.readouterr().err
+    assert error.startswith("bertfast: ") and message in error and error.count("\n") == 1
