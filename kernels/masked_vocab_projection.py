@@ -281,6 +281,7 @@ def gradients_without_logits(hidden, weight, bias, labels, scale, lse, dweight, 
     n_rows, (n_columns, width), options = hidden.shape[0], weight.shape, tile_options(hidden.element_size())
     columns = options["COLUMNS"]
     n_block = max(1, BLOCK_BYTES // (n_rows * hidden.element_size() * columns)) * columns
+    n_block = min(n_block, triton.cdiv(n_columns, columns) * columns)
     dlogits = torch.empty((n_rows, n_block), dtype=hidden.dtype, device=hidden.device)
     dhidden = torch.zeros((n_rows, width), dtype=torch.float32, device=hidden.device)
     dbias = torch.empty_like(bias)
