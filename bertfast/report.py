@@ -201,7 +201,8 @@ def plot_loss(folder: Path, entropy: float) -> None:
         if lengths[i] != lengths[i - 1]:
             for row in axes:
                 row[0].axvline(x[i - 1], color="grey", linewidth=0.8)
-            top.annotate(f" sequences of {lengths[i]}", (x[i - 1], top.get_ylim()[1]), va="top", ha="right", fontsize=8)
+            top.annotate(f"sequences of {lengths[i]}", (x[i - 1], top.get_ylim()[1]), (-4, -4),
+                         textcoords="offset points", va="top", ha="right", fontsize=8)
     top.legend(loc="best", fontsize=9)
     if nsp:
         bottom = axes[1][0]
@@ -216,7 +217,7 @@ def plot_loss(folder: Path, entropy: float) -> None:
     plt.close(figure)
 
 
-def _smooth(values: list[float], weight: float = 0.9) -> list[float]:
+def _smooth(values: list[float], weight: float = 0.8) -> list[float]:
     """Exponential moving average, corrected for its start."""
     smooth, total = [], 0.0
     for i, value in enumerate(values, 1):
