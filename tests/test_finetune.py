@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 
 import numpy as np
 import pytest
@@ -292,8 +293,9 @@ def test_interruption_keeps_the_best(start, tmp_path):
     arguments = ["finetune", "--out", str(tmp_path / "run"), "--steps", "100000", "--eval-every", "5"]
     for name in ("task", "model", "train", "dev", "lr", "precision"):
         arguments += [f"--{name}", str(getattr(chosen, name))]
+    default = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # a background job of a shell would ignore it
     process = subprocess.Popen([sys.executable, "-c", "from bertfast.cli import main; main()", *arguments],
-                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=default)
     deadline = time.monotonic() + 120
     while not (tmp_path / "run" / "predictions.jsonl").exists() and time.monotonic() < deadline:
         time.sleep(0.1)
