@@ -298,7 +298,7 @@ def report_cuda(arch: int) -> list[dict]:
         dtype = "bf16" if "__nv_bfloat16" in mangled else "fp16" if "__half" in mangled else "fp32"
         numbers = [int(n) for n in re.findall(r"Li(\d+)E", mangled)]
         row |= {"kernel": name, "case": f"{dtype} CUDA C++ <{', '.join(map(str, numbers))}>", "arch": arch}
-        broken = [f"{row['spill']} B spilled"] if row["spill"] or row["local"] else []
+        broken = [f"{row['spill']} B spilled"] if dtype != "fp32" and (row["spill"] or row["local"]) else []
         if numbers[0] > 1 and not row["load128"]:  # the first number: elements of an access
             broken.append("no 128-bit load")
         row["broken"] = broken

@@ -72,7 +72,8 @@ struct Inputs {
     }
     STD_TORCH_CHECK(weight.dim() == 1 && weight.size(0) == n_columns && weight.scalar_type() == word.scalar_type(),
                     "weight must be (H,) in the tables' dtype");
-    STD_TORCH_CHECK(n_columns <= MAX_COLUMNS, "embedding_sum takes up to ", MAX_COLUMNS, " columns, got ", n_columns);
+    const int most = n_columns % 8 ? MAX_ODD_COLUMNS : MAX_COLUMNS;
+    STD_TORCH_CHECK(n_columns <= most, "embedding_sum takes up to ", most, " columns here, got ", n_columns);
   }
   Ids ids() const {
     return {data<const int64_t>(word_ids), data<const int64_t>(position_ids), data<const int64_t>(type_ids)};
