@@ -105,4 +105,5 @@ setup(
               "bertfast.benchmarks"],
     package_dir={"bertfast.kernels": "kernels", "bertfast.benchmarks": "benchmarks"},
     package_data={"bertfast": ["py.typed"]},
+    include_package_data=False,  # what MANIFEST.in adds is for the sdist alone
 )
