@@ -161,7 +161,7 @@ def profile(data: DataOption = None, preset: Preset = "mini", tokens: Tokens = 2
     from bertfast.benchmarks import step_profile
 
     _finish(step_profile.run(data=data, preset=preset, tokens=tokens, length=length, precision=precision,
-                        threads=_threads(threads)), out)
+                             threads=_threads(threads)), out)
 
 
 @bench.command()

@@ -24,6 +24,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -265,8 +266,7 @@ def main() -> None:
         default = "trec,ud_ewt" if args.what == "transfer" else ",".join(CASES)
         for name in (args.cases or default).split(","):
             results = stored["cases"].setdefault(name, {})
-            settings = lambda seed=1: vars(  # noqa: B023
-                settings_of(name, args.data, work, args.model, seed, args.steps))  # noqa: B023
+            settings = partial(_settings, name, args, work)
             if args.what == "speed":
                 results.update(_speed(settings(), args))
                 _print_speed(name, results)
@@ -277,6 +277,10 @@ def main() -> None:
                     results[key] = _train_once(contender, chosen, work, args.threads)
                     write_json(args.out, stored)
                 print(f"{name}: {key}: {results[key]}", flush=True)
+
+
+def _settings(name: str, args, work: Path, seed: int = 1) -> dict:
+    return vars(settings_of(name, args.data, work, args.model, seed, args.steps))
 
 
 def _trainings(what: str, name: str, settings, work: Path) -> Iterator[tuple[str, str, dict]]:

@@ -194,7 +194,8 @@ def markdown(result: dict, short: bool = False) -> str:
     versions, machine = result["versions"], result["hardware"]
     parts.append(f"`{result['command']}`: {machine['cores']} cores of {machine['cpu']}, {machine['isa']}"
                  f"{', ' + machine['gpu'] if machine['gpu'] else ''}; torch {versions['torch']}, transformers "
-                 f"{versions.get('transformers', 'not installed')}; commit {result['commit']}, {result['date'][:10]}.")
+                 f"{versions.get('transformers', 'not installed')}; commit {result['commit']}, {result['date'][:10]}."
+                 + (" Stopped early: complete rounds only." if result.get("stopped_early") else ""))
     return "\n\n".join(parts)
 
 

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from .config import BertConfig
-from .files import UserError, atomic_path, read_json
+from .files import UserError, atomic_path, create_folder, read_json
 
 FILES = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 TIED = {  # tensor of the file -> the parameter it repeats
@@ -56,11 +56,7 @@ class Checkpointed(torch.nn.Module):
 
         state: tensors to write in place of the parameters (a mixed-precision run's fp32 masters).
         """
-        folder = Path(folder)
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(f"cannot create {folder}: {error.strerror}") from error
+        folder = create_folder(folder)
         tensors = {name: t.detach().cpu().contiguous().clone() for name, t in (state or self.state_dict()).items()}
         with atomic_path(folder / "model.safetensors") as path:
             save_file(tensors, path, metadata={"format": "pt"})

@@ -124,6 +124,15 @@ def read_json(path: str | Path) -> Any:
         raise UserError(f"{path} is damaged: {error}") from error
 
 
+def create_folder(path: str | Path) -> Path:
+    """The folder, with its parents, made where it is not there yet. Raises UserError where it cannot be."""
+    try:
+        Path(path).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot create {path}: {error.strerror}") from error
+    return Path(path)
+
+
 def sha256(path: str | Path) -> str:
     """Hex digest of a file's content, read in pieces. Raises UserError where it cannot be read."""
     digest = hashlib.sha256()

@@ -21,7 +21,7 @@ from .batch import PackedBatch
 from .checkpoint import read_tensors
 from .config import BertConfig
 from .data.dataset import Dataset, Loader
-from .files import UserError, atomic_folder, read_json, write_json
+from .files import UserError, atomic_folder, create_folder, read_json, write_json
 from .initial import start_from_counts
 from .model import BertForMaskedLM, BertForPreTraining
 from .optim import Optimizer, linear_schedule
@@ -375,10 +375,7 @@ def start(folder: Path, settings: Settings, resume: bool) -> Run:
     run = Run(folder, settings, read_json(checkpoint / "trainer.json")["precision"] if checkpoint else None)
     if checkpoint:
         run.resume(checkpoint)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"cannot create {folder}: {error.strerror}") from error
+    create_folder(folder)
     write_json(folder / "config.json", {
         "settings": asdict(settings), "bertfast": __version__, "torch": torch.__version__,
         "precision": run.precision, "threads": torch.get_num_threads(), "data": run.train_data.manifest,

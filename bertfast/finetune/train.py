@@ -20,7 +20,7 @@ from bertfast import machine, report
 from bertfast.checkpoint import Checkpointed, find
 from bertfast.config import BertConfig
 from bertfast.data.tokenizer import Tokenizer
-from bertfast.files import UserError, atomic_folder, write_bytes, write_json
+from bertfast.files import UserError, atomic_folder, create_folder, write_bytes, write_json
 from bertfast.finetune import show
 from bertfast.finetune.answer import Answering
 from bertfast.finetune.batches import Item, by_budget, epoch_batches
@@ -344,10 +344,7 @@ def finetune(folder: Path, settings: Settings, allocator: str, overwrite: bool =
     show.decisions(work.task)
     show.examples(work.task, work.train_examples[:3], work.train_items)
     report.header(work.describe(allocator))
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"cannot create {folder}: {error.strerror}") from error
+    create_folder(folder)
     write_json(folder / "config.json", {
         "settings": asdict(settings), "bertfast": __version__, "torch": torch.__version__,
         "precision": work.precision, "threads": torch.get_num_threads(),
