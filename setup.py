@@ -35,10 +35,10 @@ CUDA_ARCHS = "80", "86", "89", "90", "100", "120"  # of which this nvcc makes wh
 
 class Build(BuildExtension):
     def build_extension(self, extension):
+        """One object folder an extension: the instruction sets share their sources."""
         if extension.name == "bertfast._C_cuda":
             os.makedirs(os.path.dirname(self.get_ext_fullpath(extension.name)), exist_ok=True)
             return subprocess.check_call(nvcc_command(extension.sources, self.get_ext_fullpath(extension.name)))
-        """One object folder an extension: the instruction sets share their sources."""
         base, self.build_temp = self.build_temp, os.path.join(self.build_temp, extension.name)
         os.makedirs(self.build_temp, exist_ok=True)
         super().build_extension(extension)

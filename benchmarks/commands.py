@@ -104,6 +104,31 @@ def inference(model: Annotated[Path, typer.Option(help="A BERT checkpoint's fold
 
 
 @bench.command()
+def finetune(task: Annotated[str, typer.Option(help="As `bertfast finetune` names them.")],
+             model: Annotated[str, typer.Option(help="A BERT checkpoint's folder.")],
+             train: Annotated[str, typer.Option(help="Your training file.")],
+             dev: Annotated[str | None, typer.Option(help="Your dev file; it is read, not evaluated.")] = None,
+             text: Annotated[str | None, typer.Option(help="The text's column.")] = None,
+             text_pair: Annotated[str | None, typer.Option(help="The second text's column.")] = None,
+             label: Annotated[str | None, typer.Option(help="The label's column.")] = None,
+             batch_size: Annotated[int, typer.Option(min=1, help="Examples a step.")] = 32,
+             window: Annotated[float, typer.Option(min=0.1, help="Seconds of a turn.")] = 20.0,
+             rounds: Rounds = 3, threads: Threads = None, out: Out = None) -> None:
+    """What you would gain on your task: samples a second of fine-tuning, ours against transformers' loop.
+
+    Same data, start, hyper-parameters; losses with dropout off must agree before anything is timed.
+
+    Example: bertfast bench finetune --task classification --model bert-base/ --train train.tsv
+    """
+    from bertfast.benchmarks import finetune
+
+    from bertfast.finetune.task import Settings
+
+    settings = Settings(task, model, train, dev, text=text, text_pair=text_pair, label=label, batch_size=batch_size)
+    _finish(finetune.run(settings, window=window, rounds=rounds, threads=_threads(threads)), out)
+
+
+@bench.command()
 def quality(data: Annotated[str, typer.Option(help="A prepared set.")], preset: Preset = "mini",
             steps: Annotated[int, typer.Option(min=1, help="Optimiser steps.")] = 3000, tokens: Tokens = 2048,
             length: Length = 128, lr: Annotated[float, typer.Option(help="Peak learning rate.")] = 1e-3,

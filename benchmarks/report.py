@@ -26,7 +26,9 @@ def tables(result: dict) -> list[dict]:
     """The tables of one result, ready to print. Raises UserError for a file that no suite wrote."""
     suite = result.get("suite")
     makers: dict[str, Callable] = {"pretrain": _pretrain, "memory": _memory, "ops": _ops, "inference": _inference,
-                                   "quality": _quality, "roofline": _roofline, "profile": _profile}
+                                   "quality": _quality, "roofline": _roofline, "profile": _profile, "finetune": _finetune,
+                                   "tasks": _tasks, "transfer": _transfer,
+                                   "aot_peers": _aot_peers}
     if suite not in makers:
         raise UserError(f"this is not a result of bertfast bench: suite {suite!r}")
     return makers[suite](result)
@@ -157,6 +159,84 @@ def _profile(result: dict) -> list[dict]:
              f"{result['threads']} threads")
     columns = ["kind of op", "measured, ms", "of the step", "lower bound, ms", "reached"]
     return [{"title": title, "columns": columns, "rows": lines}]
+
+
+def _finetune(result: dict) -> list[dict]:
+    """A line a task and contender: how fast, and what the GEMMs of the useful FLOPs alone would allow."""
+    columns = ["task", "contender", "samples/s", "× the best of transformers", "of the GEMM rate", "GEMMs alone allow",
+               "spread"]
+    lines = []
+    for key in dict.fromkeys(r["key"] for r in result["rows"]):
+        here = {"rows": [r for r in result["rows"] if r["key"] == key]}
+        rows = sorted(measured(here), key=lambda r: r["median"])
+        peer = min((r["median"] for r in rows if r["contender"].startswith("transformers")), default=None)
+        lines += [[
+            key, r["contender"], f"{1 / r['median']:,.1f}", f"{peer / r['median']:.2f}" if peer else "–",
+            f"{r['share']:.0%}" if "share" in r else "–",
+            f"{r['ceiling'] * peer:.2f}" if peer and "ceiling" in r else "–", f"{r['spread']:.0%}",
+        ] for r in rows]
+        lines += [[key, *line] for line in _failures(here, len(columns) - 1)]
+    title = (f"samples of fine-tuning a second, {result['settings']['model']}, turns of "
+             f"{result['settings']['window']:.0f} s, {result['threads']} threads")
+    return [{"title": title, "columns": columns, "rows": lines}]
+
+
+def _mean_and_range(values: list[float]) -> str:
+    """Of the seeds: 0.912, or 0.912 (0.905 to 0.920)."""
+    mean = f"{sum(values) / len(values):.3f}"
+    return mean if len(values) == 1 else f"{mean} ({min(values):.3f} to {max(values):.3f})"
+
+
+def _tasks(result: dict) -> list[dict]:
+    """A line a case: the deciding metrics of ours and the peer's after the same steps."""
+    columns = ["set", "metric", "bertfast", "transformers", "seeds", "steps"]
+    lines = []
+    for key in dict.fromkeys(r["key"] for r in result["rows"]):
+        rows = [r for r in result["rows"] if r["key"] == key]
+        good = [r for r in rows if not r["failed"]]
+        for metric in dict.fromkeys(name for r in good for name in r["metrics"]):
+            cells = [[r["metrics"][metric] for r in good if r["contender"] == name] for name in columns[2:4]]
+            seeds = sorted({r["seed"] for r in good})
+            lines.append([key, metric, *[_mean_and_range(c) if c else "–" for c in cells], f"{len(seeds)}",
+                          f"{good[0]['steps']:,}"])
+        lines += [[key, r["contender"], r["failed"], *[""] * 3] for r in rows if r["failed"]]
+    title = f"quality of fine-tuned {result['settings']['model']}, the same data, start, hyper-parameters and steps"
+    return [{"title": title, "columns": columns, "rows": lines}]
+
+
+def _transfer(result: dict) -> list[dict]:
+    """A line a set and style: the encoder pretrained and random, by the set's first metric."""
+    styles = list(dict.fromkeys(r["contender"].partition(", ")[2] for r in result["rows"]))
+    lines = []
+    for key in dict.fromkeys(r["key"] for r in result["rows"]):
+        here = {r["contender"]: r for r in result["rows"] if r["key"] == key}
+        for style in styles:
+            pair = [here.get(f"{start}, {style}", {"failed": "not run"}) for start in ("pretrained", "random")]
+            cells = [r["failed"] or f"{next(iter(r['metrics'].values())):.3f}" for r in pair]
+            metric = next((next(iter(r["metrics"])) for r in pair if not r["failed"]), "–")
+            lines.append([key, style, metric, *cells])
+    columns = ["set", "style", "metric", "pretrained", "random weights"]
+    return [{"title": f"what pretraining buys: {result['settings']['model']}", "columns": columns, "rows": lines}]
+
+
+def _aot_peers(result: dict) -> list[dict]:
+    """A table an architecture; several kernels of one operation stand in one cell, parted by +."""
+    columns = ["operation", "whose", "registers", "spilled, B", "warps", "occupancy", "instructions an element",
+               "bytes an element", "remark"]
+    made = []
+    for arch in dict.fromkeys(r["key"].rpartition(", ")[2] for r in result["rows"]):
+        lines = []
+        for row in (r for r in result["rows"] if r["key"].endswith(arch)):
+            operation, kernels = row["key"].rpartition(", ")[0], row["kernels"]
+            each = lambda name, form="{}": " + ".join(form.format(k[name]) for k in kernels)  # noqa: B023
+            lines.append([
+                operation, row["contender"], each("registers"), each("spill"), each("warps"),
+                each("occupancy", "{:.0%}"), f"{row['instructions']:.1f}", f"{row['bytes']:.1f}",
+                result["remarks"][operation] if row["contender"] == "bertfast" else "",
+            ])
+        made.append({"title": f"compiled for {arch}, bf16, BERT-base (not measured: no GPU)", "columns": columns,
+                     "rows": lines})
+    return made
 
 
 def show(result: dict) -> None:

@@ -240,7 +240,15 @@ def test_every_suite_has_tables_and_pictures(op_rows, tmp_path):
             for n in ("bertfast fp32", "plain fp32")]
     kinds = [{"key": "mini", "contender": kind, "failed": "", "seconds": 0.1, "bound": bound}
              for kind, bound in (("linear layers", 0.08), ("rest", None))]
+    tuned = [{"key": "sst2", "contender": n, "failed": "", "samples": [0.01], "median": 0.01, "spread": 0.0, **more}
+             for n, more in (("bertfast fp32", {"share": 0.5, "ceiling": 400.0}), ("transformers fp32", {}))]
+    scored = [{"key": "sst2", "contender": n, "seed": seed, "failed": "", "steps": 9, "metrics": {"f1": 0.9}}
+              for n in ("bertfast", "transformers") for seed in (1, 2)]
+    bought = [{"key": "sst2", "contender": "pretrained, frozen", "failed": "", "steps": 9, "metrics": {"f1": 0.9}}]
     found = {
+        "finetune": made(tuned, "finetune", settings={"model": "m", "window": 9.0}),
+        "tasks": made(scored, "tasks", settings={"model": "m"}),
+        "transfer": made(bought, "transfer", settings={"model": "m"}),
         "ops": made(op_rows["as it is"]),
         "pretrain": made([step_row("bertfast fp32", 9000), step_row("HF sdpa fp32", 3000)], "pretrain",
                          settings=STEP_SETTINGS, machine=peaks),
@@ -268,6 +276,7 @@ def test_every_suite_has_tables_and_pictures(op_rows, tmp_path):
     (["bench", "pretrain", "--preset", "huge"], "preset 'huge' is unknown"),
     (["bench", "inference", "--model", "nowhere", "--text", "x"], "nowhere is not a checkpoint's folder"),
     (["bench", "quality", "--data", "nowhere"], "there is no prepared set nowhere"),
+    (["bench", "finetune", "--task", "qa", "--model", "nowhere", "--train", "x"], "nowhere"),
 ])
 def test_mistakes_are_one_line(arguments, message, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)

@@ -572,6 +572,24 @@ def test_the_mix_is_elmos():
 # ---- the benchmark's peer
 
 
+def test_the_benchmark_times_only_who_trains_the_same(start, tmp_path, monkeypatch):
+    from bertfast.benchmarks import finetune as benchmark
+
+    chosen = vars(settings("classification", start, tmp_path, dropout=0.1, lr=1e-3))
+    facts = {}
+    for name in benchmark.CONTENDERS:
+        turns = benchmark.training(name, chosen, 0.01)
+        facts[name] = next(turns)
+        turn = next(turns)
+        assert turn["seconds"] > 0 and (turn["flops"] > 0) == name.startswith("bertfast")
+    assert benchmark.agreement(facts) == {}
+    assert facts["bertfast fp32"]["losses"] == pytest.approx(facts["transformers fp32"]["losses"], rel=1e-5)
+    assert facts["bertfast fp32"]["losses"][0] != facts["bertfast fp32"]["losses"][1]
+    monkeypatch.setattr(FineTuning, "learning_rate", lambda self, step: 0.0)
+    facts["bertfast fp32"] = next(benchmark.training("bertfast fp32", chosen, 0.01))  # never updates
+    assert list(benchmark.agreement(facts)) == ["bertfast fp32"]
+
+
 @pytest.mark.full
 @pytest.mark.parametrize("kind", [k for k in KINDS if k not in ("prefix-lm", "regression")])
 def test_the_benchmarks_peer_trains_the_same(kind, start, tmp_path):

@@ -1,0 +1,41 @@
+"""The C++ of csrc/ built with AddressSanitizer, under the tests of the ops and of the loader."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from bertfast.ops._define import load_backends
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.mark.full
+def test_cpp_touches_no_memory_that_is_not_its_own(tmp_path):
+    loaded = load_backends()["cpu"]
+    if not loaded.startswith("C++"):
+        pytest.skip(loaded)
+    # the second, or the sanitizer does not find what throws
+    names = ("libasan.so", "libstdc++.so")
+    runtime = " ".join(subprocess.check_output(["g++", f"-print-file-name={n}"], text=True).strip() for n in names)
+    library, objects = tmp_path / "library", tmp_path / "objects"
+    shutil.copytree(ROOT / "bertfast", library / "bertfast", ignore=shutil.ignore_patterns("*.so", "__pycache__"))
+    isa = loaded.removeprefix("C++ (").removesuffix(")")
+    build = {**os.environ, "BERTFAST_SANITIZE": "address", "BERTFAST_ISA": isa, "BERTFAST_CUDA": "0"}
+    command = [sys.executable, "setup.py", "build_ext", "--build-lib", str(library), "--build-temp", str(objects)]
+    done = subprocess.run(command, env=build, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-4000:]
+
+    environment = {**os.environ, "PYTHONPATH": str(library), "LD_PRELOAD": runtime, "ASAN_OPTIONS": "detect_leaks=0"}
+    where = "import torch, bertfast, bertfast._C as c; print(bertfast.__file__, c.__file__, bertfast.ops.backends())"
+    found = subprocess.run([sys.executable, "-c", where], env=environment, capture_output=True, text=True, cwd=tmp_path)
+    assert found.stdout.count(str(library)) == 2 and isa in found.stdout, found.stdout + found.stderr[-4000:]
+    tests = [str(ROOT / "tests" / name) for name in ("test_ops.py", "test_data.py")]
+    # torch.compile starts compilers of its own, which have nothing to do with this C++
+    command = [sys.executable, "-m", "pytest", "-q", "-m", "not full", "-k", "not compiles", "-p", "no:cacheprovider"]
+    done = subprocess.run([*command, *tests], env=environment, cwd=tmp_path, capture_output=True, text=True)
+    print(done.stdout[-1000:])
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-6000:]
