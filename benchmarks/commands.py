@@ -129,6 +129,21 @@ def finetune(task: Annotated[str, typer.Option(help="As `bertfast finetune` name
 
 
 @bench.command()
+def trainer(model: Annotated[str, typer.Option(help="A BERT checkpoint's folder.")],
+            train: Annotated[str, typer.Option(help="A TSV: a header, then sentence, tab, class (0 or 1).")],
+            dev: Annotated[str, typer.Option(help="The same, to judge by.")],
+            count: Annotated[int, typer.Option(min=1, help="Sentences to train on.")] = 10_000,
+            rounds: Rounds = 5, threads: Threads = None, out: Out = None) -> None:
+    """transformers' Trainer on a model as it is and on one patched by bertfast.patch: speed, losses, accuracy.
+
+    Example: bertfast bench trainer --model bert-base/ --train sst2/train.tsv --dev sst2/dev.tsv
+    """
+    from bertfast.benchmarks import trainer
+
+    _finish(trainer.run(model=model, train=train, dev=dev, count=count, rounds=rounds, threads=_threads(threads)), out)
+
+
+@bench.command()
 def quality(data: Annotated[str, typer.Option(help="A prepared set.")], preset: Preset = "mini",
             steps: Annotated[int, typer.Option(min=1, help="Optimiser steps.")] = 3000, tokens: Tokens = 2048,
             length: Length = 128, lr: Annotated[float, typer.Option(help="Peak learning rate.")] = 1e-3,
@@ -187,6 +202,26 @@ def profile(data: DataOption = None, preset: Preset = "mini", tokens: Tokens = 2
 
     _finish(step_profile.run(data=data, preset=preset, tokens=tokens, length=length, precision=precision,
                              threads=_threads(threads)), out)
+
+
+@bench.command()
+def tune(head_size: Annotated[list[int] | None, typer.Option(min=16, max=128, help="D, any number of times; 64.")] = None
+         ) -> None:
+    """Time the attention kernels' tiles on this machine's GPU, and keep the fastest for its later runs.
+
+    Example: bertfast bench tune --head-size 64 --head-size 128
+    """
+    import torch
+
+    if not torch.cuda.is_available():
+        raise UserError("no GPU was found here: tune times the kernels on one")
+    from bertfast.benchmarks import tune
+    from bertfast.kernels import hardware
+
+    gpu = torch.cuda.get_device_name()
+    for key, tile in tune.tune(gpu, head_size or [64]).items():
+        print(f"{key}: {tile or 'the two kernels of long sequences'}")
+    print(f"wrote {hardware.tiles_file(gpu)}")
 
 
 @bench.command()

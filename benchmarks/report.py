@@ -25,10 +25,11 @@ NOISE = 0.05  # a slowdown below this is never called one, whatever the spread
 def tables(result: dict) -> list[dict]:
     """The tables of one result, ready to print. Raises UserError for a file that no suite wrote."""
     suite = result.get("suite")
-    makers: dict[str, Callable] = {"pretrain": _pretrain, "memory": _memory, "ops": _ops, "inference": _inference,
-                                   "quality": _quality, "roofline": _roofline, "profile": _profile, "finetune": _finetune,
-                                   "tasks": _tasks, "transfer": _transfer,
-                                   "aot_peers": _aot_peers}
+    makers: dict[str, Callable] = {
+        "pretrain": _pretrain, "memory": _memory, "ops": _ops, "inference": _inference, "quality": _quality,
+        "roofline": _roofline, "profile": _profile, "finetune": _finetune, "tasks": _tasks, "transfer": _transfer,
+        "trainer": _trainer, "aot_peers": _aot_peers,
+    }
     if suite not in makers:
         raise UserError(f"this is not a result of bertfast bench: suite {suite!r}")
     return makers[suite](result)
@@ -179,6 +180,18 @@ def _finetune(result: dict) -> list[dict]:
     title = (f"samples of fine-tuning a second, {result['settings']['model']}, turns of "
              f"{result['settings']['window']:.0f} s, {result['threads']} threads")
     return [{"title": title, "columns": columns, "rows": lines}]
+
+
+def _trainer(result: dict) -> list[dict]:
+    settings, rows = result["settings"], sorted(measured(result), key=lambda r: r["median"])
+    columns = ["contender", "samples/s", "× the best original", "accuracy", "losses with dropout off", "spread"]
+    best = min((r["median"] for r in rows if r["contender"].startswith("original")), default=None)
+    lines = [[r["contender"], f"{1 / r['median']:,.0f}", f"{best / r['median']:.2f}" if best else "–",
+              f"{r['accuracy']:.3f}" if r["accuracy"] is not None else "–", f"within {r['deviation']:.0e}",
+              f"{r['spread']:.0%}"] for r in rows]
+    title = (f"transformers' Trainer, {settings['model']}, an epoch of {settings['sentences']:,} sentences, "
+             f"{result['threads']} threads")
+    return [{"title": title, "columns": columns, "rows": lines + _failures(result, len(columns))}]
 
 
 def _mean_and_range(values: list[float]) -> str:

@@ -249,6 +249,8 @@ def test_every_suite_has_tables_and_pictures(op_rows, tmp_path):
         "finetune": made(tuned, "finetune", settings={"model": "m", "window": 9.0}),
         "tasks": made(scored, "tasks", settings={"model": "m"}),
         "transfer": made(bought, "transfer", settings={"model": "m"}),
+        "trainer": made([{**tuned[0], "accuracy": 0.9, "deviation": 1e-6}], "trainer",
+                        settings={"model": "m", "sentences": 9}),
         "ops": made(op_rows["as it is"]),
         "pretrain": made([step_row("bertfast fp32", 9000), step_row("HF sdpa fp32", 3000)], "pretrain",
                          settings=STEP_SETTINGS, machine=peaks),

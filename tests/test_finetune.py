@@ -590,6 +590,23 @@ def test_the_benchmark_times_only_who_trains_the_same(start, tmp_path, monkeypat
     assert list(benchmark.agreement(facts)) == ["bertfast fp32"]
 
 
+def test_the_trainer_of_transformers_sees_the_same_losses_patched(start, tmp_path):
+    from bertfast.benchmarks import trainer as benchmark
+
+    rng = random.Random(1)
+    lines = [f"{' '.join(sentence(rng, word))}\t{int(word == 'good')}" for word in rng.choices(["good", "bad"], k=320)]
+    (tmp_path / "rows.tsv").write_text("sentence\tlabel\n" + "\n".join(lines))
+    rows = str(tmp_path / "rows.tsv")
+    found = {name: list(benchmark.fine_tuning(name, str(start), rows, rows, 320, rounds=2))
+             for name in ("original fp32", "patched fp32")}
+    facts = {name: turns[0] for name, turns in found.items()}
+    assert benchmark.agreement(facts) == {} and len(facts["patched fp32"]["losses"]) == benchmark.CHECKED
+    first, last = found["patched fp32"][1:]
+    assert first["seconds"] > 0 and last["loss"] < first["loss"] and 0.4 < last["accuracy"] <= 1
+    facts["patched fp32"]["losses"][3] += 1e-3
+    assert list(benchmark.agreement(facts)) == ["patched fp32"]
+
+
 @pytest.mark.full
 @pytest.mark.parametrize("kind", [k for k in KINDS if k not in ("prefix-lm", "regression")])
 def test_the_benchmarks_peer_trains_the_same(kind, start, tmp_path):

@@ -2,27 +2,33 @@
 
 x: (T, H)   weights: n of (O, H)   biases: n of (O,)   y: (T, n * O)
 Parameters that lie one after another in one storage (bertfast.optim lays them out so) are read in place; others are
-joined by a copy. Not an op of the dispatcher: the GEMMs are oneDNN's and cuBLAS's.
+joined by a copy, or in inference on few rows, where copying the weights takes longer, the results are. Not an op of the
+dispatcher: the GEMMs are oneDNN's and cuBLAS's.
 """
 
 import torch
 from torch import Tensor
 
 
-def _joined(tensors: list[Tensor]) -> Tensor:
-    """The tensors one under another, as a view where memory already has them so."""
-    first = tensors[0]
+def _adjacent(tensors: list[Tensor]) -> bool:
+    """Whether they lie one after another in one storage."""
     if torch.compiler.is_compiling():  # a traced tensor has no address
-        return torch.cat(tensors)
+        return False
+    first = tensors[0]
     end = first.data_ptr()
     for t in tensors:
         if t.data_ptr() != end or not t.is_contiguous() or t.dtype != first.dtype:
-            return torch.cat(tensors)
+            return False
         end += t.numel() * t.element_size()
     storage = first.untyped_storage()
-    if end > storage.data_ptr() + storage.nbytes():  # neighbours by chance, in storages of their own
+    return end <= storage.data_ptr() + storage.nbytes()  # else neighbours by chance, in storages of their own
+
+
+def _joined(tensors: list[Tensor]) -> Tensor:
+    """The tensors one under another, as a view where memory already has them so."""
+    if not _adjacent(tensors):
         return torch.cat(tensors)
-    return first.as_strided((sum(t.shape[0] for t in tensors), *first.shape[1:]), first.stride())
+    return tensors[0].as_strided((sum(t.shape[0] for t in tensors), *tensors[0].shape[1:]), tensors[0].stride())
 
 
 class _JoinedLinear(torch.autograd.Function):
@@ -42,4 +48,7 @@ class _JoinedLinear(torch.autograd.Function):
 
 def joined_linear(x: Tensor, *linears: torch.nn.Linear) -> Tensor:
     """`torch.cat([linear(x) for linear in linears], -1)` in one GEMM, for Linear layers of one shape, with bias."""
-    return _JoinedLinear.apply(x, *(m.weight for m in linears), *(m.bias for m in linears))
+    weights, biases = [m.weight for m in linears], [m.bias for m in linears]
+    if not torch.is_grad_enabled() and 2 * len(x) < x.shape[1] and not _adjacent(weights):
+        return torch.cat([torch.addmm(b, x, w.t()) for w, b in zip(weights, biases)], 1)
+    return _JoinedLinear.apply(x, *weights, *biases)
