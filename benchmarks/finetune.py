@@ -3,7 +3,8 @@
 The peer pads to the longest of a batch and steps with AdamW, clipping and a schedule, its loop written out: the
 Trainer's bookkeeping would only slow it. It reads our token ids and starts from our weights, so that what differs is
 the engine.
-The contenders take turns of `window` seconds; the losses of their first steps, dropout off, must agree.
+The contenders take turns of `window` seconds; the losses of their first steps, dropout off, must agree. "bertfast
+features" trains another model, a head on cached features, where the task has one.
 """
 
 import tempfile
@@ -21,7 +22,7 @@ from bertfast.benchmarks.contest import Contender, Outcome
 
 from bertfast.finetune.batches import Item, by_budget
 from bertfast.finetune.task import Settings
-from bertfast.finetune.train import FineTuning, Window
+from bertfast.finetune.train import TASKS, FineTuning, Window
 
 PEERS = {"classification": "BertForSequenceClassification", "regression": "BertForSequenceClassification",
          "tagging": "BertForTokenClassification", "qa": "BertForQuestionAnswering",
@@ -129,6 +130,7 @@ class Peer:
 CHECKED = 8  # examples of the steps that must agree
 LOSS_AGREES = {"fp32": 1e-3, "bf16": 2e-2}  # relative; bf16 against fp32
 CONTENDERS = ("transformers fp32", "transformers bf16", "bertfast fp32", "bertfast bf16")
+FEATURES = "bertfast features"
 REFERENCE = CONTENDERS[0]
 
 
@@ -137,7 +139,9 @@ class Training:
 
     def __init__(self, contender: str, settings: Settings, folder: Path):
         engine, self.precision = contender.split()
-        self.work = FineTuning(folder, replace(settings, precision=self.precision if engine == "bertfast" else "fp32"))
+        settings = replace(settings, precision="bf16" if contender == "bertfast bf16" else "fp32",
+                           features=contender == FEATURES)
+        self.work = FineTuning(folder, settings)
         self.model = self.work.model_for(settings.seed)
         self.peer = None
         if engine == "bertfast":
@@ -157,13 +161,14 @@ class Training:
 
 def training(contender: str, settings: dict, window: float) -> Iterator[dict]:
     """Facts: the losses of two steps with dropout off. A turn: {"seconds" (a sample), "flops" (a sample)}."""
-    chosen = Settings(**settings)
+    chosen = replace(Settings(**settings), lr=None) if contender == FEATURES else Settings(**settings)
     with tempfile.TemporaryDirectory() as folder:
         exact = Training(contender, replace(chosen, dropout=0.0, warmup=0.0), Path(folder))
         length, _ = Counter(exact.work.lengths.tolist()).most_common(1)[0]
         # of one length: transformers lets padding take part in the softmax of question answering
         alike = [item for item in exact.work.train_items if item.n_tokens == length][:CHECKED]
-        yield {"losses": [exact.step(alike, step)[0] for step in (1, 2)]}
+        losses = [exact.step(alike, step)[0] for step in (1, 2)]
+        yield {} if contender == FEATURES else {"losses": losses}
         del exact
         timed = Training(contender, chosen, Path(folder))
         batches = timed.work._batches(chosen.seed)
@@ -197,7 +202,7 @@ def agreement(facts: dict[str, dict]) -> dict[str, str]:
 def rows(key: str, settings: Settings, window: float, rounds: int, threads: int) -> tuple[list[dict], bool]:
     """One row a contender, and whether Ctrl-C cut it short."""
     entrants = [Contender(name, training, {"contender": name, "settings": asdict(settings), "window": window})
-                for name in CONTENDERS]
+                for name in (*CONTENDERS, *((FEATURES,) if TASKS[settings.task].feature_rows else ()))]
     entrants.insert(0, Contender("machine", contest.yardstick, {}))
     outcomes, stopped = contest.contest(entrants, rounds, threads, agreement)
     peaks = contest.peaks(outcomes.pop("machine"))

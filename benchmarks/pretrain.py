@@ -30,7 +30,8 @@ from bertfast.pretrain import step_seed, useful_flops
 ADAMW = {"betas": (0.9, 0.98), "eps": 1e-6, "weight_decay": 0.01}
 LR, MAX_NORM = 5e-4, 1.0
 WARM, N_BATCHES = 3, 16
-LOSS_AGREES, NORM_AGREES = 1e-3, 1e-2  # relative to the reference, with dropout off
+# relative to the reference, with dropout off; bf16 rounds to 4e-3, and the plain model keeps its weights in it
+LOSS_AGREES, NORM_AGREES = {"fp32": 1e-3, "bf16": 2e-3}, 1e-2
 REFERENCE = "HF eager fp32"
 SETUPS = {  # of transformers
     name: {"attention": attention, "bf16": bf16, "compiled": compiled}
@@ -284,7 +285,7 @@ def agreement(facts: dict[str, dict]) -> dict[str, str]:
     reference = facts.get(REFERENCE) or next(iter(facts.values()), None)
     refused: dict[str, str] = {}
     for name, found in facts.items():
-        for kind, allowed in (("losses", LOSS_AGREES), ("norms", NORM_AGREES)):
+        for kind, allowed in (("losses", LOSS_AGREES["bf16" if "bf16" in name else "fp32"]), ("norms", NORM_AGREES)):
             for i, (value, wanted) in enumerate(zip(found.get(kind, []), reference[kind])):
                 if not abs(value - wanted) <= allowed * abs(wanted):
                     refused.setdefault(name, f"refused: {kind} of step {i + 1} with dropout off: {value:.5g}, the "

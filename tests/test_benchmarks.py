@@ -91,9 +91,9 @@ def test_every_contender_computes_the_same_step_and_a_wrong_one_is_refused(check
     state["bert.encoder.layer.0.attention.output.dense.weight"].zero_()
     save_file(state, tmp_path / "model.safetensors")
     (tmp_path / "config.json").write_text((checkpoint / "config.json").read_text())
-    wrong = facts(*CONTENDERS["bertfast fp32"], tmp_path)
-    refused = pretrain.agreement({**found, "bertfast fp32": wrong})
-    assert list(refused) == ["bertfast fp32"] and "refused" in refused["bertfast fp32"]
+    for name in ("bertfast fp32", "plain bf16"):
+        refused = pretrain.agreement({**found, name: facts(*CONTENDERS[name], tmp_path)})
+        assert list(refused) == [name] and "refused" in refused[name]
 
 
 @pytest.mark.full
