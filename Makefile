@@ -40,20 +40,22 @@ lint: install
 	$(RUN)mypy
 
 bench: install
-	$(BENCH) pretrain --preset mini $(TEXT) --out $(RESULTS)/pretrain_mini.json
-	$(BENCH) pretrain --preset small $(TEXT) --out $(RESULTS)/pretrain_small.json
-	$(BENCH) pretrain --preset base --tokens 1024 --rounds 5 --at-once 4 $(TEXT) --out $(RESULTS)/pretrain_base.json
-	$(BENCH) pretrain --preset mini --fill 0.75 $(TEXT) --out $(RESULTS)/pretrain_mini_fill75.json
-	$(BENCH) pretrain --preset mini --fill 0.5 $(TEXT) --out $(RESULTS)/pretrain_mini_fill50.json
-	$(BENCH) pretrain --preset mini --length 512 $(TEXT) --out $(RESULTS)/pretrain_mini_512.json
-	$(BENCH) pretrain --preset mini --threads 1 $(TEXT) --out $(RESULTS)/pretrain_mini_1thread.json
-	$(BENCH) memory --preset mini $(TEXT) --out $(RESULTS)/memory_mini.json
-	$(BENCH) memory --preset base --tokens 1024 --at-once 4 $(TEXT) --out $(RESULTS)/memory_base.json
+	$(BENCH) pretrain --preset mini --rounds 5 $(TEXT) --out $(RESULTS)/pretrain_mini.json
+	$(BENCH) pretrain --preset small --rounds 5 $(TEXT) --out $(RESULTS)/pretrain_small.json
+	$(BENCH) pretrain --preset base --tokens 1024 --rounds 3 --at-once 4 $(TEXT) --out $(RESULTS)/pretrain_base.json
+	$(BENCH) pretrain --quick --preset mini --rounds 5 --length 512 $(TEXT) --out $(RESULTS)/pretrain_mini_512.json
+	$(BENCH) pretrain --quick --preset mini --rounds 5 --fill 0.75 $(TEXT) --out $(RESULTS)/pretrain_mini_fill75.json
+	$(BENCH) pretrain --quick --preset mini --rounds 5 --fill 0.5 $(TEXT) --out $(RESULTS)/pretrain_mini_fill50.json
+	$(BENCH) pretrain --quick --preset mini --rounds 5 --threads 1 $(TEXT) --out $(RESULTS)/pretrain_mini_1thread.json
+	$(BENCH) memory --quick --preset mini $(TEXT) --out $(RESULTS)/memory_mini.json
+	$(BENCH) memory --quick --preset base --tokens 1024 --at-once 4 $(TEXT) --out $(RESULTS)/memory_base.json
 	$(BENCH) ops --out $(RESULTS)/ops.json
-	$(if $(DATA),$(BENCH) quality --data $(DATA) --steps 3000 --out $(RESULTS)/quality.json)
+	$(if $(DATA),$(BENCH) quality --data $(DATA) --steps 1200 --dropout 0 --out $(RESULTS)/quality.json)
 	$(BENCH) roofline --preset mini --out $(RESULTS)/roofline_mini.json
-	$(BENCH) roofline --preset base --out $(RESULTS)/roofline_base.json
+	$(BENCH) roofline --preset base --tokens 1024 --out $(RESULTS)/roofline_base.json
 	$(BENCH) profile --preset mini --out $(RESULTS)/profile_mini.json
+	$(BENCH) profile --preset small --out $(RESULTS)/profile_small.json
+	$(BENCH) profile --preset base --tokens 1024 --out $(RESULTS)/profile_base.json
 	$(BENCH) report $(RESULTS) --readme README.md --readme benchmarks/README.md
 
 bench-quick: install

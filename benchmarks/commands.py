@@ -149,6 +149,7 @@ def quality(data: Annotated[str, typer.Option(help="A prepared set.")], preset: 
             length: Length = 128, lr: Annotated[float, typer.Option(help="Peak learning rate.")] = 1e-3,
             dropout: Annotated[float, typer.Option(help="Hidden and attention dropout.")] = 0.1,
             every: Annotated[int, typer.Option(min=1, help="Steps between validations: a turn.")] = 100,
+            seed: Annotated[int, typer.Option(help="Of weights, batches and dropout.")] = 1,
             precision: Annotated[list[str] | None, typer.Option(help="Ours: fp32 (default), bf16, or both.")] = None,
             peer: Annotated[list[str] | None, typer.Option(help="Set-ups of transformers, as `pretrain` names them: "
                                                            "by default HF sdpa fp32.")] = None,
@@ -165,7 +166,8 @@ def quality(data: Annotated[str, typer.Option(help="A prepared set.")], preset: 
     if unknown := [name for name in peers if name not in quality.SETUPS]:
         raise UserError(f"peer {unknown[0]!r} is unknown; known: {', '.join(quality.SETUPS)}")
     _finish(quality.run(data=data, preset=preset, steps=steps, tokens=tokens, length=length, lr=lr, dropout=dropout,
-                        every=every, threads=_threads(threads), precisions=precision or ["fp32"], peers=peers), out)
+                        every=every, seed=seed, threads=_threads(threads), precisions=precision or ["fp32"],
+                        peers=peers), out)
 
 
 @bench.command()

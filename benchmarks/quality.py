@@ -101,10 +101,10 @@ def reached(curve: list[list[float]], level: float) -> float | None:
 
 
 def run(*, data: str, preset: str, steps: int, tokens: int, length: int, lr: float, dropout: float, every: int,
-        threads: int, precisions: list[str], peers: list[str]) -> dict:
+        seed: int, threads: int, precisions: list[str], peers: list[str]) -> dict:
     """The result as JSON's types. Raises UserError for data or settings that no run can have."""
     settings = Settings(data=str(Path(data).resolve()), preset=preset, steps=steps, tokens=tokens, lr=lr,
-                        dropout=dropout, short_length=length, long_share=0.0, precision=precisions[0])
+                        dropout=dropout, short_length=length, long_share=0.0, precision=precisions[0], seed=seed)
     settings.check()
     BertConfig.preset(preset)
     text = Dataset(data)
@@ -126,7 +126,7 @@ def run(*, data: str, preset: str, steps: int, tokens: int, length: int, lr: flo
             row |= {"curve": curve, "reached": [reached(curve, entropy - target) for target in TARGETS],
                     **contest.middle(outcome.values()), "samples": outcome.values()}
         rows.append(row)
-    about = {"preset": preset, "steps": steps, "tokens": tokens, "length": length, "lr": lr, "dropout": dropout,
+    about = {"preset": preset, "steps": steps, "tokens": tokens, "length": length, "lr": lr, "dropout": dropout, "seed": seed,
              "vocab_size": text.tokenizer.vocab_size, "train_tokens": text.n_tokens, "unigram_entropy": entropy,
              "targets": list(TARGETS)}
     return {"suite": "quality", **contest.provenance(threads), "settings": about, "stopped_early": stopped,
