@@ -41,7 +41,7 @@ lint: install
 
 bench: install
 	$(BENCH) pretrain --preset mini --rounds 5 $(TEXT) --out $(RESULTS)/pretrain_mini.json
-	$(BENCH) pretrain --preset small --rounds 5 $(TEXT) --out $(RESULTS)/pretrain_small.json
+	$(BENCH) pretrain --preset small --rounds 5 --at-once 6 $(TEXT) --out $(RESULTS)/pretrain_small.json
 	$(BENCH) pretrain --preset base --tokens 1024 --rounds 3 --at-once 4 $(TEXT) --out $(RESULTS)/pretrain_base.json
 	$(BENCH) pretrain --quick --preset mini --rounds 5 --length 512 $(TEXT) --out $(RESULTS)/pretrain_mini_512.json
 	$(BENCH) pretrain --quick --preset mini --rounds 5 --fill 0.75 $(TEXT) --out $(RESULTS)/pretrain_mini_fill75.json

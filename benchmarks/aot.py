@@ -183,7 +183,7 @@ def cases(full: bool):
     for short, dtype in DTYPES.items() if full else [("bf16", torch.bfloat16)]:
         groups = [row_cases(dtype, 768, both), attention_cases(dtype, 64, both), other_cases(dtype)]
         if full and short == "bf16":
-            groups += [row_cases(dtype, h, both) for h in (128, 256, 512, 1024, 2048, 4096)]
+            groups += [row_cases(dtype, h, both) for h in (128, 256, 512, 1024, 2048, 4096, 8192)]
             groups += [attention_cases(dtype, d, both) for d in (16, 24, 32, 48, 80, 96, 128)]
             groups += [attention_cases(dtype, 64, both, masks=(1, 2)), step_cases()]
         for name, launch in chain.from_iterable(groups):
@@ -206,14 +206,15 @@ def disassemble(cubin: bytes) -> dict[str, dict]:
         row = {"registers": int(resources["REG"]), "spill": int(resources["STACK"]) + int(resources["LOCAL"])}
         row |= {column: sum(bool(re.search(pattern, line)) for line in lines) for column, pattern in COUNTS.items()}
         row["tensor_core"] = sorted({m[0] for line in lines if (m := re.search(COUNTS["mma"], line))})
-        labels, row["instructions"], row["loop"] = {}, 0, 0
+        labels, row["instructions"], row["loops"] = {}, 0, []
         for line in lines:
             if label := re.match(r"^(\.L_x_\d+):", line):
                 labels[label[1]] = row["instructions"]
             elif re.match(r"\s+/\*[0-9a-f]{4,}\*/", line):
                 row["instructions"] += 1
                 if (jump := re.search(r"BRA.*`\((\.L_x_\d+)\)", line)) and jump[1] in labels:
-                    row["loop"] = max(row["loop"], row["instructions"] - labels[jump[1]])
+                    row["loops"].append((labels[jump[1]], row["instructions"]))  # from, to
+        row["loop"] = max((end - start for start, end in row["loops"]), default=0)
         rows[name] = row
     return rows
 
@@ -325,20 +326,55 @@ def show(rows: list[dict]) -> None:
         print("  ".join(cell.ljust(width) for cell, width in zip(line, widths)) + mark)
 
 
+def summary(rows: list[dict]) -> list[dict]:
+    """A row an architecture: how many kernels and of which kinds, what they use at most, and which rules they break."""
+    made = []
+    for arch in dict.fromkeys(row["arch"] for row in rows):
+        here = [row for row in rows if row["arch"] == arch]
+        ruled = [r for r in here if "registers" in r and not r["case"].startswith("fp32")]
+        scores = [r["dropout"] for r in ruled if "dropout" in r
+                  and r["kernel"] == "attention_fwd" and r["case"].startswith("bf16 D64 S128")]  # fmt: skip
+        made.append({
+            "key": f"sm_{arch}" if isinstance(arch, int) else arch, "contender": "bertfast", "failed": "",
+            "kernels": sum("registers" in r or isinstance(arch, str) for r in here), "ruled": len(ruled),
+            "tensor_core": sum(bool(r["mma"]) for r in ruled), "spilled": sum(bool(r["spill"]) for r in ruled),
+            "registers": max((r["registers"] for r in ruled), default=None),
+            "shared": max((r["shared"] for r in ruled if "shared" in r), default=None),
+            "dropout": scores[0] if scores else None,
+            "broken": [f"{r['kernel']} {r['case']}: {'; '.join(r['broken'])}" for r in here if r["broken"]],
+        })  # fmt: skip
+    return made
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--full", action="store_true", help="all shipped configurations, not BERT-base in bf16 alone")
     parser.add_argument("--arch", default="", help="a list such as 80,90,gfx942")
     parser.add_argument("--only", default="", help="cases whose name contains this, such as D64 or step")
     parser.add_argument("--json", type=Path, default=CACHE.with_name("aot_report.json"), help="where the table goes")
+    parser.add_argument("--summary", type=Path, help="a result for benchmarks/results: a row an architecture")
+    parser.add_argument("--peers", nargs="?", type=Path, const=Path(), metavar="FOLDER",
+                        help="instead: beside other projects' kernels, see benchmarks/aot_peers.py")
     options = parser.parse_args()
+    from bertfast.benchmarks import aot_peers, contest, report
+
     names = options.arch or ("80,86,89,90,100,120,gfx942" if options.full else "80,90,100,120")
     archs = [int(a) if a.isdigit() else a for a in names.split(",")]
     with ProcessPoolExecutor(max_workers=min(2, os.cpu_count() or 1), max_tasks_per_child=1) as pool:
+        if options.peers is not None:
+            archs = [80, 90]
+            folder = options.peers if options.peers != Path() else None
+            result = aot_peers.run(archs, pool.map(aot_peers.report_architecture, archs, repeat(folder)))
+            report.write(result, options.json)
+            return 0
         reports = pool.map(report_architecture, archs, repeat(options.full), repeat(options.only))
         rows = list(chain.from_iterable(reports))
     show(rows)
     save(rows, options.json)
+    if options.summary:
+        result = {"suite": "aot", **contest.provenance(1), "full": options.full, "rows": summary(rows)}
+        result["versions"]["triton"] = triton.__version__
+        report.write(result, options.summary)
     broken = sum(bool(row["broken"]) for row in rows)
     kernels = sum("registers" in row or isinstance(row["arch"], str) for row in rows)
     print(f"{kernels} kernels compiled for {', '.join(map(str, archs))}; {broken} break a rule")

@@ -207,7 +207,7 @@ def profile(data: DataOption = None, preset: Preset = "mini", tokens: Tokens = 2
 
 
 @bench.command()
-def tune(head_size: Annotated[list[int] | None, typer.Option(min=16, max=128, help="D, any number of times; 64.")] = None
+def tune(head_size: Annotated[list[int] | None, typer.Option(min=16, max=128, help="D, any number of times.")] = None
          ) -> None:
     """Time the attention kernels' tiles on this machine's GPU, and keep the fastest for its later runs.
 

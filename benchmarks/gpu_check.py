@@ -67,7 +67,7 @@ def trained(preset: str, dtype, tokens: int, length: int, device: str, steps: in
     model = BertForPreTraining(config).to(device).train()
     optimizer, losses = Optimizer(model, dtype), []
     batches = [packed_batch(config, tokens, length, step, device) for step in range(steps)]
-    step_graph = StepGraph(model, optimizer, batches[:1]) if graph else None
+    step_graph = StepGraph(model, optimizer, batches[:1], replayed=True) if graph else None
     for step, batch in enumerate(batches):
         if step_graph:
             step_graph([batch], [step + 5], LR, batch.n_masked, batch.n_sequences)

@@ -126,9 +126,9 @@ def run(*, data: str, preset: str, steps: int, tokens: int, length: int, lr: flo
             row |= {"curve": curve, "reached": [reached(curve, entropy - target) for target in TARGETS],
                     **contest.middle(outcome.values()), "samples": outcome.values()}
         rows.append(row)
-    about = {"preset": preset, "steps": steps, "tokens": tokens, "length": length, "lr": lr, "dropout": dropout, "seed": seed,
-             "vocab_size": text.tokenizer.vocab_size, "train_tokens": text.n_tokens, "unigram_entropy": entropy,
-             "targets": list(TARGETS)}
+    about = {"preset": preset, "steps": steps, "tokens": tokens, "length": length, "lr": lr, "dropout": dropout,
+             "seed": seed, "vocab_size": text.tokenizer.vocab_size, "train_tokens": text.n_tokens,
+             "unigram_entropy": entropy, "targets": list(TARGETS)}
     return {"suite": "quality", **contest.provenance(threads), "settings": about, "stopped_early": stopped,
             "rows": rows}
 

@@ -28,7 +28,7 @@ def tables(result: dict) -> list[dict]:
     makers: dict[str, Callable] = {
         "pretrain": _pretrain, "memory": _memory, "ops": _ops, "inference": _inference, "quality": _quality,
         "roofline": _roofline, "profile": _profile, "finetune": _finetune, "tasks": _tasks, "transfer": _transfer,
-        "trainer": _trainer, "aot_peers": _aot_peers,
+        "trainer": _trainer, "aot": _aot, "aot_peers": _aot_peers,
     }
     if suite not in makers:
         raise UserError(f"this is not a result of bertfast bench: suite {suite!r}")
@@ -230,6 +230,18 @@ def _transfer(result: dict) -> list[dict]:
             lines.append([key, style, metric, *cells])
     columns = ["set", "style", "metric", "pretrained", "random weights"]
     return [{"title": f"what pretraining buys: {result['settings']['model']}", "columns": columns, "rows": lines}]
+
+
+def _aot(result: dict) -> list[dict]:
+    columns = ["architecture", "kernels", "in bf16 and fp16", "with tensor cores", "spilling", "most registers",
+               "most shared memory, KiB", "dropout, instructions a score", "rules broken"]
+    lines = [[
+        r["key"], str(r["kernels"]), str(r["ruled"]), str(r["tensor_core"]), str(r["spilled"]),
+        str(r["registers"] or "–"), f"{r['shared'] / 1024:.0f}" if r["shared"] else "–",
+        f"{r['dropout']:.1f}" if r["dropout"] else "–", "; ".join(r["broken"]) or "none",
+    ] for r in result["rows"]]
+    what = "every shipped configuration" if result["full"] else "BERT-base in bf16"
+    return [{"title": f"compiled ahead of time, {what} (not measured: no GPU)", "columns": columns, "rows": lines}]
 
 
 def _aot_peers(result: dict) -> list[dict]:

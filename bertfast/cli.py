@@ -77,6 +77,7 @@ def pretrain(
     long_share: Annotated[float, typer.Option(help="Share of the steps in the second phase.")] = 0.1,
     precision: Annotated[str, typer.Option(help="auto, fp32, bf16 or fp16.")] = "auto",
     recompute: Annotated[bool, typer.Option("--recompute", help="Keep layer inputs only: less memory.")] = False,
+    cuda_graph: Annotated[bool, typer.Option("--cuda-graph", help="Replay the step as one CUDA graph.")] = False,
     seed: Annotated[int, typer.Option(help="Everything random is a function of it.")] = 1,
     log_every: Annotated[int, typer.Option(min=1, help="Steps between rows of metrics.jsonl.")] = 10,
     eval_every: Annotated[int, typer.Option(min=1, help="Steps between validations.")] = 200,

@@ -25,6 +25,7 @@ from .files import UserError, atomic_folder, create_folder, read_json, write_jso
 from .initial import start_from_counts
 from .model import BertForMaskedLM, BertForPreTraining
 from .optim import Optimizer, linear_schedule
+from .step_graph import StepGraph
 from .version import __version__
 
 KEEP_CHECKPOINTS = 2
@@ -57,6 +58,7 @@ class Settings:
     long_share: float = 0.1  # share of the steps in the second phase
     precision: str = "auto"
     recompute: bool = False
+    cuda_graph: bool = False  # replay each phase's step as one graph; on a CPU nothing changes
     seed: int = 1
     log_every: int = 10
     eval_every: int = 200
@@ -132,6 +134,7 @@ class Run:
             )
         self.model.bert.recompute = settings.recompute
         dtype = machine.DTYPES[self.precision]
+        self.step_graph: StepGraph | None = None  # the step of the phase in progress
         self.optimizer = Optimizer(
             self.model, dtype, kind=settings.optimizer, weight_decay=settings.weight_decay,
             betas=(0.9, 0.98), max_grad_norm=settings.max_grad_norm,
@@ -183,10 +186,16 @@ class Run:
             "precision": f"{self.precision} ({self.precision_reason}), fp32 masters",
             "device": f"{self.device}, {torch.get_num_threads()} threads; GEMM peak {self.peak / 1e9:,.0f} GFLOP/s",
             "kernels": report.kernels_in_use(self.device.type),
+            **({"CUDA graph": self._describe_graph()} if settings.cuda_graph else {}),
             "loader": machine.loader_implementation(),
             "allocator": allocator,
             "resumed": f"from step {self.step}" if self.step else "no",
         }
+
+    def _describe_graph(self) -> str:
+        if self.device.type == "cuda":
+            return "each phase's step is captured once and replayed"
+        return f"none, the step runs directly: --cuda-graph needs a GPU, and this runs on a {self.device.type}"
 
     # ---- the loop
 
@@ -207,6 +216,7 @@ class Run:
                 if self.loader_state and self.step > start:
                     loader.load_state_dict(self.loader_state)
                 batches = iter(loader)
+                self.step_graph = None  # shapes are constants of a phase
                 window = report.Window()
                 while self.step < end:
                     micro = [next(batches) for _ in range(settings.micro_batches)]
@@ -238,21 +248,18 @@ class Run:
         return results, checkpoint
 
     def _train_step(self, micro: list[PackedBatch], window: "report.Window") -> torch.Tensor:
-        settings, optimizer = self.settings, self.optimizer
+        settings = self.settings
         masked = max(1, sum(b.n_masked for b in micro))
         pairs = max(1, sum(int((b.next_sentence_label >= 0).sum()) for b in micro))
-        for i, host in enumerate(micro):
-            batch = self._to_device(host)
-            seed = torch.tensor([step_seed(settings.seed, self.step, i)], device=self.device)
-            out = self.model(
-                batch, seed=seed, mlm_scale=optimizer.loss_scale / masked, nsp_scale=optimizer.loss_scale / pairs
-            )
-            out.loss.backward()
-            if len(micro) > 1:
-                optimizer.accumulate()
-            window.add(out, host, optimizer.loss_scale, masked, pairs, useful_flops(self.config, host))
+        if self.step_graph is None:
+            replayed = settings.cuda_graph and self.device.type == "cuda"
+            self.step_graph = StepGraph(self.model, self.optimizer, micro, replayed)
+        seeds = [step_seed(settings.seed, self.step, i) for i in range(len(micro))]
+        norm = self.step_graph(micro, seeds, learning_rate(settings, self.step), masked, pairs)
+        for out, host in zip(self.step_graph.outputs, micro):
+            window.add(out, host, self.step_graph.scale, masked, pairs, useful_flops(self.config, host))
             self.tokens_seen += host.n_tokens
-        return optimizer.step(learning_rate(settings, self.step))
+        return norm
 
     @torch.no_grad()
     def evaluate(self, length: int, max_batches: int = 32) -> dict:

@@ -1,7 +1,8 @@
 """y = LayerNorm(dropout(x + bias) + residual) and its gradient: one read and one write of each (T, H) tensor.
 
 A program holds whole rows in registers, in fp32. The backward keeps the column sums (dbias, dweight, dln_bias) in
-registers over all its rows and writes them once; a second stage adds the programs' sums in a fixed order.
+registers over all its rows and writes them once; a second stage adds the programs' sums in a fixed order. (Of rows
+beyond 4096 columns dbias is summed by a kernel of its own.)
 """
 
 import torch
@@ -12,8 +13,8 @@ from bertfast.ops.dropout import keep_scale
 
 from .dropout import keep_mask, signed_threshold
 from .hardware import backward_programs
-from .layer_norm import layer_norm_gradient, load_row, store_layer_norm, tile_of_rows
-from .rows import row_tile, store_partial, sum_partials
+from .layer_norm import KEPT, layer_norm_gradient, load_row, store_layer_norm, tile_of_rows
+from .rows import column_sum, row_tile, store_partial, sum_partials
 
 
 @triton.jit
@@ -58,7 +59,7 @@ def add_layer_norm_fwd_kernel(
 def add_layer_norm_bwd_kernel(
     dy_ptr, z_ptr, mean_ptr, rstd_ptr, weight_ptr,  # (T, H), (T, H), (T,), (T,), (H,)
     dz_ptr, dx_ptr,  # (T, H) each
-    partial_ptr,  # (3, n_programs, H): dbias, dweight, dln_bias
+    partial_ptr,  # (3, n_programs, H): dweight, dln_bias, dbias; of wide rows the first two
     seed_ptr, row_key_ptr,
     n_rows, n_columns, threshold, kept_scale, stream,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, DROPOUT: tl.constexpr, HAS_ROW_KEY: tl.constexpr,
@@ -72,6 +73,8 @@ def add_layer_norm_bwd_kernel(
         rows, _, inside, at = tile_of_rows(first, n_rows, n_columns, ROWS, COLUMNS)
         dy = tl.load(dy_ptr + at, mask=inside, other=0.0).to(tl.float32)
         z = tl.load(z_ptr + at, mask=inside, other=0.0).to(tl.float32)
+        if COLUMNS > KEPT:
+            weight = load_row(weight_ptr, columns, n_columns)
         dz, x_hat = layer_norm_gradient(dy, z, weight, mean_ptr, rstd_ptr, rows, inside, n_rows, n_columns)
         tl.store(dz_ptr + at, dz.to(dz_ptr.dtype.element_ty), mask=inside)
         dweight += dy * x_hat
@@ -82,11 +85,13 @@ def add_layer_norm_bwd_kernel(
             keep = keep_mask(tl.load(seed_ptr), 0, position, sequence, c3, threshold, ROWS, COLUMNS)
             dz = tl.where(keep, dz * kept_scale, 0.0)
             tl.store(dx_ptr + at, dz.to(dx_ptr.dtype.element_ty), mask=inside)
-        dbias += dz
+        if COLUMNS <= KEPT:
+            dbias += dz
 
-    store_partial(partial_ptr, 0, dbias, columns, n_columns)
-    store_partial(partial_ptr, 1, dweight, columns, n_columns)
-    store_partial(partial_ptr, 2, dln_bias, columns, n_columns)
+    store_partial(partial_ptr, 0, dweight, columns, n_columns)
+    store_partial(partial_ptr, 1, dln_bias, columns, n_columns)
+    if COLUMNS <= KEPT:
+        store_partial(partial_ptr, 2, dbias, columns, n_columns)
 
 
 def add_layer_norm_fwd(x, bias, residual, weight, ln_bias, eps, p, seed, row_key, stream):
@@ -113,10 +118,12 @@ def add_layer_norm_bwd(dy, z, mean, rstd, weight, p, seed, row_key, stream):
     dx = torch.empty_like(z) if p > 0.0 else z.new_empty(0, n_columns)
     rows, columns, warps = row_tile(n_columns, per_thread=16)
     programs = max(1, min(triton.cdiv(n_rows, rows), backward_programs(z.device)))
-    partial = torch.empty((3, programs, n_columns), dtype=torch.float32, device=z.device)
+    n_sums = 3 if columns <= KEPT.value else 2
+    partial = torch.empty((n_sums, programs, n_columns), dtype=torch.float32, device=z.device)
     add_layer_norm_bwd_kernel[(programs,)](
         dy, z, mean, rstd, weight, dz, dx, partial, seed, row_key,
         n_rows, n_columns, signed_threshold(p), keep_scale(p), stream,
         ROWS=rows, COLUMNS=columns, DROPOUT=p > 0.0, HAS_ROW_KEY=row_key is not None, num_warps=warps,
     )  # fmt: skip
-    return dz, dx, *sum_partials(partial, weight.dtype)
+    dweight, dln_bias, *dbias = sum_partials(partial, weight.dtype)
+    return dz, dx, dbias[0] if dbias else column_sum(dx if p > 0.0 else dz, weight.dtype), dweight, dln_bias

@@ -13,7 +13,7 @@ import triton.language as tl
 from bertfast.ops.dropout import keep_scale
 
 from .dropout import keep_mask, signed_threshold
-from .hardware import architecture
+from .hardware import architecture, tile_key, tuned_tiles
 
 LOG2E = tl.constexpr(1.4426950408889634)
 UNSPECIALIZED = [  # arguments whose value must not lead to another compilation
@@ -340,13 +340,21 @@ TILES = {
 }
 
 MASKED = {"bwd_dq": DEEP, "bwd_dkdv": SHORT}  # causal and prefix masks need registers: more warps, but on sm_90, sm_100
+CAUSAL_DROPOUT_120 = (32, 64, 8, 1)  # dk and dv there: every larger tile spills, 24 B at the least
 
 
 def configuration(kernel: str, arch: int | str, head_size: int, element_size: int, dropout: bool, mask_mode: int):
-    """BLOCK_M, BLOCK_N, warps and stages of a kernel, or None; the nearest listed architecture not above `arch`."""
+    """BLOCK_M, BLOCK_N, warps and stages of a kernel, or None; the nearest listed architecture not above `arch`.
+
+    What `bertfast bench tune` measured on this GPU goes before the table.
+    """
     if element_size == 4 or isinstance(arch, str):  # fp32 is a correctness path; ROCm's tiles are not tuned
         return 32, 64, 4, 1
+    if (key := tile_key(kernel, head_size, dropout, mask_mode)) in (tuned := tuned_tiles()):
+        return tuned[key]
     listed = max(a for a in TILES[kernel] if a <= max(arch, 80))
+    if (kernel, listed, mask_mode, dropout) == ("bwd_dkdv", 120, 1, True):
+        return CAUSAL_DROPOUT_120
     if mask_mode and kernel in MASKED and listed not in (90, 100):
         return MASKED[kernel]
     of_arch = TILES[kernel][listed]

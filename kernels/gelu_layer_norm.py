@@ -9,8 +9,8 @@ import triton.language as tl
 
 from .bias_gelu import gelu, gelu_derivative
 from .hardware import backward_programs
-from .layer_norm import layer_norm_gradient, load_row, store_layer_norm, tile_of_rows
-from .rows import row_tile, store_partial, sum_partials
+from .layer_norm import KEPT, layer_norm_gradient, load_row, store_layer_norm, tile_of_rows
+from .rows import column_sum, row_tile, store_partial, sum_partials
 
 
 @triton.jit(do_not_specialize=["n_rows"])
@@ -31,7 +31,7 @@ def gelu_layer_norm_fwd_kernel(
 def gelu_layer_norm_bwd_kernel(
     dy_ptr, x_ptr, bias_ptr, weight_ptr, mean_ptr, rstd_ptr,  # (P, H), (P, H), (H,), (H,), (P,), (P,)
     dx_ptr,  # (P, H)
-    partial_ptr,  # (3, n_programs, H): dbias, dweight, dln_bias
+    partial_ptr,  # (3, n_programs, H): dweight, dln_bias, dbias; of wide rows the first two
     n_rows, n_columns,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
@@ -44,16 +44,21 @@ def gelu_layer_norm_bwd_kernel(
     for first in tl.range(tl.program_id(0) * ROWS, n_rows, tl.num_programs(0) * ROWS):
         rows, _, inside, at = tile_of_rows(first, n_rows, n_columns, ROWS, COLUMNS)
         dy = tl.load(dy_ptr + at, mask=inside, other=0.0).to(tl.float32)
+        if COLUMNS > KEPT:
+            bias = load_row(bias_ptr, columns, n_columns)
+            weight = load_row(weight_ptr, columns, n_columns)
         z = tl.load(x_ptr + at, mask=inside, other=0.0).to(tl.float32) + bias
         dz, x_hat = layer_norm_gradient(dy, gelu(z), weight, mean_ptr, rstd_ptr, rows, inside, n_rows, n_columns)
         dx = dz * gelu_derivative(z)
         tl.store(dx_ptr + at, dx.to(dx_ptr.dtype.element_ty), mask=inside)
-        dbias += dx
+        if COLUMNS <= KEPT:
+            dbias += dx
         dweight += dy * x_hat
         dln_bias += dy
-    store_partial(partial_ptr, 0, dbias, columns, n_columns)
-    store_partial(partial_ptr, 1, dweight, columns, n_columns)
-    store_partial(partial_ptr, 2, dln_bias, columns, n_columns)
+    store_partial(partial_ptr, 0, dweight, columns, n_columns)
+    store_partial(partial_ptr, 1, dln_bias, columns, n_columns)
+    if COLUMNS <= KEPT:
+        store_partial(partial_ptr, 2, dbias, columns, n_columns)
 
 
 def gelu_layer_norm_fwd(x, bias, weight, ln_bias, eps):
@@ -77,9 +82,11 @@ def gelu_layer_norm_bwd(dy, x, bias, weight, mean, rstd):
     dx = torch.empty_like(x)
     rows, columns, warps = row_tile(n_columns, per_thread=16)
     programs = max(1, min(triton.cdiv(n_rows, rows), backward_programs(x.device)))
-    partial = torch.empty((3, programs, n_columns), dtype=torch.float32, device=x.device)
+    n_sums = 3 if columns <= KEPT.value else 2
+    partial = torch.empty((n_sums, programs, n_columns), dtype=torch.float32, device=x.device)
     gelu_layer_norm_bwd_kernel[(programs,)](
         dy, x, bias, weight, mean, rstd, dx, partial, n_rows, n_columns,
         ROWS=rows, COLUMNS=columns, num_warps=warps,
     )  # fmt: skip
-    return dx, *sum_partials(partial, weight.dtype)
+    dweight, dln_bias, *dbias = sum_partials(partial, weight.dtype)
+    return dx, dbias[0] if dbias else column_sum(dx, weight.dtype), dweight, dln_bias

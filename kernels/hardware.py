@@ -1,9 +1,16 @@
-"""What the launchers ask about the GPU they run on."""
+"""What the launchers ask about the GPU they run on, and the tiles that `bertfast bench tune` measured there."""
 
+import os
+import re
+import warnings
 from functools import cache
+from pathlib import Path
 
 import torch
 import triton
+
+from bertfast.files import read_json
+from bertfast.version import __version__
 
 
 def architecture() -> int | str:
@@ -22,3 +29,36 @@ def backward_programs(device: torch.device) -> int:
     if device.type != "cuda":
         return 4
     return 4 * torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def tiles_file(gpu: str) -> Path:
+    """Where the tiles measured on a GPU of this name lie."""
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return folder / "bertfast" / f"tiles-{re.sub('[^a-z0-9]+', '-', gpu.lower())}.json"
+
+
+def made_with() -> dict[str, str]:
+    """What measured tiles depend on, besides the GPU."""
+    return {"bertfast": __version__, "triton": triton.__version__}
+
+
+def read_tiles(gpu: str) -> dict[str, list[int] | None]:
+    """The tiles measured on this GPU by `tile_key`, none where nothing was; those of other versions are not used."""
+    path = tiles_file(gpu)
+    if not path.exists():
+        return {}
+    found = read_json(path)
+    if any(found.get(name) != version for name, version in made_with().items()):
+        warnings.warn(f"{path} was measured with other versions and is not used: run bertfast bench tune", stacklevel=2)
+        return {}
+    return found["tiles"]
+
+
+def tile_key(kernel: str, head_size: int, dropout: bool, mask_mode: int) -> str:
+    return f"{kernel} D{head_size} {'dropout' if dropout else 'no dropout'} mask {mask_mode}"
+
+
+@cache
+def tuned_tiles() -> dict[str, list[int] | None]:
+    """`read_tiles` of this process's GPU, read once; empty without one."""
+    return read_tiles(torch.cuda.get_device_name()) if torch.cuda.is_available() else {}

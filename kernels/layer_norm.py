@@ -3,6 +3,8 @@
 import triton
 import triton.language as tl
 
+KEPT = tl.constexpr(4096)  # columns up to which a backward has registers for the parameters and all three column sums
+
 
 @triton.jit
 def tile_of_rows(first, n_rows, n_columns, ROWS: tl.constexpr, COLUMNS: tl.constexpr):

@@ -18,11 +18,10 @@ import triton
 import triton.language as tl
 
 from .hardware import architecture, backward_programs
-from .rows import store_partial, sum_partials
+from .rows import column_sum
 
 LOG2E = tl.constexpr(1.4426950408889634)
 IGNORE_INDEX = tl.constexpr(-100)
-COLUMNS = 512  # of a tile of the column sum
 LOGITS_LIMIT = 1 << 29  # bytes
 BLOCK_BYTES = 1 << 26  # of the gradient of the logits, where it exists by blocks
 
@@ -80,22 +79,6 @@ def cross_entropy_kernel(
             x = load_logits(row_ptr, bias_ptr, columns, n_columns, stride_row)
             gradient = scale * (tl.exp2(x - lse) - tl.where(columns == label, 1.0, 0.0))
             tl.store(row_ptr + columns, gradient.to(logits_ptr.dtype.element_ty), mask=columns < stride_row)
-
-
-@triton.jit(do_not_specialize=["n_rows"])
-def column_sum_kernel(
-    x_ptr, partial_ptr,  # (R, n_columns), (1, n_programs, n_columns) float32
-    n_rows, n_columns,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr,
-):  # fmt: skip
-    columns = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
-    total = tl.zeros((ROWS, COLUMNS), tl.float32)
-    for first in tl.range(tl.program_id(0) * ROWS, n_rows, tl.num_programs(0) * ROWS):
-        rows = (first + tl.arange(0, ROWS)).to(tl.int64)
-        inside = (rows < n_rows)[:, None] & (columns < n_columns)[None, :]
-        at = rows[:, None] * n_columns + columns[None, :]
-        total += tl.load(x_ptr + at, mask=inside, other=0.0).to(tl.float32)
-    store_partial(partial_ptr, 0, total, columns, n_columns)
 
 
 @triton.jit
@@ -239,15 +222,6 @@ def cross_entropy(hidden, weight, bias, labels, scale):
             n_columns, stride_row, BLOCK=block, GRADIENT=scale is not None, num_warps=max(1, block // 512),
         )  # fmt: skip
     return loss.sum(), (labels != -100).sum(), correct.sum(), logits
-
-
-def column_sum(x, dtype):
-    n_rows, n_columns = x.shape
-    column_blocks = triton.cdiv(n_columns, COLUMNS)
-    programs = max(1, min(triton.cdiv(n_rows, 16), triton.cdiv(backward_programs(x.device), column_blocks)))
-    partial = torch.empty((1, programs, n_columns), dtype=torch.float32, device=x.device)
-    column_sum_kernel[(programs, column_blocks)](x, partial, n_rows, n_columns, ROWS=4, COLUMNS=COLUMNS, num_warps=4)
-    return sum_partials(partial, dtype)[0]
 
 
 def tile_options(element_size: int) -> dict:

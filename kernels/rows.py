@@ -5,6 +5,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .hardware import backward_programs
+
+SUM_COLUMNS = 512  # of a tile of the column sum
+
 
 @triton.jit
 def store_partial(partial_ptr, index, value, columns, n_columns):
@@ -32,6 +36,22 @@ def sum_partials_kernel(
     tl.store(out_ptr + tl.program_id(1).to(tl.int64) * n_columns + columns, out, mask=inside)
 
 
+@triton.jit(do_not_specialize=["n_rows"])
+def column_sum_kernel(
+    x_ptr, partial_ptr,  # (R, n_columns), (1, n_programs, n_columns) float32
+    n_rows, n_columns,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    columns = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    total = tl.zeros((ROWS, COLUMNS), tl.float32)
+    for first in tl.range(tl.program_id(0) * ROWS, n_rows, tl.num_programs(0) * ROWS):
+        rows = (first + tl.arange(0, ROWS)).to(tl.int64)
+        inside = (rows < n_rows)[:, None] & (columns < n_columns)[None, :]
+        at = rows[:, None] * n_columns + columns[None, :]
+        total += tl.load(x_ptr + at, mask=inside, other=0.0).to(tl.float32)
+    store_partial(partial_ptr, 0, total, columns, n_columns)
+
+
 def sum_partials(partial: Tensor, dtype: torch.dtype) -> tuple[Tensor, ...]:
     """(n_sums, n_partials, H) float32 -> n_sums tensors (H,), added in a fixed order: no atomics, same bits always."""
     n_sums, n_partials, n_columns = partial.shape
@@ -40,6 +60,18 @@ def sum_partials(partial: Tensor, dtype: torch.dtype) -> tuple[Tensor, ...]:
         partial, out, n_partials, n_columns, BLOCK_ROWS=64, BLOCK_COLUMNS=32, num_warps=4
     )
     return out.unbind(0)
+
+
+def column_sum(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """(R, n_columns) -> (n_columns,), added in a fixed order."""
+    n_rows, n_columns = x.shape
+    column_blocks = triton.cdiv(n_columns, SUM_COLUMNS)
+    programs = max(1, min(triton.cdiv(n_rows, 16), triton.cdiv(backward_programs(x.device), column_blocks)))
+    partial = torch.empty((1, programs, n_columns), dtype=torch.float32, device=x.device)
+    column_sum_kernel[(programs, column_blocks)](
+        x, partial, n_rows, n_columns, ROWS=4, COLUMNS=SUM_COLUMNS, num_warps=4
+    )
+    return sum_partials(partial, dtype)[0]
 
 
 def row_tile(n_columns: int, per_thread: int) -> tuple[int, int, int]:

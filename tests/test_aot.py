@@ -1,6 +1,7 @@
 """The GPU's code path compiled for GPUs that are not there: see benchmarks/aot.py."""
 
 import importlib.util
+import json
 import os
 import subprocess
 import sys
@@ -22,3 +23,18 @@ def test_every_launch_of_a_training_step_compiles(tmp_path):
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
     for step in ("base S128 adamw", "base S512 lamb", "large S128 adamw", "large S512 lamb"):
         assert done.stdout.count(f" launches          bf16 step of {step} ") == 3
+
+
+@pytest.mark.full
+@pytest.mark.skipif(importlib.util.find_spec("liger_kernel") is None, reason="liger-kernel is not installed")
+def test_peers_are_compiled_beside_ours(tmp_path):
+    """Every operation has a row of ours that spills nothing, and Liger-Kernel's go through the same report."""
+    command = [sys.executable, "benchmarks/aot.py", "--peers", "--json", str(tmp_path / "peers.json")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    result = json.loads((tmp_path / "peers.json").read_text())
+    ours = {row["key"]: row for row in result["rows"] if row["contender"] == "bertfast"}
+    assert set(ours) == {f"{name}, sm_{arch}" for name in result["remarks"] for arch in (80, 90)}
+    assert all(kernel["spill"] == 0 for row in ours.values() for kernel in row["kernels"])
+    theirs = [row for row in result["rows"] if row["contender"] == "Liger-Kernel"]
+    assert len(theirs) == 2 * 5 and all(1 < row["instructions"] < 100 for row in result["rows"] if row in theirs)

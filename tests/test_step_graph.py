@@ -1,12 +1,30 @@
-"""The step that a CUDA graph captures, on a CPU: it is the loop's own step, and preparing it leaves no trace."""
+"""The step that a CUDA graph captures, on a CPU: what it computes, that preparing it leaves no trace, and the loop."""
+
+import json
+import pydoc_data.topics
+from types import SimpleNamespace
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 import bertfast
+from bertfast import pretrain
+from bertfast.data.prepare import prepare
 from bertfast.model import unpad
 from bertfast.optim import Optimizer
 from bertfast.step_graph import StepGraph
+
+
+class Replayed(StepGraph):
+    """Prepared as for a capture, and run through what a replay reads; without a GPU, the step is called instead."""
+
+    def __init__(self, model, optimizer, micro, replayed):
+        super().__init__(model, optimizer, micro, replayed=True)
+
+    def capture(self):
+        self.warm_up()
+        return SimpleNamespace(replay=self.step)
 
 
 def micro_batch(first: int) -> bertfast.PackedBatch:
@@ -25,12 +43,12 @@ def model_and_optimizer():
 
 
 @pytest.mark.parametrize("n_micro", [1, 2])
-def test_a_captured_step_is_the_loops_step(n_micro):
+def test_a_step_and_its_preparation(n_micro):
+    """Against the calls written out; preparing a capture changes neither weights nor optimiser."""
     batches = [micro_batch(i) for i in range(4)]
     (model, optimizer), (own_model, own_optimizer) = model_and_optimizer(), model_and_optimizer()
     before = {**own_optimizer.state_dict(), **{n: t.clone() for n, t in own_optimizer.master_state().items()}}
-    graph = StepGraph(own_model, own_optimizer, batches[:n_micro])
-    graph.warm_up()  # what a GPU does before the capture
+    graph = Replayed(own_model, own_optimizer, batches[:n_micro], True)
     after = {**own_optimizer.state_dict(), **own_optimizer.master_state()}
     assert all(torch.equal(after[name], before[name]) for name in before)
 
@@ -51,7 +69,62 @@ def test_a_captured_step_is_the_loops_step(n_micro):
 
 def test_batches_of_other_shapes_are_refused():
     graph = StepGraph(*model_and_optimizer(), [micro_batch(0)])
-    with pytest.raises(ValueError, match="captured for 1 batches"):
+    with pytest.raises(ValueError, match="made for 1 batches"):
         graph([micro_batch(0)] * 2, [1, 2], 0.1, 6, 3)
-    with pytest.raises(ValueError, match="captured for input_ids"):
+    with pytest.raises(ValueError, match="made for input_ids"):
         graph([unpad(torch.ones(1, 4, dtype=torch.int64))[0]], [1], 0.1, 6, 3)
+
+
+@pytest.fixture(scope="module")
+def settings(tmp_path_factory):
+    """Eight steps on a little English: six on sequences of up to 32, two on sequences of up to 64."""
+    folder = tmp_path_factory.mktemp("corpus")
+    (folder / "text.txt").write_text("\n\n".join(list(pydoc_data.topics.topics.values())[:20]))
+    prepare([str(folder / "text.txt")], folder / "data", vocab_size=400, workers=1)
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
+    (folder / "model.json").write_text(json.dumps({"model_type": "bert", "max_position_embeddings": 64, **sizes}))
+    return lambda **changes: pretrain.Settings(**{
+        "data": str(folder / "data"), "model_config": str(folder / "model.json"), "steps": 8, "tokens": 256,
+        "short_length": 32, "long_length": 64, "long_share": 0.25, "lr": 3e-3, "precision": "fp32", "log_every": 1,
+        "save_every": 1, **changes,
+    })
+
+
+def rows(folder):
+    """What a run wrote down but for its speed, and its last checkpoint's tensors."""
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    last = pretrain.latest(folder)
+    tensors = {**load_file(last / "model.safetensors"), **load_file(last / "optimizer.safetensors")}
+    return [{k: v for k, v in line.items() if k != "tokens_per_sec"} for line in lines], tensors
+
+
+@pytest.mark.parametrize("changes", [{}, {"precision": "bf16", "micro_batches": 2}], ids=["fp32", "bf16, two batches"])
+def test_a_run_with_a_graph_is_the_run_without(settings, changes, tmp_path, monkeypatch):
+    """Bit for bit, over both phases, and also where it was interrupted and resumed in either."""
+    pretrain.start(tmp_path / "launched", settings(**changes), resume=False).train()
+    made = []
+    monkeypatch.setattr(pretrain, "StepGraph", lambda *args: made.append(Replayed(*args)) or made[-1])
+    for stop_after in (3, 7, 8):
+        run = pretrain.start(tmp_path / "replayed", settings(cuda_graph=True, **changes), resume=True)
+        step = run._train_step
+
+        def stop(*args, run=run, step=step, stop_after=stop_after):
+            run.stopping = run.step + 1 == stop_after < 8  # as Ctrl-C does
+            return step(*args)
+
+        monkeypatch.setattr(run, "_train_step", stop)
+        if stop_after < 8:
+            with pytest.raises(KeyboardInterrupt):
+                run.train()
+        else:
+            run.train()
+    assert [graph.micro[0].max_seqlen for graph in made] == [32, 32, 64, 64]  # one a phase, in each process
+    (lines, tensors), (expected_lines, expected) = rows(tmp_path / "replayed"), rows(tmp_path / "launched")
+    assert lines == expected_lines
+    assert all(torch.equal(tensors[name], expected[name]) for name in expected)
+
+
+def test_the_header_says_what_became_of_the_graph(settings, tmp_path):
+    run = pretrain.start(tmp_path / "run", settings(cuda_graph=True), resume=False)
+    assert "--cuda-graph needs a GPU" in run.describe("")["CUDA graph"]
+    assert "CUDA graph" not in pretrain.start(tmp_path / "other", settings(), resume=False).describe("")

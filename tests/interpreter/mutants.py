@@ -19,7 +19,7 @@ HERE = Path(__file__).parent
 KERNELS = HERE.parent.parent / "kernels"
 TESTS = {  # which core tests can see a bug in which file
     "dropout": "add_layer_norm or attention",
-    "rows": "bias_gelu or second_stage",
+    "rows": "bias_gelu or second_stage or projection",
     "add_layer_norm": "add_layer_norm or epsilon",
     "layer_norm": "layer_norm or epsilon",
     "bias_gelu": "bias_gelu",
@@ -36,6 +36,7 @@ MUTANTS = [
     ("rows", "tl.range(0, n_partials, BLOCK_ROWS)", "tl.range(0, BLOCK_ROWS, BLOCK_ROWS)"),
     ("rows", "index * tl.num_programs(0) + tl.program_id(0)", "index * tl.num_programs(0)"),
     ("rows", "mask=(rows < n_partials)[:, None] & inside[None, :]", "mask=inside[None, :]"),
+    ("rows", "total += tl.load(x_ptr + at", "total = tl.load(x_ptr + at"),
     ("layer_norm", "centred = tl.where(inside, z - mean[:, None], 0.0)", "centred = z - mean[:, None]"),
     ("layer_norm", "/ n_columns + eps)", "/ n_columns)"),
     ("add_layer_norm", "z = tl.where(keep, z * kept_scale, 0.0)", "z = tl.where(keep, z, 0.0)"),
@@ -45,6 +46,7 @@ MUTANTS = [
     ("add_layer_norm", "key >> 32", "key >> 31"),
     ("add_layer_norm", "n_rows, tl.num_programs(0) * ROWS)", "n_rows, 2 * tl.num_programs(0) * ROWS)"),
     ("add_layer_norm", "dz = tl.where(keep, dz * kept_scale, 0.0)", "dz = dz * kept_scale"),
+    ("add_layer_norm", "column_sum(dx if p > 0.0 else dz,", "column_sum(dz,"),
     ("bias_gelu", "-0.7213475204444817", "-0.7313475204444817"),
     ("bias_gelu", "cdf + z * (", "cdf + ("),
     ("bias_gelu", "tl.program_id(1) * COLUMNS + tl.arange", "tl.arange"),
@@ -53,6 +55,7 @@ MUTANTS = [
     ("gelu_layer_norm", "layer_norm_gradient(dy, gelu(z), weight", "layer_norm_gradient(dy, z, weight"),
     ("gelu_layer_norm", "dx = dz * gelu_derivative(z)", "dx = dz"),
     ("gelu_layer_norm", "dweight += dy * x_hat", "dweight += dy * z"),
+    ("gelu_layer_norm", "column_sum(dx,", "column_sum(dy,"),
     ("attention", "visible = (columns < n_keys)[None, :]", "visible = (columns <= n_keys)[None, :]"),
     ("attention", "columns[None, :] <= position[:, None]", "columns[None, :] < position[:, None]"),
     ("attention", "(columns < prefix)[None, :]", "(columns <= prefix)[None, :]"),

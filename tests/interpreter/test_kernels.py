@@ -13,9 +13,10 @@ from bertfast import ops
 from bertfast.ops import optimizer_step as optimizer_reference
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-# Even, odd rows, odd columns, one row, zero rows; beyond one tile of rows or columns; each a fraction of a second.
+# Even, odd rows, odd columns, one row, zero rows; beyond one tile of rows or columns; rows too wide for all column sums
+# in registers; each a fraction of a second.
 SHAPES = {
-    "rows": ((8, 256), (37, 128), (5, 203), (1, 64), (0, 64), (3, 1100)),
+    "rows": ((8, 256), (37, 128), (5, 203), (1, 64), (0, 64), (3, 1100), (2, 4100)),
     "masked_vocab_projection": ((40, 64, 1000), (37, 48, 203), (1, 64, 333), (0, 64, 64), (3, 16, 4200)),
     "attention": (
         ((64, 64), 0, 1, 64), ((37, 1, 0, 90), 5, 2, 32), ((9,), 0, 1, 40), ((), 4, 2, 64), ((20, 7), 3, 2, 24)
@@ -93,10 +94,10 @@ def test_second_stage_of_a_sum():
 
 
 def test_counts_of_the_projection(way):
-    """The first of equal largest logits is the prediction, as torch.argmax has it; -100 counts nowhere; the last row's
-    largest logit is in the second block of columns."""
+    """The first of equal largest logits is the prediction, as torch.argmax has it, be they in one tile of columns, in
+    several or in several programs' shares; -100 counts nowhere; the last row's largest is in another block."""
     weight, hidden = torch.zeros(4200, 16), torch.ones(5, 16)
-    weight[[2, 9]], weight[4190], hidden[4] = 1.0, -1.0, -1.0
+    weight[[2, 9, 70, 4100]], weight[4190], hidden[4] = 1.0, -1.0, -1.0
     labels = torch.tensor([2, 9, -100, 5, 4190])
     args = hidden, weight, torch.zeros(4200), labels
     for got, want in zip(ops.masked_vocab_projection(*args)[1:], (4, 2)):
