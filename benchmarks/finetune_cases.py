@@ -58,7 +58,7 @@ CASES: dict[str, tuple[str, str, str, dict[str, Any], int]] = {
                    {"steps": 2000, "lr": 3e-4, "max_target_length": 80, "style": "prefix-lm"}, 1),
 }
 TRANSFER: dict[str, dict[str, Any]] = {  # how much of the encoder learns
-    "fine-tuned": {}, "frozen": {"freeze": "all", "lr": 1e-3}, "features": {"features": True, "lr": 5e-3},
+    "fine-tuned": {"lr": 5e-4}, "frozen": {"freeze": "all", "lr": 1e-3}, "features": {"features": True, "lr": 5e-3},
 }
 
 
