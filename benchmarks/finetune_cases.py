@@ -23,6 +23,7 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -140,6 +141,14 @@ def random_copy(model: str, folder: Path) -> str:
 # ---- what is wanted of a case
 
 
+def speed(name: str, settings: Settings, args) -> list[dict]:
+    """A row a contender. Raises KeyboardInterrupt where Ctrl-C cut it short: nothing half is kept."""
+    found, stopped = rows(name, settings, args.window, args.rounds, args.threads)
+    if stopped:
+        raise KeyboardInterrupt
+    return found
+
+
 def quality(name: str, settings: Settings, seeds: int, work: Path, threads: int) -> Iterator[tuple[dict, Any]]:
     """(what names the row, how to get the rest)."""
     for seed in range(1, seeds + 1):
@@ -181,8 +190,7 @@ def main() -> None:
         for name in (args.cases or default).split(","):
             chosen = settings_of(name, args.data, work, args.model, 1, args.steps)
             if args.what == "speed":
-                wanted = [({"key": name},
-                           lambda n=name, c=chosen: rows(n, c, args.window, args.rounds, args.threads)[0])]
+                wanted = [({"key": name}, partial(speed, name, chosen, args))]
             elif args.what == "transfer":
                 wanted = transfer(name, chosen, work, args.threads)
             else:
@@ -197,4 +205,7 @@ def main() -> None:
 
 if __name__ == "__main__":
     machine.keep_pages()
-    main()
+    try:
+        main()
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None
