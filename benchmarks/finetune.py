@@ -10,7 +10,7 @@ features" trains another model, a head on cached features, where the task has on
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
 from itertools import cycle
 from pathlib import Path
@@ -128,57 +128,51 @@ class Peer:
 # ---- one contender
 
 CHECKED = 8  # examples of the steps that must agree
-LOSS_AGREES = {"fp32": 1e-3, "bf16": 2e-2}  # relative; bf16 against fp32
+LOSS_AGREES = {"fp32": 1e-3, "bf16": 2e-3}  # relative; bf16 against fp32
 CONTENDERS = ("transformers fp32", "transformers bf16", "bertfast fp32", "bertfast bf16")
 FEATURES = "bertfast features"
 REFERENCE = CONTENDERS[0]
 
 
-class Training:
-    """One contender's steps on one task."""
+def trainable(contender: str, settings: Settings, folder: Path) -> tuple[FineTuning, Callable]:
+    """The task, and step(items, number) -> the step's loss, and the FLOPs its result needs (of ours alone)."""
+    settings = replace(settings, precision="bf16" if contender == "bertfast bf16" else "fp32",
+                       features=contender == FEATURES)
+    work = FineTuning(folder, settings)
+    model = work.model_for(settings.seed)
+    if contender.startswith("transformers"):
+        peer = Peer(work, bf16=contender.endswith("bf16"))
+        peer.model.load_state_dict(model.state_dict(), strict=False)
+        return work, lambda items, step: (peer.step(items, work.learning_rate(step)), 0.0)
+    optimizer = work.optimizer_for(model)
 
-    def __init__(self, contender: str, settings: Settings, folder: Path):
-        engine, self.precision = contender.split()
-        settings = replace(settings, precision="bf16" if contender == "bertfast bf16" else "fp32",
-                           features=contender == FEATURES)
-        self.work = FineTuning(folder, settings)
-        self.model = self.work.model_for(settings.seed)
-        self.peer = None
-        if engine == "bertfast":
-            self.optimizer = self.work.optimizer_for(self.model)
-        else:
-            self.peer = Peer(self.work, bf16=self.precision == "bf16")
-            self.peer.model.load_state_dict(self.model.state_dict(), strict=False)
-
-    def step(self, items: list[Item], step: int) -> tuple[float, float]:
-        """The step's loss, and the FLOPs its result needs (of ours alone)."""
-        if self.peer:
-            return self.peer.step(items, self.work.learning_rate(step)), 0.0
+    def ours(items: list[Item], step: int) -> tuple[float, float]:
         window = Window()
-        self.work._step(self.model, self.optimizer, items, self.work.settings.seed, step, window)
+        work._step(model, optimizer, items, settings.seed, step, window)
         return float(window.loss), window.flops
+
+    return work, ours
 
 
 def training(contender: str, settings: dict, window: float) -> Iterator[dict]:
     """Facts: the losses of two steps with dropout off. A turn: {"seconds" (a sample), "flops" (a sample)}."""
     chosen = replace(Settings(**settings), lr=None) if contender == FEATURES else Settings(**settings)
     with tempfile.TemporaryDirectory() as folder:
-        exact = Training(contender, replace(chosen, dropout=0.0, warmup=0.0), Path(folder))
-        length, _ = Counter(exact.work.lengths.tolist()).most_common(1)[0]
+        work, step = trainable(contender, replace(chosen, dropout=0.0, warmup=0.0), Path(folder))
+        length, _ = Counter(work.lengths.tolist()).most_common(1)[0]
         # of one length: transformers lets padding take part in the softmax of question answering
-        alike = [item for item in exact.work.train_items if item.n_tokens == length][:CHECKED]
-        losses = [exact.step(alike, step)[0] for step in (1, 2)]
+        alike = [item for item in work.train_items if item.n_tokens == length][:CHECKED]
+        losses = [step(alike, number)[0] for number in (1, 2)]
         yield {} if contender == FEATURES else {"losses": losses}
-        del exact
-        timed = Training(contender, chosen, Path(folder))
-        batches = timed.work._batches(chosen.seed)
-        steps = cycle(range(1, timed.work.steps + 1))
+        work, step = trainable(contender, chosen, Path(folder))
+        batches = work._batches(chosen.seed)
+        steps = cycle(range(1, work.steps + 1))
         while True:
-            timed.step(next(batches), next(steps))  # the caches are someone else's by now
+            step(next(batches), next(steps))  # the caches are someone else's by now
             began, samples, flops = time.perf_counter(), 0, 0.0
             while time.perf_counter() - began < window:
                 items = next(batches)
-                flops += timed.step(items, next(steps))[1]
+                flops += step(items, next(steps))[1]
                 samples += len(items)
             yield {"seconds": (time.perf_counter() - began) / samples, "flops": flops / samples}
 

@@ -201,7 +201,7 @@ def _mean_and_range(values: list[float]) -> str:
 
 
 def _tasks(result: dict) -> list[dict]:
-    """A line a case: the deciding metrics of ours and the peer's after the same steps."""
+    """A line a case and metric: ours and the peer's after the same steps, with how many seeds each had."""
     columns = ["set", "metric", "bertfast", "transformers", "seeds", "steps"]
     lines = []
     for key in dict.fromkeys(r["key"] for r in result["rows"]):
@@ -209,9 +209,8 @@ def _tasks(result: dict) -> list[dict]:
         good = [r for r in rows if not r["failed"]]
         for metric in dict.fromkeys(name for r in good for name in r["metrics"]):
             cells = [[r["metrics"][metric] for r in good if r["contender"] == name] for name in columns[2:4]]
-            seeds = sorted({r["seed"] for r in good})
-            lines.append([key, metric, *[_mean_and_range(c) if c else "–" for c in cells], f"{len(seeds)}",
-                          f"{good[0]['steps']:,}"])
+            lines.append([key, metric, *[_mean_and_range(c) if c else "–" for c in cells],
+                          " and ".join(str(len(c)) for c in cells), f"{good[0]['steps']:,}"])
         lines += [[key, r["contender"], r["failed"], *[""] * 3] for r in rows if r["failed"]]
     title = f"quality of fine-tuned {result['settings']['model']}, the same data, start, hyper-parameters and steps"
     return [{"title": title, "columns": columns, "rows": lines}]

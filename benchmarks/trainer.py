@@ -20,7 +20,7 @@ from bertfast.files import UserError
 CONTENDERS = ("original fp32", "original bf16", "patched fp32", "patched bf16")
 REFERENCE = CONTENDERS[0]
 CHECKED = 8  # steps whose losses must agree
-LOSS_AGREES = {"fp32": 1e-4, "bf16": 5e-2}  # absolute; bf16 against fp32
+LOSS_AGREES = {"fp32": 1e-4, "bf16": 2e-3}  # absolute; a new head starts near ln 2, so that little is much
 BATCH, LR, DROPOUT, LONGEST = 32, 5e-5, 0.1, 128
 
 

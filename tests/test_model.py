@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 import bertfast
 from bertfast.files import UserError
 from bertfast.model import unpad
+from bertfast.ops.joined_linear import joined_linear
 
 SIZES = {"vocab_size": 211, "hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4,
          "intermediate_size": 128, "max_position_embeddings": 48}
@@ -239,3 +240,14 @@ def test_a_pickle_with_code_is_not_run(tmp_path):
     torch.save({"x": pytest.raises}, tmp_path / "pytorch_model.bin")
     with pytest.raises(UserError, match="refusing to unpickle|damaged"):
         bertfast.BertModel.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("rows", [3, 40])
+def test_few_rows_in_inference_are_joined_as_results(rows):
+    """Query, key and value in one product, or without gradients and with few rows in three."""
+    torch.manual_seed(0)
+    linears, x = [torch.nn.Linear(24, 24) for _ in range(3)], torch.randn(rows, 24)
+    expected = torch.cat([linear(x) for linear in linears], 1)
+    torch.testing.assert_close(joined_linear(x, *linears), expected)
+    with torch.inference_mode():
+        torch.testing.assert_close(joined_linear(x, *linears), expected)

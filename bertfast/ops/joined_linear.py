@@ -49,6 +49,7 @@ class _JoinedLinear(torch.autograd.Function):
 def joined_linear(x: Tensor, *linears: torch.nn.Linear) -> Tensor:
     """`torch.cat([linear(x) for linear in linears], -1)` in one GEMM, for Linear layers of one shape, with bias."""
     weights, biases = [m.weight for m in linears], [m.bias for m in linears]
-    if not torch.is_grad_enabled() and 2 * len(x) < x.shape[1] and not _adjacent(weights):
-        return torch.cat([torch.addmm(b, x, w.t()) for w, b in zip(weights, biases)], 1)
+    if not (torch.is_grad_enabled() or torch.compiler.is_compiling()):  # a traced length must not decide anything
+        if 2 * len(x) < x.shape[1] and not _adjacent(weights):
+            return torch.cat([torch.addmm(b, x, w.t()) for w, b in zip(weights, biases)], 1)
     return _JoinedLinear.apply(x, *weights, *biases)
