@@ -52,10 +52,12 @@ bench: install
 	$(BENCH) ops --out $(RESULTS)/ops.json
 	$(if $(DATA),$(BENCH) quality --data $(DATA) --steps 1200 --dropout 0 --out $(RESULTS)/quality.json)
 	$(BENCH) roofline --preset mini --out $(RESULTS)/roofline_mini.json
-	$(BENCH) roofline --preset base --tokens 1024 --out $(RESULTS)/roofline_base.json
+	$(BENCH) roofline --preset base --tokens 32768 --out $(RESULTS)/roofline_base.json
+	$(BENCH) roofline --preset large --tokens 32768 --out $(RESULTS)/roofline_large.json
 	$(BENCH) profile --preset mini --out $(RESULTS)/profile_mini.json
 	$(BENCH) profile --preset small --out $(RESULTS)/profile_small.json
 	$(BENCH) profile --preset base --tokens 1024 --out $(RESULTS)/profile_base.json
+	$(if $(wildcard $(OUT)/loss.png),$(BENCH) job $(OUT) --out $(RESULTS)/job.json)
 	$(BENCH) report $(RESULTS) --readme README.md --readme benchmarks/README.md
 
 bench-quick: install

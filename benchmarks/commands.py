@@ -1,5 +1,6 @@
 """`bertfast bench …`: the suites as commands. Heavy imports stand inside, so that --help answers at once."""
 
+import shutil
 from pathlib import Path
 from typing import Annotated
 
@@ -133,6 +134,7 @@ def trainer(model: Annotated[str, typer.Option(help="A BERT checkpoint's folder.
             train: Annotated[str, typer.Option(help="A TSV: a header, then sentence, tab, class (0 or 1).")],
             dev: Annotated[str, typer.Option(help="The same, to judge by.")],
             count: Annotated[int, typer.Option(min=1, help="Sentences to train on.")] = 10_000,
+            seed: Annotated[int, typer.Option(help="Of the new head, dropout and the order.")] = 0,
             rounds: Rounds = 5, threads: Threads = None, out: Out = None) -> None:
     """transformers' Trainer on a model as it is and on one patched by bertfast.patch: speed, losses, accuracy.
 
@@ -140,7 +142,8 @@ def trainer(model: Annotated[str, typer.Option(help="A BERT checkpoint's folder.
     """
     from bertfast.benchmarks import trainer
 
-    _finish(trainer.run(model=model, train=train, dev=dev, count=count, rounds=rounds, threads=_threads(threads)), out)
+    _finish(trainer.run(model=model, train=train, dev=dev, count=count, rounds=rounds, seed=seed,
+                        threads=_threads(threads)), out)
 
 
 @bench.command()
@@ -168,6 +171,20 @@ def quality(data: Annotated[str, typer.Option(help="A prepared set.")], preset: 
     _finish(quality.run(data=data, preset=preset, steps=steps, tokens=tokens, length=length, lr=lr, dropout=dropout,
                         every=every, seed=seed, threads=_threads(threads), precisions=precision or ["fp32"],
                         peers=peers), out)
+
+
+@bench.command()
+def job(run: Annotated[Path, typer.Argument(help="The folder of a finished run of `bertfast pretrain`.")],
+        out: Out = None) -> None:
+    """A finished pretraining run as a result: its speed, its losses, and beside OUT its picture.
+
+    Example: bertfast bench job runs/mini --out results/job.json
+    """
+    from bertfast.benchmarks import job
+
+    _finish(job.run(run), out)
+    if out:
+        shutil.copyfile(run / "loss.png", out.with_name("loss.png"))
 
 
 @bench.command()
@@ -207,11 +224,11 @@ def profile(data: DataOption = None, preset: Preset = "mini", tokens: Tokens = 2
 
 
 @bench.command()
-def tune(head_size: Annotated[list[int] | None, typer.Option(min=16, max=128, help="D, any number of times.")] = None
-         ) -> None:
-    """Time the attention kernels' tiles on this machine's GPU, and keep the fastest for its later runs.
+def tune(head_size: Annotated[list[int] | None, typer.Option(min=16, max=128, help="D, any number of times.")] = None,
+         hidden_size: Annotated[list[int] | None, typer.Option(min=64, help="H, any number of times.")] = None) -> None:
+    """Time the kernels' tiles on this machine's GPU, and keep the fastest for its later runs.
 
-    Example: bertfast bench tune --head-size 64 --head-size 128
+    Without options for BERT-base: D 64, H 768. Example: bertfast bench tune --head-size 64 --hidden-size 1024
     """
     import torch
 
@@ -221,7 +238,7 @@ def tune(head_size: Annotated[list[int] | None, typer.Option(min=16, max=128, he
     from bertfast.kernels import hardware
 
     gpu = torch.cuda.get_device_name()
-    for key, tile in tune.tune(gpu, head_size or [64]).items():
+    for key, tile in tune.tune(gpu, head_size or [64], hidden_size or [768]).items():
         print(f"{key}: {tile or 'the two kernels of long sequences'}")
     print(f"wrote {hardware.tiles_file(gpu)}")
 

@@ -4,13 +4,17 @@
   training      three steps of a tiny BERT with dropout against the CPU engine; the same bits twice
   graph         the same steps captured and replayed, bit for bit
   speed, memory a BERT-base step in bf16, launched kernel by kernel and replayed
-Ends with one page and exit code 0 (all held), 1 (something did not) or 2 (no GPU here). Against other implementations:
-`bertfast bench pretrain --preset base` on the same machine.
+  ops           each in bf16 at the shapes of that step, against eager and compiled PyTorch, and Liger-Kernel and
+                flash-attn where they are installed
+Ends with one page and exit code 0 (all held), 1 (something did not) or 2 (no GPU here). Whole steps against
+transformers: `bertfast bench pretrain --preset base` on the same machine.
 """
 
 import sys
 
 import torch
+from bertfast.benchmarks import contest, report
+from bertfast.benchmarks import ops as bench
 from bertfast.benchmarks.cases import CASES, Case, run
 
 from bertfast import BertConfig, BertForPreTraining, PackedBatch, ops
@@ -20,13 +24,14 @@ from bertfast.step_graph import StepGraph
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 ULPS = {torch.float32: 4, torch.bfloat16: 2, torch.float16: 2}
 LR = 1e-3
+DEVICE = "cuda"
 
 
 def op_parity(case: Case, shape, dtype: torch.dtype, p: float) -> list[str]:
     """What does not hold for one op: a name per output that is further from the truth than eager, or not repeatable."""
     truth = run(case.eager, case, case.inputs(shape, torch.float64), p)
     eager = run(case.eager, case, case.inputs(shape, dtype), p)
-    tensors = {name: t.cuda() for name, t in case.inputs(shape, dtype).items()}
+    tensors = {name: t.to(DEVICE) for name, t in case.inputs(shape, dtype).items()}
     first, second = run(case.fused, case, tensors, p), run(case.fused, case, tensors, p)
     faults = []
     for name in truth:
@@ -99,7 +104,7 @@ def check_training() -> list[str]:
     faults = []
     on_cpu = trained("tiny", torch.float32, 512, 64, "cpu")[0]
     for name, graph in (("launched", False), ("replayed", True)):
-        first, second = (trained("tiny", torch.float32, 512, 64, "cuda", graph=graph)[0] for _ in range(2))
+        first, second = (trained("tiny", torch.float32, 512, 64, DEVICE, graph=graph)[0] for _ in range(2))
         print(f"  {name}: losses {first.tolist()}; CPU {on_cpu.tolist()}")
         if not torch.equal(first, second):
             faults.append(f"training, {name}: not the same bits twice")
@@ -111,8 +116,8 @@ def check_training() -> list[str]:
 def show_speed(tokens: int = 32768, length: int = 128) -> None:
     for graph in (False, True):
         torch.cuda.reset_peak_memory_stats()
-        _, model, optimizer, batches, step_graph = trained("base", torch.bfloat16, tokens, length, "cuda", 1, graph)
-        batch, scale, seed = batches[0], optimizer.loss_scale, torch.ones(1, dtype=torch.int64, device="cuda")
+        _, model, optimizer, batches, step_graph = trained("base", torch.bfloat16, tokens, length, DEVICE, 1, graph)
+        batch, scale, seed = batches[0], optimizer.loss_scale, torch.ones(1, dtype=torch.int64, device=DEVICE)
 
         def launched(model=model, optimizer=optimizer, batch=batch, scale=scale, seed=seed):
             model(batch, seed=seed, mlm_scale=scale / batch.n_masked).loss.backward()
@@ -122,6 +127,24 @@ def show_speed(tokens: int = 32768, length: int = 128) -> None:
         memory = torch.cuda.max_memory_allocated() / 2**30
         print(f"  BERT-base, bf16, {tokens} tokens of {length}, {'replayed' if graph else 'launched'}: "
               f"{took * 1e3:.1f} ms, {tokens / took:,.0f} tokens/s, {memory:.1f} GiB at most")  # fmt: skip
+
+
+def show_ops(tokens: int = 32768, hidden: int = 768, words: int = 30522) -> None:
+    """A table: µs of each contender, ours as a share of what the GPU copies or multiplies."""
+    masked = tokens * 15 // 100
+    shapes: list[tuple[str, tuple]] = [
+        ("add_layer_norm", (tokens, hidden)), ("bias_gelu", (tokens, 4 * hidden)),
+        ("gelu_layer_norm", (masked, hidden)), ("embedding_sum", (tokens, hidden, words)),
+        ("masked_vocab_projection", (masked, hidden, words)),
+        *(("attention_full", ((length,) * (tokens // length), 0, hidden // 64, 64)) for length in (128, 512)),
+    ]
+    rows = []
+    for op, shape in shapes:
+        torch._dynamo.reset()
+        calls = {"bertfast": CASES[op].fused, "eager": bench.BEST[op],
+                 "compiled": torch.compile(bench.BEST[op], dynamic=False), **bench.peers(op)}
+        rows += bench.measure(op, shape, "bf16", calls, rounds=5)
+    report.show({"suite": "ops", **contest.provenance(torch.get_num_threads()), "settings": {}, "rows": rows})
 
 
 def main() -> int:
@@ -145,6 +168,7 @@ def main() -> int:
     faults += check_training()
     print("speed and memory:")
     show_speed()
+    show_ops()
     print("\n".join(faults) or "all of it held")
     return 1 if faults else 0
 

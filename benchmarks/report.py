@@ -5,7 +5,9 @@ markers of README files; nobody types a figure. Colours are Okabe and Ito's (200
 pictures say by position and label what they say by colour.
 """
 
+import fnmatch
 import json
+import math
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -28,7 +30,7 @@ def tables(result: dict) -> list[dict]:
     makers: dict[str, Callable] = {
         "pretrain": _pretrain, "memory": _memory, "ops": _ops, "inference": _inference, "quality": _quality,
         "roofline": _roofline, "profile": _profile, "finetune": _finetune, "tasks": _tasks, "transfer": _transfer,
-        "trainer": _trainer, "aot": _aot, "aot_peers": _aot_peers,
+        "trainer": _trainer, "aot": _aot, "aot_peers": _aot_peers, "job": _job,
     }
     if suite not in makers:
         raise UserError(f"this is not a result of bertfast bench: suite {suite!r}")
@@ -65,6 +67,43 @@ def _pretrain(result: dict) -> list[dict]:
     return [{"title": title, "columns": columns, "rows": lines + _failures(result, len(columns))}]
 
 
+def sweep(found: list[dict]) -> dict:
+    """One table of several results of `pretrain`: a line a result, our faster precision against the others' best."""
+    columns = ["preset", "sequences up to", "full", "tokens a step", "threads", "bertfast, tokens/s", "× the best HF",
+               "× the best plain PyTorch", "of the GEMM rate"]
+    lines = []
+    shape = lambda r: [*(r["settings"][name] for name in ("preset", "length", "fill")), r["threads"]]
+    for result in sorted(found, key=shape):
+        settings, best = result["settings"], {}
+        for row in measured(result):
+            family = row["contender"].split(" ")[0]
+            if family not in best or row["tokens_per_second"] > best[family]["tokens_per_second"]:
+                best[family] = row
+        ours = best["bertfast"]
+        lines.append([
+            settings["preset"], str(settings["length"]), f"{settings['fill']:.0%}", f"{settings['tokens']:,}",
+            str(result["threads"]), f"{ours['tokens_per_second']:,.0f}",
+            *[f"{ours['tokens_per_second'] / best[family]['tokens_per_second']:.2f}" if family in best else "–"
+              for family in ("HF", "plain")], f"{ours['share']:.0%}" if "share" in ours else "–",
+        ])
+    return {"title": "steps of several shapes, each from a run of its own", "columns": columns, "rows": lines}
+
+
+def _job(result: dict) -> list[dict]:
+    settings = result["settings"]
+    columns = ["sequences up to", "steps", "tokens/s", "validation masked-LM loss", "below the unigram entropy",
+               "masked-LM accuracy", "next-sentence accuracy"]
+    lines = [[
+        str(r["length"]), f"{r['steps']:,}", f"{settings['tokens'] / r['median']:,.0f}", f"{r['mlm_loss']:.3f}",
+        f"{settings['unigram_entropy'] - r['mlm_loss']:.3f}", f"{r['mlm_accuracy']:.1%}",
+        f"{r['nsp_accuracy']:.1%}" if "nsp_accuracy" in r else "–",
+    ] for r in result["rows"]]
+    title = (f"a run of `bertfast pretrain`, preset {settings['preset']}, {settings['tokens']:,} tokens a step, of a "
+             f"text of {settings['text_tokens']:,} tokens (unigram entropy {settings['unigram_entropy']:.3f} nats, "
+             f"vocabulary {settings['vocab_size']:,}), {result['threads']} threads")
+    return [{"title": title, "columns": columns, "rows": lines}]
+
+
 def _memory(result: dict) -> list[dict]:
     settings, rows = result["settings"], measured(result, "peak_bytes")
     columns = ["contender", "peak, MiB", "without parameters, gradients, optimiser, MiB", "of HF sdpa bf16's"]
@@ -79,6 +118,8 @@ def _memory(result: dict) -> list[dict]:
 
 def _ops(result: dict) -> list[dict]:
     """A table a dtype: a line an op, shape and direction; each contender's time, and ours against the best other."""
+    if not result["settings"].get("quick", True):
+        return _ops_in_short(result)
     made = []
     for dtype in ("fp32", "bf16"):
         rows = [r for r in result["rows"] if r["dtype"] == dtype]
@@ -100,6 +141,36 @@ def _ops(result: dict) -> list[dict]:
         columns = ["op and shape", "direction", *[f"{n}, µs" for n in names], "× the best other", "rate", "of the peak"]
         if lines:
             made.append({"title": f"ops in {dtype}, {result['threads']} threads", "columns": columns, "rows": lines})
+    return made
+
+
+def _ops_in_short(result: dict) -> list[dict]:
+    """A table a dtype: a line an op and direction, over all its shapes."""
+    columns = ["op", "direction", "shapes", "least × the best other", "at", "median × the best other", "largest shape",
+               "rate there", "of the peak"]
+    made = []
+    for dtype in ("fp32", "bf16"):
+        rows = [r for r in result["rows"] if r["dtype"] == dtype]
+        lines = []
+        for op, direction in dict.fromkeys((r["op"], r["direction"]) for r in rows):
+            here = [r for r in rows if (r["op"], r["direction"]) == (op, direction)]
+            ours = {r["shape"]: r for r in here if r["contender"] == "bertfast" and not r["failed"]}
+            if not ours:
+                continue
+            others = [r for r in here if r["contender"] != "bertfast" and not r["failed"]]
+            ahead = {shape: min((r["median"] for r in others if r["shape"] == shape), default=math.nan) / row["median"]
+                     for shape, row in ours.items()}
+            least, ratios = min(ahead, key=ahead.__getitem__), sorted(ahead.values())
+            largest = max(ours.values(), key=lambda r: (r["bytes"], r["flops"]))
+            lines.append([
+                op, direction, str(len(ours)), f"{ahead[least]:.2f}", least, f"{ratios[len(ratios) // 2]:.2f}",
+                largest["shape"], f"{largest['rate'] / 1e9:,.0f} {'GFLOP/s' if largest['flops'] else 'GB/s'}",
+                f"{largest['share']:.0%}",
+            ])
+        made.append({"title": f"ops in {dtype}, {result['threads']} threads, all shapes", "columns": columns,
+                     "rows": lines})
+    failed = [r for r in result["rows"] if r["failed"]]
+    made[-1]["rows"] += [[r["key"], r["contender"], r["failed"], *[""] * (len(columns) - 3)] for r in failed]
     return made
 
 
@@ -140,6 +211,14 @@ def _roofline(result: dict) -> list[dict]:
             lines.append([row["contender"], f"{1e3 * row['seconds']:,.2f}", f"{row['tokens_per_second']:,.0f}",
                           ", ".join(f"{n} {p['seconds'] / row['seconds']:.0%}" for n, p in pieces), row["label"]])
         made.append({"title": f"lower bound of a step by formula, {key}", "columns": columns, "rows": lines})
+        gpus = [r for r in result["rows"] if r["key"] == key and r["label"].startswith("predicted")]
+        made.append({
+            "title": f"its kernels, forward and backward, ms at least (predicted, not measured), {key}",
+            "columns": ["kernel", "GFLOP", "GB", *[r["contender"] for r in gpus]],
+            "rows": [[name, f"{cost['flops'] / 1e9:,.0f}", f"{cost['bytes'] / 1e9:,.2f}",
+                      *[f"{1e3 * r['pieces'][name]['seconds']:,.3f}" for r in gpus]]
+                     for name, cost in gpus[0]["pieces"].items()],
+        })
     return made
 
 
@@ -221,23 +300,26 @@ def _transfer(result: dict) -> list[dict]:
     styles = list(dict.fromkeys(r["contender"].partition(", ")[2] for r in result["rows"]))
     lines = []
     for key in dict.fromkeys(r["key"] for r in result["rows"]):
-        here = {r["contender"]: r for r in result["rows"] if r["key"] == key}
+        good = [r for r in result["rows"] if r["key"] == key and not r["failed"]]
+        metric = next((next(iter(r["metrics"])) for r in good), "–")
         for style in styles:
-            pair = [here.get(f"{start}, {style}", {"failed": "not run"}) for start in ("pretrained", "random")]
-            cells = [r["failed"] or f"{next(iter(r['metrics'].values())):.3f}" for r in pair]
-            metric = next((next(iter(r["metrics"])) for r in pair if not r["failed"]), "–")
-            lines.append([key, style, metric, *cells])
-    columns = ["set", "style", "metric", "pretrained", "random weights"]
+            pair = [[r["metrics"][metric] for r in good if r["contender"] == f"{start}, {style}"]
+                    for start in ("pretrained", "random")]
+            lines.append([key, style, metric, *[_mean_and_range(cell) if cell else "–" for cell in pair],
+                          " and ".join(str(len(cell)) for cell in pair)])
+    columns = ["set", "style", "metric", "pretrained", "random weights", "seeds"]
     return [{"title": f"what pretraining buys: {result['settings']['model']}", "columns": columns, "rows": lines}]
 
 
 def _aot(result: dict) -> list[dict]:
     columns = ["architecture", "kernels", "in bf16 and fp16", "with tensor cores", "spilling", "most registers",
-               "most shared memory, KiB", "dropout, instructions a score", "rules broken"]
+               "most shared memory, KiB", "dropout, instructions a score at most", "resident blocks it takes at most",
+               "rules broken"]
     lines = [[
         r["key"], str(r["kernels"]), str(r["ruled"]), str(r["tensor_core"]), str(r["spilled"]),
         str(r["registers"] or "–"), f"{r['shared'] / 1024:.0f}" if r["shared"] else "–",
-        f"{r['dropout']:.1f}" if r["dropout"] else "–", "; ".join(r["broken"]) or "none",
+        f"{r['dropout']:.1f}" if r["dropout"] else "–", f"{r['blocks_lost']:g}" if r["dropout"] else "–",
+        "; ".join(r["broken"]) or "none",
     ] for r in result["rows"]]
     what = "every shipped configuration" if result["full"] else "BERT-base in bf16"
     return [{"title": f"compiled ahead of time, {what} (not measured: no GPU)", "columns": columns, "rows": lines}]
@@ -286,15 +368,17 @@ def results(folder: Path) -> dict[str, dict]:
     return found
 
 
-def markdown(result: dict, short: bool = False) -> str:
+def _markdown(made: dict) -> str:
+    lines = [["" if cell is None else cell.replace("|", "/") for cell in row] for row in made["rows"]]
+    return "\n".join([
+        f"{made['title'][0].upper()}{made['title'][1:]}:", "", "| " + " | ".join(made["columns"]) + " |",
+        "|" + "---|" * len(made["columns"]), *["| " + " | ".join(row) + " |" for row in lines],
+    ])
+
+
+def markdown(result: dict) -> str:
     """A result's tables in Markdown, each with its title, and where they come from below."""
-    parts = []
-    for made in tables(result):
-        lines = [["" if cell is None else cell.replace("|", "/") for cell in row] for row in made["rows"]]
-        parts.append("\n".join([
-            f"{made['title'][0].upper()}{made['title'][1:]}:", "", "| " + " | ".join(made["columns"]) + " |",
-            "|" + "---|" * len(made["columns"]), *["| " + " | ".join(row) + " |" for row in lines],
-        ]))
+    parts = [_markdown(made) for made in tables(result)]
     versions, machine = result["versions"], result["hardware"]
     parts.append(f"`{result['command']}`: {machine['cores']} cores of {machine['cpu']}, {machine['isa']}"
                  f"{', ' + machine['gpu'] if machine['gpu'] else ''}; torch {versions['torch']}, transformers "
@@ -306,15 +390,21 @@ def markdown(result: dict, short: bool = False) -> str:
 def rewrite(text: str, found: dict[str, dict]) -> str:
     """`text` with every `<!-- bench NAME -->` … `<!-- end -->` filled from the result NAME.
 
-    Raises UserError where a marker names a result that is not there.
+    A NAME with stars is one table of all the steps that it matches. Raises UserError where a marker names a result
+    that is not there.
     """
     def fill(match: re.Match) -> str:
         name = match[1]
-        if name not in found:
+        names = fnmatch.filter(found, name)
+        if not names:
             raise UserError(f"the marker <!-- bench {name} --> has no result {name}.json")
-        return f"<!-- bench {name} -->\n{markdown(found[name])}\n<!-- end -->"
+        if "*" in name:
+            made = _markdown(sweep([found[n] for n in names])) + f"\n\nFrom {', '.join(f'{n}.json' for n in names)}."
+        else:
+            made = markdown(found[name])
+        return f"<!-- bench {name} -->\n{made}\n<!-- end -->"
 
-    return re.sub(r"<!-- bench ([\w.-]+) -->\n.*?<!-- end -->", fill, text, flags=re.DOTALL)
+    return re.sub(r"<!-- bench ([\w.*-]+) -->\n.*?<!-- end -->", fill, text, flags=re.DOTALL)
 
 
 def update(readmes: list[Path], found: dict[str, dict]) -> list[Path]:

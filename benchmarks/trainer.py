@@ -34,7 +34,8 @@ def read_rows(path: str, count: int | None = None) -> list[tuple[str, int]]:
         raise UserError(f"{path}: a header, then sentence, tab, class as a number are wanted: {error}") from error
 
 
-def fine_tuning(contender: str, model: str, train: str, dev: str, count: int, rounds: int) -> Iterator[dict]:
+def fine_tuning(contender: str, model: str, train: str, dev: str, count: int, rounds: int,
+                seed: int) -> Iterator[dict]:
     """Facts: losses with dropout off. A turn: {"seconds" (a sample), "loss"}, the last also the dev "accuracy"."""
     import transformers
 
@@ -47,7 +48,7 @@ def fine_tuning(contender: str, model: str, train: str, dev: str, count: int, ro
         return [{**tokenizer(text, truncation=True, max_length=LONGEST), "labels": label} for text, label in rows]
 
     def build(dropout: float):
-        transformers.set_seed(0)
+        transformers.set_seed(seed)
         made = transformers.BertForSequenceClassification.from_pretrained(
             model, num_labels=2, hidden_dropout_prob=dropout, attention_probs_dropout_prob=dropout)
         if kind == "patched":
@@ -63,7 +64,7 @@ def fine_tuning(contender: str, model: str, train: str, dev: str, count: int, ro
         arguments = transformers.TrainingArguments(
             output_dir=folder, per_device_train_batch_size=BATCH, num_train_epochs=1, learning_rate=LR, logging_steps=1,
             report_to=[], save_strategy="no", use_cpu=not torch.cuda.is_available(), bf16=precision == "bf16",
-            disable_tqdm=True, logging_nan_inf_filter=False)
+            disable_tqdm=True, logging_nan_inf_filter=False, seed=seed)
         made = transformers.Trainer(model=model, args=arguments, train_dataset=data, optimizers=optimizers,
                                     data_collator=transformers.DataCollatorWithPadding(tokenizer), callbacks=[Losses()])
         made.remove_callback(transformers.PrinterCallback)
@@ -103,17 +104,18 @@ def agreement(facts: dict[str, dict]) -> dict[str, str]:
     return refused
 
 
-def run(*, model: str, train: str, dev: str, count: int, rounds: int, threads: int) -> dict:
+def run(*, model: str, train: str, dev: str, count: int, rounds: int, seed: int, threads: int) -> dict:
     """The result as JSON's types. Raises UserError for files that are not sentences and classes."""
     n_train, n_dev = len(read_rows(train, count)), len(read_rows(dev))
     if n_train < rounds * BATCH:
         raise UserError(f"{train} has {n_train} sentences, fewer than {rounds} turns of one batch of {BATCH}")
-    arguments = {"model": model, "train": train, "dev": dev, "count": count, "rounds": rounds}
+    arguments = {"model": model, "train": train, "dev": dev, "count": count, "rounds": rounds, "seed": seed}
     entrants = [Contender("machine", contest.yardstick, {}),
                 *(Contender(name, fine_tuning, {"contender": name, **arguments}) for name in CONTENDERS)]
     outcomes, stopped = contest.contest(entrants, rounds, threads, agreement)
     peaks = contest.peaks(outcomes.pop("machine"))
-    settings = {"model": Path(model).name, "sentences": n_train, "judged": n_dev, "rounds": rounds, "batch_size": BATCH}
+    settings = {"model": Path(model).name, "sentences": n_train, "judged": n_dev, "rounds": rounds, "seed": seed,
+                "batch_size": BATCH}
     return {"suite": "trainer", **contest.provenance(threads), "settings": settings, "machine": peaks,
             "stopped_early": stopped, "rows": [_row(name, outcome) for name, outcome in outcomes.items()]}
 

@@ -4,11 +4,12 @@ import itertools
 import json
 import os
 import time
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 import torch
-from bertfast.benchmarks import contest, ops, plots, pretrain, quality, report, roofline
+from bertfast.benchmarks import contest, job, ops, plots, pretrain, quality, report, roofline
 from bertfast.benchmarks.cases import CASES
 from bertfast.benchmarks.contest import Contender
 from safetensors.torch import load_file, save_file
@@ -16,7 +17,7 @@ from safetensors.torch import load_file, save_file
 import bertfast
 from bertfast import cli
 from bertfast.files import UserError
-from bertfast.pretrain import useful_flops
+from bertfast.pretrain import Settings, useful_flops
 
 ROOT = Path(__file__).parent.parent
 TINY = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64,
@@ -220,10 +221,33 @@ def test_a_readme_is_filled_from_results_and_only_there(tmp_path):
     text = readme.read_text()
     assert text.startswith("before\n<!-- bench step -->\n") and text.endswith("<!-- end -->\nafter\n")
     assert "| bertfast fp32 | 9,000 | 3.00 | 90 | 50% | 2% |" in text and "no compiler" in text and "old" not in text
+    plain = [step_row("bertfast bf16", 8000), step_row("bertfast fp32", 6000), step_row("plain fp32", 4000)]
+    full = found | {"step_thread": made(plain, "pretrain", settings={**STEP_SETTINGS, "length": 512}), "other": {}}
+    several = report.rewrite("<!-- bench step* -->\n<!-- end -->", full)
+    assert "| mini | 128 | 100% | 2,048 | 1 | 9,000 | 3.00 | – | 50% |\n| mini | 512 |" in several
+    assert "| 8,000 | – | 2.00 | 50% |\n\nFrom step.json, step_thread.json.\n<!-- end -->" in several
     with pytest.raises(UserError, match="no result nothing.json"):
         report.rewrite("<!-- bench nothing -->\n<!-- end -->", found)
     with pytest.raises(UserError, match="no result in"):
         report.results(tmp_path / "none")
+
+
+def test_a_finished_run_is_a_result(tmp_path):
+    settings = asdict(Settings("runs/data", steps=20, long_share=0.5, tokens=512, log_every=5))
+    data = {"tokens": 9000, "vocab_size": 500, "unigram_entropy": 6.0}
+    (tmp_path / "config.json").write_text(json.dumps(
+        {"settings": settings, "precision": "fp32", "threads": 2, "data": data}))
+    rows = [{"step": step, "lr": 1e-3, "mlm_loss": 5.0, "tokens_per_sec": speed}
+            for step, speed in ((5, 100), (10, 300), (15, 50), (20, 50))]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(UserError, match="has not come to its end"):
+        job.run(tmp_path)
+    found = {"validation_mlm_loss": 5.5, "validation_mlm_accuracy": 0.2}
+    rows += [{"step": 20, "validation_length": length, **found} for length in (128, 512)]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (table,) = report.tables(job.run(tmp_path))
+    assert table["rows"] == [["128", "10", "150", "5.500", "0.500", "20.0%", "–"],
+                             ["512", "10", "50", "5.500", "0.500", "20.0%", "–"]]
 
 
 def test_every_suite_has_tables_and_pictures(op_rows, tmp_path):
@@ -252,6 +276,7 @@ def test_every_suite_has_tables_and_pictures(op_rows, tmp_path):
         "trainer": made([{**tuned[0], "accuracy": 0.9, "deviation": 1e-6}], "trainer",
                         settings={"model": "m", "sentences": 9}),
         "ops": made(op_rows["as it is"]),
+        "ops_whole": made(op_rows["as it is"], settings={"quick": False}),
         "pretrain": made([step_row("bertfast fp32", 9000), step_row("HF sdpa fp32", 3000)], "pretrain",
                          settings=STEP_SETTINGS, machine=peaks),
         "memory": made(peak, "memory", settings=STEP_SETTINGS),
@@ -263,8 +288,9 @@ def test_every_suite_has_tables_and_pictures(op_rows, tmp_path):
     for name, result in found.items():
         assert all(len(row) == len(t["columns"]) for t in report.tables(result) for row in t["rows"]), name
         assert json.loads(json.dumps(result)) == result
+    assert report.tables(found["ops_whole"])[0]["rows"][0][:3] == ["bias_gelu", "forward", "1"]
     drawn = plots.draw(found, tmp_path)
-    assert [p.stem for p in drawn] == ["ops", "pretrain", "inference", "quality"]
+    assert [p.stem for p in drawn] == ["ops", "ops_whole", "pretrain", "inference", "quality"]
     assert all(p.read_bytes().startswith(b"\x89PNG") for p in drawn)
     larger = made([{**peak[0], "peak_bytes": 2**31}, peak[1]], "memory")
     assert [row["why"] for row in report.compare(found["memory"], larger)] == ["2.00 times as large (allowed 1.05)"]
