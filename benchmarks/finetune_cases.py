@@ -62,6 +62,8 @@ TRANSFER: dict[str, dict[str, Any]] = {  # how much of the encoder learns
     "fine-tuned": {"lr": 5e-4}, "frozen": {"freeze": "all", "lr": 1e-3}, "features": {"features": True, "lr": 5e-3},
 }
 
+TRANSFER_SEEDS = 3
+
 
 def prepare(data: Path, work: Path) -> None:
     """The sets whose files are not rows, or have no split, as files that `bertfast finetune` reads."""
@@ -130,9 +132,9 @@ def in_a_process(contender: str, settings: Settings, folder: Path, threads: int)
             return {"failed": f"{type(error).__name__}: {error}"}
 
 
-def random_copy(model: str, folder: Path) -> str:
-    """The same architecture and vocabulary with the weights it would have started pretraining from."""
-    torch.manual_seed(0)
+def random_copy(model: str, folder: Path, seed: int) -> str:
+    """The same architecture and vocabulary with random weights."""
+    torch.manual_seed(seed)
     BertModel(BertConfig.from_file(find(model) / "config.json")).save_pretrained(folder)
     Tokenizer.load(find(model)).save(folder)
     return str(folder)
@@ -158,13 +160,14 @@ def quality(name: str, settings: Settings, seeds: int, work: Path, threads: int)
                    lambda c=contender, s=chosen: [in_a_process(c, s, work / "run", threads)])
 
 
-def transfer(name: str, settings: Settings, work: Path, threads: int) -> Iterator[tuple[dict, Any]]:
-    for start in ("pretrained", "random"):
-        model = settings.model if start == "pretrained" else random_copy(settings.model, work / "random")
-        for style, changes in TRANSFER.items():
-            chosen = replace(settings, model=model, **changes)
-            yield ({"key": name, "contender": f"{start}, {style}"},
-                   lambda s=chosen: [in_a_process("bertfast", s, work / "run", threads)])
+def transfer(name: str, settings: Settings, seeds: int, work: Path, threads: int) -> Iterator[tuple[dict, Any]]:
+    for seed in range(1, seeds + 1):
+        starts = {"pretrained": settings.model, "random": random_copy(settings.model, work / "random", seed)}
+        for start, model in starts.items():
+            for style, changes in TRANSFER.items():
+                chosen = replace(settings, model=model, seed=seed, **changes)
+                yield ({"key": name, "contender": f"{start}, {style}", "seed": seed},
+                       lambda s=chosen: [in_a_process("bertfast", s, work / "run", threads)])
 
 
 def main() -> None:
@@ -192,7 +195,7 @@ def main() -> None:
             if args.what == "speed":
                 wanted = [({"key": name}, partial(speed, name, chosen, args))]
             elif args.what == "transfer":
-                wanted = transfer(name, chosen, work, args.threads)
+                wanted = transfer(name, chosen, args.seeds or TRANSFER_SEEDS, work, args.threads)
             else:
                 wanted = quality(name, chosen, args.seeds or CASES[name][4], work, args.threads)
             for naming, get in wanted:

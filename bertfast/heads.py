@@ -49,6 +49,17 @@ def _cross_entropy(logits: Tensor, labels: Tensor, scale: Tensor | None) -> Tens
     return loss / (labels != IGNORE_INDEX).sum().clamp(min=1) if scale is None else loss * scale
 
 
+def _span_loss(logits: Tensor, cu_seqlens: Tensor, longest: int, span: tuple[Tensor, Tensor],
+               scale: Tensor | None) -> Tensor:
+    """Mean of the losses of a span's two ends, (B,) each; logits (rows, 2), the softmax over the rows of a sequence."""
+    row = torch.arange(len(logits), device=logits.device)
+    sequence = torch.searchsorted(cu_seqlens[1:].long(), row, right=True)
+    padded = logits.new_full((len(span[0]), longest, 2), -torch.inf)
+    padded = padded.index_put((sequence, row - cu_seqlens[sequence]), logits)
+    first, last = (_cross_entropy(padded[..., i], labels, scale) for i, labels in enumerate(span))
+    return (first + last) / 2
+
+
 def options_apart(scores: Tensor, n_options: Tensor) -> Tensor:
     """One score an option, all in a row, as (questions, most options), -inf where a question has fewer."""
     column = torch.arange(int(n_options.max()), device=scores.device)
@@ -189,14 +200,8 @@ class BertForQuestionAnswering(Headed):
         logits = self.qa_outputs(x)
         out = HeadOutput(logits=logits)
         if start_positions is not None and end_positions is not None:
-            row = torch.arange(batch.n_tokens, device=x.device)
-            sequence = torch.searchsorted(batch.cu_seqlens[1:].long(), row, right=True)
-            column = row - batch.cu_seqlens[sequence]
-            padded = logits.new_full((len(start_positions), batch.max_seqlen, 2), -torch.inf)
-            padded = padded.index_put((sequence, column), logits[: batch.n_tokens])
-            pair = [_cross_entropy(padded[..., i], labels, scale)
-                    for i, labels in enumerate((start_positions, end_positions))]
-            out.loss = (pair[0] + pair[1]) / 2
+            out.loss = _span_loss(logits[: batch.n_tokens], batch.cu_seqlens, batch.max_seqlen,
+                                  (start_positions, end_positions), scale)
         if padding is not None:
             logits = padding.restore(logits)
         out.start_logits, out.end_logits = logits.unbind(-1)
@@ -220,8 +225,9 @@ class BertForFeatures(Headed):
     """Feature-based transfer: the encoder is never trained, a learned mix of its layers feeds one linear layer.
 
     What is mixed is each sequence's mean over its tokens, or where config.extra["features"] is "tokens" the words'
-    first pieces ("options": one output a sequence). `features` computes it once, (N, layers + 1, H) in fp16, and
-    `decide` is all that training runs. The rounding to fp16 belongs to the model: cached or not, the same numbers.
+    first pieces, where it is "rows" all tokens, for the span of an answer ("options": one output a sequence).
+    `features` computes it once, (N, layers + 1, H) in fp16, and `decide` is all that training runs. The rounding to
+    fp16 belongs to the model: cached or not, the same numbers.
     """
 
     def __init__(self, config: BertConfig):
@@ -230,16 +236,18 @@ class BertForFeatures(Headed):
         self.bert.requires_grad_(False)
 
     def n_outputs(self, config: BertConfig) -> int:
-        return 1 if config.extra.get("features") == "options" else super().n_outputs(config)
+        return {"options": 1, "rows": 2}.get(config.extra.get("features", "")) or super().n_outputs(config)
 
     @torch.no_grad()
     def features(self, batch: PackedBatch) -> Tensor:
-        """What `decide` reads of a packed batch: (B or P, layers + 1, H) fp16. No dropout, in training neither."""
+        """What `decide` reads of a packed batch: (B, P or T, layers + 1, H) fp16. No dropout, in training neither."""
         states: list[Tensor] = []
         training = self.bert.training
         self.bert.eval()
         self.bert.encode(batch, read=False, hidden_states=states)
         self.bert.train(training)
+        if self.config.extra.get("features") == "rows":
+            return torch.stack([x[: batch.n_tokens] for x in states], 1).half()
         if self.config.extra.get("features") == "tokens":
             rows = batch.read_rows[batch.mask_index]
             return torch.stack([x[rows] for x in states], 1).half()
@@ -251,11 +259,18 @@ class BertForFeatures(Headed):
         return (sums / lengths.clamp(min=1).view(-1, 1, 1)).half()
 
     def decide(self, features: Tensor, labels: Tensor | None = None, *, n_options: Tensor | None = None,
-               orders: int = 1, seed=None, scale: Tensor | None = None) -> HeadOutput:
-        """The head on features; labels, n_options and orders as the other heads take them."""
+               orders: int = 1, lengths: Tensor | None = None, start_positions: Tensor | None = None,
+               end_positions: Tensor | None = None, seed=None, scale: Tensor | None = None) -> HeadOutput:
+        """The head on features; arguments as the other heads take them. lengths: (B,) rows of each sequence (spans)."""
         x = self.mix(features.to(self.classifier.weight.dtype))
         seed = self._seed(seed, x.device)
         logits = self.classifier(self._dropped(x, torch.arange(len(x), device=x.device), seed))
+        if lengths is not None:
+            out = HeadOutput(None, logits, *logits.unbind(-1))
+            if start_positions is not None and end_positions is not None:
+                bounds = F.pad(lengths.cumsum(0), (1, 0))
+                out.loss = _span_loss(logits, bounds, int(lengths.max()), (start_positions, end_positions), scale)
+            return out
         if n_options is not None:
             logits = options_apart(logits.squeeze(1), n_options)
         elif orders > 1:

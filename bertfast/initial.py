@@ -16,6 +16,7 @@ from .model import BertForMaskedLM, BertForPreTraining
 
 OFFSETS = (-1, 1, -2, 2)  # of the word that each of the first layer's first heads looks at
 SHARPNESS = 1.7  # gain of their query and key weights: the word at the offset gets some 12 in the softmax, far ones 0
+GOLDEN = (math.sqrt(5) - 1) / 2
 LIKENESS = 0.04  # std of the middle layers' query weights, which are their key weights too
 SAME_WORD = 8.0  # what the comparing head gives the same word in the softmax, where others get about 0
 TOLD = 2.0  # and how loudly it says what it found
@@ -30,7 +31,7 @@ def start_from_counts(model: BertForPreTraining | BertForMaskedLM, data: Dataset
 
     - Output bias = log frequency of each word in the first `sample` tokens. From a zero bias the tied table itself must
       learn the frequencies, which drives all its rows in one direction and hides the words from the encoder.
-    - Positions are sinusoids (Vaswani et al. 2017) of the word table's size, and the tables are larger than the other
+    - Positions are sinusoids of the word table's size (Vaswani et al. 2017 but for the fastest); tables exceed other
       weights, so that attention sees words, places and segments from the first step.
     - The first heads of the first layer look at the words at -1, +1, -2 and +2, as the positional heads of ConViT
       (d'Ascoli et al. 2021) start as a convolution.
@@ -44,9 +45,10 @@ def start_from_counts(model: BertForPreTraining | BertForMaskedLM, data: Dataset
     embeddings = model.bert.embeddings
     embeddings.word_embeddings.weight.mul_(WORD_SCALE)
     embeddings.token_type_embeddings.weight.mul_(SEGMENT_SCALE)
-    frequency = _sinusoids(embeddings.position_embeddings.weight, WORD_SCALE * model.config.initializer_range)
     layers: Any = model.bert.encoder["layer"]
     attention = [layer.attention for layer in layers]
+    frequency = _frequencies(model.config.hidden_size // 2, attention[0].self.head_dim // 2)
+    _fill_with_sinusoids(embeddings.position_embeddings.weight, frequency, WORD_SCALE * model.config.initializer_range)
     _look_at_neighbours(attention[0].self, frequency)
     for middle in attention[1:-1]:
         middle.self.query.weight.normal_(std=LIKENESS)
@@ -56,14 +58,36 @@ def start_from_counts(model: BertForPreTraining | BertForMaskedLM, data: Dataset
         _compare_segments(model, data)
 
 
-def _sinusoids(table: torch.Tensor, rms: float) -> torch.Tensor:
-    """Fill a position table (n, H), sine and cosine by turns; their frequencies (H / 2,), radians a position."""
-    pairs = table.shape[1] // 2
-    frequency = torch.exp(torch.arange(pairs) * (-math.log(10_000.0) / pairs))  # fastest first
+def with_ordinary_tables(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """A trained model's weights with its three tables divided by WORD_SCALE: another set for the same outputs.
+
+    Adam moves every weight by about the learning rate, so that large tables would learn slowly in fine-tuning. The
+    tables' sum is normalised; what meets the word table again, as the decoder, is multiplied by as much.
+    """
+    tables = (f"bert.embeddings.{kind}_embeddings.weight" for kind in ("word", "position", "token_type"))
+    factors = dict.fromkeys(tables, 1 / WORD_SCALE)
+    factors |= {f"cls.predictions.transform.LayerNorm.{kind}": WORD_SCALE for kind in ("weight", "bias")}
+    return {name: tensor * factors[name] if name in factors else tensor for name, tensor in weights.items()}
+
+
+def _frequencies(pairs: int, even: int) -> torch.Tensor:
+    """(pairs,) radians a position: the first `even` cover 0 to pi evenly, the others are Vaswani's.
+
+    The cosines of the even ones add up to a peak at 0 and to about nothing elsewhere, so a head that looks at an offset
+    sees neither the place beside it nor, where its own word is turned by the offset, itself. Golden-ratio steps within
+    the even intervals keep the peak from coming back some places further on.
+    """
+    k = torch.arange(even, dtype=torch.float64)
+    near = math.pi * (k + k * k * GOLDEN % 1) / even
+    far = torch.exp(torch.arange(pairs - even) * (-math.log(10_000.0) / max(1, pairs - even)))
+    return torch.cat([near, far]).float()
+
+
+def _fill_with_sinusoids(table: torch.Tensor, frequency: torch.Tensor, rms: float) -> None:
+    """A position table (n, H): sine and cosine of each frequency by turns."""
     angle = torch.arange(table.shape[0]).unsqueeze(1) * frequency
-    table[:, 0 : 2 * pairs : 2] = angle.sin() * (math.sqrt(2) * rms)
-    table[:, 1 : 2 * pairs : 2] = angle.cos() * (math.sqrt(2) * rms)
-    return frequency
+    table[:, 0 : 2 * len(frequency) : 2] = angle.sin() * (math.sqrt(2) * rms)
+    table[:, 1 : 2 * len(frequency) : 2] = angle.cos() * (math.sqrt(2) * rms)
 
 
 def _look_at_neighbours(attention, frequency: torch.Tensor) -> None:
@@ -95,7 +119,7 @@ def _compare_segments(model: BertForPreTraining, data: Dataset) -> None:
     word, position, segment = (
         t.weight for t in (tables.word_embeddings, tables.position_embeddings, tables.token_type_embeddings))
     D, H = second.self.head_dim, word.shape[1]
-    places = torch.linalg.svd(position[:128], full_matrices=False).Vh[: H // 4]  # the directions that positions fill
+    places = torch.linalg.svd(position[:128], full_matrices=False).Vh[: 3 * H // 8]  # what positions fill
     others = torch.linalg.qr(torch.cat([places, segment]).T).Q  # (H, ·)
     words_only = torch.eye(H) - others @ others.T
     share = word.var() / (word.var() + position.var() + segment.var()) * (1 - others.shape[1] / H)

@@ -22,7 +22,7 @@ from .checkpoint import read_tensors
 from .config import BertConfig
 from .data.dataset import Dataset, Loader
 from .files import UserError, atomic_folder, create_folder, read_json, write_json
-from .initial import start_from_counts
+from .initial import start_from_counts, with_ordinary_tables
 from .model import BertForMaskedLM, BertForPreTraining
 from .optim import Optimizer, linear_schedule
 from .step_graph import StepGraph
@@ -325,11 +325,17 @@ class Run:
     # ---- checkpoints
 
     def save(self) -> Path:
-        """Write checkpoint-<step>, a Hugging Face folder and the state to go on from, atomically; keep two."""
+        """Write checkpoint-<step>, a Hugging Face folder and the state to go on from, atomically; keep two.
+
+        The last one of a run has tables of the ordinary size, for whoever fine-tunes it; it computes the same.
+        """
         path = self.folder / f"checkpoint-{self.step}"
         with atomic_folder(path) as folder:
             masters = self.optimizer.master_state()
-            self.model.save_pretrained(folder, {n: masters[n] for n in self.model.state_dict() if n in masters})
+            weights = {n: masters[n] for n in self.model.state_dict() if n in masters}
+            if self.step == self.settings.steps and self.settings.start == "counts" and not self.settings.init_from:
+                weights = with_ordinary_tables(weights)
+            self.model.save_pretrained(folder, weights)
             self.tokenizer.save(folder)
             save_file(self.optimizer.state_dict(), folder / "optimizer.safetensors")
             write_json(folder / "trainer.json", {

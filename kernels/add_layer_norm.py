@@ -100,7 +100,7 @@ def add_layer_norm_fwd(x, bias, residual, weight, ln_bias, eps, p, seed, row_key
     y, z = torch.empty_like(x), torch.empty_like(x)
     mean = torch.empty(n_rows, dtype=torch.float32, device=x.device)
     rstd = torch.empty_like(mean)
-    rows, columns, warps = row_tile(n_columns, per_thread=32)
+    rows, columns, warps = row_tile("add_layer_norm_fwd", n_columns, per_thread=32)
     if n_rows:
         add_layer_norm_fwd_kernel[(triton.cdiv(n_rows, rows),)](
             x, bias, residual, weight, ln_bias, y, z, mean, rstd, seed, row_key,
@@ -116,7 +116,7 @@ def add_layer_norm_bwd(dy, z, mean, rstd, weight, p, seed, row_key, stream):
     n_rows, n_columns = z.shape
     dz = torch.empty_like(z)
     dx = torch.empty_like(z) if p > 0.0 else z.new_empty(0, n_columns)
-    rows, columns, warps = row_tile(n_columns, per_thread=16)
+    rows, columns, warps = row_tile("add_layer_norm_bwd", n_columns, per_thread=16)
     programs = max(1, min(triton.cdiv(n_rows, rows), backward_programs(z.device)))
     n_sums = 3 if columns <= KEPT.value else 2
     partial = torch.empty((n_sums, programs, n_columns), dtype=torch.float32, device=z.device)

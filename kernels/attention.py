@@ -13,7 +13,7 @@ import triton.language as tl
 from bertfast.ops.dropout import keep_scale
 
 from .dropout import keep_mask, signed_threshold
-from .hardware import architecture, tile_key, tuned_tiles
+from .hardware import architecture, tuned
 
 LOG2E = tl.constexpr(1.4426950408889634)
 UNSPECIALIZED = [  # arguments whose value must not lead to another compilation
@@ -303,6 +303,7 @@ def attention_bwd_dkdv_kernel(
     store_rows(dv_ptr, columns, stride_dk_row * VECTOR, columns < n_keys, dv * kept_scale, D, BLOCK_D)
 
 
+CORRECT = (32, 64, 4, 1)  # of fp32, a correctness path, and of ROCm, for which nothing was chosen
 # BLOCK_M, BLOCK_N, warps and stages for sixteen-bit types by kernel, architecture and largest head size, without and
 # with dropout where they differ: chosen from the report of benchmarks/aot.py, so that nothing spills. None: the
 # backward of whole sequences does not fit; the two kernels of long ones are taken.
@@ -343,15 +344,20 @@ MASKED = {"bwd_dq": DEEP, "bwd_dkdv": SHORT}  # causal and prefix masks need reg
 CAUSAL_DROPOUT_120 = (32, 64, 8, 1)  # dk and dv there: every larger tile spills, 24 B at the least
 
 
-def configuration(kernel: str, arch: int | str, head_size: int, element_size: int, dropout: bool, mask_mode: int):
-    """BLOCK_M, BLOCK_N, warps and stages of a kernel, or None; the nearest listed architecture not above `arch`.
+def tile_key(kernel: str, head_size: int, dropout: bool, mask_mode: int) -> str:
+    return f"attention {kernel} D{head_size} {'dropout' if dropout else 'no dropout'} mask {mask_mode}"
 
-    What `bertfast bench tune` measured on this GPU goes before the table.
-    """
-    if element_size == 4 or isinstance(arch, str):  # fp32 is a correctness path; ROCm's tiles are not tuned
-        return 32, 64, 4, 1
-    if (key := tile_key(kernel, head_size, dropout, mask_mode)) in (tuned := tuned_tiles()):
-        return tuned[key]
+
+def configuration(kernel: str, arch: int | str, head_size: int, element_size: int, dropout: bool, mask_mode: int):
+    """BLOCK_M, BLOCK_N, warps and stages of a kernel, or None: as measured on this GPU, else as shipped."""
+    if element_size == 4:
+        return CORRECT
+    shipped = CORRECT if isinstance(arch, str) else shipped_tile(kernel, arch, head_size, dropout, mask_mode)
+    return tuned(tile_key(kernel, head_size, dropout, mask_mode), shipped)
+
+
+def shipped_tile(kernel: str, arch: int, head_size: int, dropout: bool, mask_mode: int):
+    """Of the nearest listed architecture not above `arch`."""
     listed = max(a for a in TILES[kernel] if a <= max(arch, 80))
     if (kernel, listed, mask_mode, dropout) == ("bwd_dkdv", 120, 1, True):
         return CAUSAL_DROPOUT_120

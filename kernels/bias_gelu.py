@@ -7,10 +7,11 @@ import torch
 import triton
 import triton.language as tl
 
-from .hardware import backward_programs
+from .hardware import backward_programs, tuned
 from .rows import store_partial, sum_partials
 
 COLUMNS = 512  # of a tile: two warps of 16-byte accesses
+TILE = (4, 4)  # its rows and warps
 
 
 @triton.jit
@@ -65,9 +66,10 @@ def bias_gelu_fwd(x, bias):
     x = x.contiguous()
     n_rows, n_columns = x.shape
     y = torch.empty_like(x)
+    rows, warps = tuned(f"bias_gelu_fwd I{n_columns}", TILE)
     if n_rows:
-        bias_gelu_fwd_kernel[(triton.cdiv(n_rows, 4), triton.cdiv(n_columns, COLUMNS))](
-            x, bias, y, n_rows, n_columns, ROWS=4, COLUMNS=COLUMNS, num_warps=4
+        bias_gelu_fwd_kernel[(triton.cdiv(n_rows, rows), triton.cdiv(n_columns, COLUMNS))](
+            x, bias, y, n_rows, n_columns, ROWS=rows, COLUMNS=COLUMNS, num_warps=warps
         )
     return y
 
@@ -77,9 +79,10 @@ def bias_gelu_bwd(dy, x, bias):
     n_rows, n_columns = x.shape
     dx = torch.empty_like(x)
     column_blocks = triton.cdiv(n_columns, COLUMNS)
-    programs = max(1, min(triton.cdiv(n_rows, 4), triton.cdiv(backward_programs(x.device), column_blocks)))
+    rows, warps = tuned(f"bias_gelu_bwd I{n_columns}", TILE)
+    programs = max(1, min(triton.cdiv(n_rows, rows), triton.cdiv(backward_programs(x.device), column_blocks)))
     partial = torch.empty((1, programs, n_columns), dtype=torch.float32, device=x.device)
     bias_gelu_bwd_kernel[(programs, column_blocks)](
-        dy, x, bias, dx, partial, n_rows, n_columns, ROWS=4, COLUMNS=COLUMNS, num_warps=4
+        dy, x, bias, dx, partial, n_rows, n_columns, ROWS=rows, COLUMNS=COLUMNS, num_warps=warps
     )
     return dx, *sum_partials(partial, bias.dtype)

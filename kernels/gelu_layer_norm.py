@@ -67,7 +67,7 @@ def gelu_layer_norm_fwd(x, bias, weight, ln_bias, eps):
     y = torch.empty_like(x)
     mean = torch.empty(n_rows, dtype=torch.float32, device=x.device)
     rstd = torch.empty_like(mean)
-    rows, columns, warps = row_tile(n_columns, per_thread=16)
+    rows, columns, warps = row_tile("gelu_layer_norm_fwd", n_columns, per_thread=16)
     if n_rows:
         gelu_layer_norm_fwd_kernel[(triton.cdiv(n_rows, rows),)](
             x, bias, weight, ln_bias, y, mean, rstd, n_rows, n_columns, eps,
@@ -80,7 +80,7 @@ def gelu_layer_norm_bwd(dy, x, bias, weight, mean, rstd):
     dy, x = dy.contiguous(), x.contiguous()
     n_rows, n_columns = x.shape
     dx = torch.empty_like(x)
-    rows, columns, warps = row_tile(n_columns, per_thread=16)
+    rows, columns, warps = row_tile("gelu_layer_norm_bwd", n_columns, per_thread=16)
     programs = max(1, min(triton.cdiv(n_rows, rows), backward_programs(x.device)))
     n_sums = 3 if columns <= KEPT.value else 2
     partial = torch.empty((n_sums, programs, n_columns), dtype=torch.float32, device=x.device)

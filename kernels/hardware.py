@@ -5,6 +5,7 @@ import re
 import warnings
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 import triton
@@ -42,8 +43,8 @@ def made_with() -> dict[str, str]:
     return {"bertfast": __version__, "triton": triton.__version__}
 
 
-def read_tiles(gpu: str) -> dict[str, list[int] | None]:
-    """The tiles measured on this GPU by `tile_key`, none where nothing was; those of other versions are not used."""
+def read_tiles(gpu: str) -> dict[str, Any]:
+    """The tiles measured on this GPU, by the keys of `tuned`; with other versions measured ones are not used."""
     path = tiles_file(gpu)
     if not path.exists():
         return {}
@@ -54,11 +55,12 @@ def read_tiles(gpu: str) -> dict[str, list[int] | None]:
     return found["tiles"]
 
 
-def tile_key(kernel: str, head_size: int, dropout: bool, mask_mode: int) -> str:
-    return f"{kernel} D{head_size} {'dropout' if dropout else 'no dropout'} mask {mask_mode}"
-
-
 @cache
-def tuned_tiles() -> dict[str, list[int] | None]:
+def tuned_tiles() -> dict[str, Any]:
     """`read_tiles` of this process's GPU, read once; empty without one."""
     return read_tiles(torch.cuda.get_device_name()) if torch.cuda.is_available() else {}
+
+
+def tuned(key: str, shipped: Any) -> Any:
+    """What `bertfast bench tune` measured on this GPU under `key`, a kernel and its sizes; else what is shipped."""
+    return tuned_tiles().get(key, shipped)

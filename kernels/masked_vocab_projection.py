@@ -17,7 +17,7 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 
-from .hardware import architecture, backward_programs
+from .hardware import architecture, backward_programs, tuned
 from .rows import column_sum
 
 LOG2E = tl.constexpr(1.4426950408889634)
@@ -216,26 +216,33 @@ def cross_entropy(hidden, weight, bias, labels, scale):
     loss = torch.empty(n_rows, dtype=torch.float32, device=hidden.device)
     correct = torch.empty(n_rows, dtype=torch.int32, device=hidden.device)
     if n_rows:
-        block = min(triton.next_power_of_2(stride_row), 4096)
+        block, per_thread = tuned("cross_entropy", (4096, 16))
+        block = min(triton.next_power_of_2(stride_row), block)
+        warps = max(1, block // (32 * per_thread))
         cross_entropy_kernel[(n_rows,)](
             logits, F.pad(bias.float(), (0, stride_row - n_columns)), labels, scale, loss, correct,
-            n_columns, stride_row, BLOCK=block, GRADIENT=scale is not None, num_warps=max(1, block // 512),
+            n_columns, stride_row, BLOCK=block, GRADIENT=scale is not None, num_warps=warps,
         )  # fmt: skip
     return loss.sum(), (labels != -100).sum(), correct.sum(), logits
 
 
-def tile_options(element_size: int) -> dict:
-    """The tile of a product: rows, columns and depth, warps and stages; fp32 is a correctness path."""
-    arch = architecture()
-    if element_size == 4 or isinstance(arch, str):
-        return {"ROWS": 32, "COLUMNS": 64, "DEPTH": 32, "num_warps": 4, "num_stages": 1}
-    depth = 32 if arch >= 120 else 64  # by the report of benchmarks/aot.py: nothing spills
-    return {"ROWS": 128, "COLUMNS": 128, "DEPTH": depth, "num_warps": 8, "num_stages": 2}
+CORRECT = (32, 64, 32, 4, 1)  # of fp32, a correctness path, and of ROCm, for which nothing was chosen
+
+
+def tile_options(width: int, element_size: int) -> dict:
+    """The tile of a product over `width`: rows, columns, a multiple of the depth, warps and stages."""
+    arch, tile = architecture(), CORRECT
+    if element_size != 4:
+        if not isinstance(arch, str):
+            tile = 128, 128, 32 if arch >= 120 else 64, 8, 2  # by the report of benchmarks/aot.py: nothing spills
+        tile = tuned(f"projection H{width}", tile)
+    return dict(zip(("ROWS", "COLUMNS", "DEPTH", "num_warps", "num_stages"), tile))
 
 
 def statistics(hidden, weight, bias, labels):
     """The three sums, and each row's log-sum-exp (R,) in units of log 2, +inf without a label; no logits."""
-    n_rows, (n_columns, width), options = hidden.shape[0], weight.shape, tile_options(hidden.element_size())
+    n_rows, (n_columns, width) = hidden.shape[0], weight.shape
+    options = tile_options(width, hidden.element_size())
     blocks, tiles = triton.cdiv(n_rows, options["ROWS"]), triton.cdiv(n_columns, options["COLUMNS"])
     tiles_of_split = triton.cdiv(tiles, min(tiles, max(1, backward_programs(hidden.device) // blocks)))
     splits = triton.cdiv(tiles, tiles_of_split)
@@ -252,7 +259,8 @@ def statistics(hidden, weight, bias, labels):
 
 def gradients_without_logits(hidden, weight, bias, labels, scale, lse, dweight, accumulate):
     """dhidden and dbias; dweight is written or added to. A block of columns at a time."""
-    n_rows, (n_columns, width), options = hidden.shape[0], weight.shape, tile_options(hidden.element_size())
+    n_rows, (n_columns, width) = hidden.shape[0], weight.shape
+    options = tile_options(width, hidden.element_size())
     columns = options["COLUMNS"]
     n_block = max(1, BLOCK_BYTES // (n_rows * hidden.element_size() * columns)) * columns
     n_block = min(n_block, triton.cdiv(n_columns, columns) * columns)

@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .hardware import backward_programs
+from .hardware import backward_programs, tuned
 
 SUM_COLUMNS = 512  # of a tile of the column sum
 
@@ -74,12 +74,13 @@ def column_sum(x: Tensor, dtype: torch.dtype) -> Tensor:
     return sum_partials(partial, dtype)[0]
 
 
-def row_tile(n_columns: int, per_thread: int) -> tuple[int, int, int]:
+def row_tile(kernel: str, n_columns: int, per_thread: int) -> tuple[int, int, int]:
     """Rows, columns and warps of a tile of whole rows with `per_thread` elements a thread; narrow rows share a warp.
 
     32 suit a forward pass (at most 1024 columns need no barrier), 16 one that keeps more in registers: column sums, or
-    what erf needs.
+    what erf needs. What was measured on this GPU goes before that.
     """
+    per_thread = tuned(f"{kernel} H{n_columns}", per_thread)
     columns = max(64, triton.next_power_of_2(n_columns))
     rows = max(1, 32 * per_thread // columns)
     return rows, columns, min(rows * columns // (32 * per_thread), 32)

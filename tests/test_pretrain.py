@@ -49,21 +49,20 @@ def test_a_new_model_starts_from_counts(corpus, tmp_path):
     rare, common = np.bincount(words, minlength=model.config.vocab_size).argsort()[[0, -1]]
     bias = model.cls["predictions"].bias
     assert bias[common] > bias[rare] and bias.exp().sum().item() == pytest.approx(1, abs=1e-3)
-    attention = model.bert.encoder.layer[0].attention.self
-    places = model.bert.embeddings.position_embeddings.weight
-    for head, offset in zip(range(attention.n_heads), (-1, 1, -2, 2)):
-        rows = slice(head * attention.head_dim, (head + 1) * attention.head_dim)
-        scores = (places @ attention.query.weight[rows].T) @ (places @ attention.key.weight[rows].T).T
-        inside = torch.arange(2, len(places) - 2)
-        assert (scores.argmax(-1)[inside] == inside + offset).all(), f"head {head} does not look at {offset}"
     deeper = {**json.loads((corpus / "model.json").read_text()), "num_hidden_layers": 3, "max_position_embeddings": 128}
-    (tmp_path / "deeper.json").write_text(json.dumps({**deeper, "hidden_size": 64}))
+    (tmp_path / "deeper.json").write_text(json.dumps({**deeper, "hidden_size": 256, "num_attention_heads": 4}))
     model = start(tmp_path / "deeper", settings(corpus, model_config=str(tmp_path / "deeper.json")), False).model
     words = torch.randint(50, 600, (64, 2, 62))
     words[32:, 1] = words[32:, 0].flip(1)  # half of the pairs share all their words, half next to none
     ids = torch.cat([torch.full((64, 1), 2), words[:, 0], torch.full((64, 1), 3), words[:, 1]], 1)
     is_b = (torch.arange(126) > 63).long().expand(64, 126)
-    told = model.eval().bert(ids, token_type_ids=is_b).last_hidden_state[:, 0].detach()
+    out = model.eval().bert(ids, token_type_ids=is_b, output_hidden_states=True)
+    x, attention = out.hidden_states[0], model.bert.encoder.layer[0].attention.self
+    for offset, query, key in zip((-1, 1, -2, 2), attention.query.weight.split(64), attention.key.weight.split(64)):
+        looks = (x @ query.T @ (x @ key.T).transpose(1, 2) / 8).softmax(-1)  # words in their places, itself among them
+        there, itself = (looks.diagonal(place, 1, 2).mean() for place in (offset, 0))
+        assert there > 0.4 > 8 * itself, f"no head looks at {offset}"
+    told = out.last_hidden_state[:, 0].detach()
     told = told @ model.bert.encoder.layer[-1].attention.output.dense.weight[:, 1].detach()
     assert told[32:].min() > told[:32].max() or told[32:].max() < told[:32].min()
     other = start(tmp_path / "normal", settings(corpus, start="normal"), resume=False)

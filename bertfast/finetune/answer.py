@@ -31,7 +31,7 @@ class Answering(Task):
     metrics = ("f1", "exact_match")
     default_length = 384
     named_outputs = False
-    feature_rows = ""
+    feature_rows = "rows"
 
     def example(self, row: Row, columns: dict[str, str], labelled: bool = True) -> Example:
         context, question = require_text(row, columns["context"]), require_text(row, columns["question"])
@@ -86,10 +86,16 @@ class Answering(Task):
         return items
 
     def forward_arguments(self, items: list[Item]) -> dict[str, Any]:
-        if any(item.target is None for item in items):
-            return {}
-        start, end = torch.tensor([item.target for item in items]).unbind(1)
-        return {"start_positions": start, "end_positions": end}
+        arguments = {}
+        if self.settings.features:
+            arguments["lengths"] = torch.tensor([item.n_tokens for item in items])
+        if all(item.target is not None for item in items):
+            start, end = torch.tensor([item.target for item in items]).unbind(1)
+            arguments |= {"start_positions": start, "end_positions": end}
+        return arguments
+
+    def n_features(self, item: Item) -> int:
+        return item.n_tokens
 
     def flops(self, config: BertConfig, batch: PackedBatch) -> float:
         return super().flops(config, replace(batch, cu_seqlens_read=batch.cu_seqlens))  # all rows are read

@@ -28,9 +28,8 @@ def with_features(model, task: Task, items: list[Item], tokens: int) -> list[Ite
         for group in by_budget(items, tokens):
             sequences = [s for item in group for s in item.sequences]
             rows = model.features(pack(sequences).to(device)).cpu()
-            per_item = [sum(len(s.reads) for s in item.sequences) if task.feature_rows == "tokens"
-                        else len(item.sequences) for item in group]
-            result += [item._replace(features=part) for item, part in zip(group, rows.split(per_item))]
+            parts = rows.split([task.n_features(item) for item in group])
+            result += [item._replace(features=part) for item, part in zip(group, parts)]
             count(len(result))
     return result
 

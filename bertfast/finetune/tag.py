@@ -122,6 +122,9 @@ class Tagging(Task):
     def forward_arguments(self, items: list[Item]) -> dict[str, Any]:
         return {"labels": torch.from_numpy(np.concatenate([s.labels for item in items for s in item.sequences]))}
 
+    def n_features(self, item: Item) -> int:
+        return sum(len(s.reads) for s in item.sequences)
+
     def n_targets(self, items: list[Item]) -> int:
         return sum(len(item.extra) for item in items)
 

@@ -126,7 +126,7 @@ class Task:
             raise UserError(f"--max-length {self.max_length} leaves no room for words")
         if settings.features:
             if not self.feature_rows:
-                raise UserError(f"--features is not for {settings.task}: its head needs a trained encoder")
+                raise UserError(f"--features is not for {settings.task}: a linear head cannot write text")
             self.head = BertForFeatures
         self.counts: Counter[str] = Counter()  # decisions: sentence -> how often
 
@@ -177,6 +177,10 @@ class Task:
     def forward_arguments(self, items: list[Item]) -> dict[str, Any]:
         """What the head takes besides the packed batch; labels where all items have a target."""
         return {}
+
+    def n_features(self, item: Item) -> int:
+        """Rows of what --features caches for an item."""
+        return len(item.sequences)
 
     def n_targets(self, items: list[Item]) -> int:
         """What a step's loss is divided by."""

@@ -52,7 +52,7 @@ class FineTuning:
         self.precision, self.precision_reason = machine.choose_precision(settings.precision, self.device)
         checkpoint = find(settings.model)
         self.tokenizer = Tokenizer.load(checkpoint)
-        config = BertConfig.from_file(checkpoint / "config.json")
+        self.config = config = BertConfig.from_file(checkpoint / "config.json")
         if config.vocab_size < self.tokenizer.vocab_size:
             raise UserError(f"{settings.model}: a vocabulary of {self.tokenizer.vocab_size}, but the model has "
                             f"{config.vocab_size} words")
@@ -118,6 +118,11 @@ class FineTuning:
         """The header: what is about to run, and why so."""
         settings, n_tokens = self.settings, int(self.lengths.sum())
         per_step = n_tokens / len(self.lengths) * min(settings.batch_size, len(self.lengths))
+        cached = {}
+        if settings.features:
+            rows = sum(map(self.task.n_features, self.train_items + self.dev_items))
+            size = 2 * rows * (self.config.num_hidden_layers + 1) * self.config.hidden_size
+            cached = {"features": f"{rows:,} rows of all layers' outputs, {size / 1e9:,.1f} GB in memory"}
         return {
             "task": f"{settings.task}: {self.task.head.__name__}"
                     + (f", {len(self.task.labels)} labels" if settings.task in ("classification", "tagging") else ""),
@@ -126,6 +131,7 @@ class FineTuning:
                     f"windows, {n_tokens:,} tokens), {len(self.dev_examples):,} for evaluation",
             "steps": f"{self.steps:,} of {settings.batch_size} (about {per_step:,.0f} tokens), "
                      f"evaluation every {self.eval_every:,}; seeds: {settings.seeds}",
+            **cached,
             "judged by": self.metric,
             "precision": f"{self.precision} ({self.precision_reason}), fp32 masters",
             "device": f"{self.device}, {torch.get_num_threads()} threads; GEMM peak {self.peak / 1e9:,.0f} GFLOP/s",

@@ -235,13 +235,13 @@ void segment_sum(T* table, float* cuts, int64_t* cut_ids, const float* rows, con
 }
 
 constexpr int MAX_COLUMNS = 8192;
-constexpr int MAX_ODD_COLUMNS = 6144;  // that do not fill packs of 16 bytes: more of them would spill
+constexpr int MAX_ODD_COLUMNS = 5120;  // that do not fill packs of 16 bytes: more of them would spill
 
 // Calls f(Shape) with the narrowest shape that holds a row of n_columns.
 template <typename T, typename F>
 void with_shape(int n_columns, F&& f) {
   constexpr int VECTOR = 16 / sizeof(T);
-  if (n_columns % VECTOR) return n_columns <= 512 ? f(Shape<1, 16, 1>{}) : f(Shape<1, 12, 16>{});
+  if (n_columns % VECTOR) return n_columns <= 512 ? f(Shape<1, 16, 1>{}) : f(Shape<1, 10, 16>{});
   if (n_columns <= 256) return f(Shape<VECTOR, 8, 1>{});
   if (n_columns <= 512) return f(Shape<VECTOR, 16, 1>{});
   if (n_columns <= 768) return f(Shape<VECTOR, 24, 1>{});

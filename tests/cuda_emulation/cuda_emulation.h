@@ -2,6 +2,8 @@
 // thread of a block a fiber of its own (ucontext). What waits on a GPU waits here: a barrier for the whole block, a
 // shuffle or ballot for the lanes that its mask names; if those never come it is an error, not a hang.
 //
+// A warp runs as far as it can before the next begins: where a barrier is missing it overwrites what others still need.
+//
 // Not modelled: blocks running at once, the weak memory order, asynchronous copies, tensor cores. Blocks and threads
 // may run in reverse order (BACKWARDS=1): what depends on the order then shows. The sanitizers see every access.
 #pragma once
@@ -113,13 +115,15 @@ inline void run_block(bool backwards) {
     makecontext(&thread.context, run_thread, 0);
   }
   for (;;) {
-    for (unsigned i = 0; i < n; i++) {
-      current = &threads[backwards ? n - 1 - i : i];
-      if (current->state == State::READY) swapcontext(&scheduler, &current->context);
+    for (unsigned at = 0; at < n; at += 32) {
+      const unsigned first = backwards ? (n - 1) / 32 * 32 - at : at, n_lanes = std::min(32u, n - first);
+      do {
+        for (unsigned i = 0; i < n_lanes; i++) {
+          current = &threads[first + (backwards ? n_lanes - 1 - i : i)];
+          if (current->state == State::READY) swapcontext(&scheduler, &current->context);
+        }
+      } while (release_collectives(first, n_lanes));
     }
-    bool released = false;
-    for (unsigned lane = 0; lane < n; lane += 32) released |= release_collectives(lane, std::min(32u, n - lane));
-    if (released) continue;
     unsigned done = 0, waiting = 0;
     for (const Thread& thread : threads) {
       done += thread.state == State::DONE;

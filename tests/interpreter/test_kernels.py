@@ -1,13 +1,14 @@
 """Every Triton kernel with every option, through its op, against fp64 truth: no further from it than eager PyTorch."""
 
 import math
+from unittest.mock import Mock
 
 import pytest
 import torch
 from bertfast.benchmarks.cases import CASES, run
+from bertfast.kernels import hardware, rows
 from bertfast.kernels import masked_vocab_projection as projection_kernels
 from bertfast.kernels import optimizer_step as optimizer_kernels
-from bertfast.kernels import rows
 
 from bertfast import ops
 from bertfast.ops import optimizer_step as optimizer_reference
@@ -74,6 +75,29 @@ def loss_noise(t, dtype):
 @pytest.mark.parametrize(("case", "shape", "p", "dtype"), list(table()))
 def test_error_not_above_eager(case, shape, p, dtype):
     check(case, shape, p, dtype)
+
+
+OTHER_TILES = [  # op, shape, what `bertfast bench tune` might have measured
+    ("add_layer_norm", (37, 128), {"add_layer_norm_fwd H128": 8, "add_layer_norm_bwd H128": 64}),
+    ("gelu_layer_norm", (37, 128), {"gelu_layer_norm_fwd H128": 64, "gelu_layer_norm_bwd H128": 8}),
+    ("bias_gelu", (37, 128), {"bias_gelu_fwd I128": [1, 2], "bias_gelu_bwd I128": [8, 8]}),
+    ("masked_vocab_projection", (37, 48, 203), {"cross_entropy": [64, 8]}),
+    ("masked_vocab_projection", (37, 48, 203), {"projection H48": [64, 64, 32, 4, 2]}),
+    ("attention_full", ((37, 1, 0, 90), 5, 2, 32), {
+        "attention fwd D32 dropout mask 0": [32, 64, 8, 1], "attention bwd_whole D32 dropout mask 0": None,
+        "attention bwd_dq D32 dropout mask 0": [128, 64, 8, 2], "attention bwd_dkdv D32 dropout mask 0": [32, 64, 8, 1],
+    }),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "shape", "measured"), OTHER_TILES, ids=[row[0] for row in OTHER_TILES])
+def test_measured_tiles_are_taken_and_as_exact(name, shape, measured, monkeypatch):
+    tiles = Mock(get=Mock(side_effect=measured.get))
+    monkeypatch.setattr(hardware, "tuned_tiles", lambda: tiles)
+    if "projection H48" in measured:
+        monkeypatch.setattr(projection_kernels, "LOGITS_LIMIT", 0)
+    check(CASES[name], shape, 0.3, torch.bfloat16)
+    assert {call.args[0] for call in tiles.get.call_args_list} >= set(measured)
 
 
 def test_epsilon_counts():

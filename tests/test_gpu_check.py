@@ -1,0 +1,54 @@
+"""What `make gpu-check` does on a GPU, on a CPU: that its checks hold, and that they find what they are for."""
+
+import dataclasses
+from types import SimpleNamespace
+
+import pytest
+import torch
+from bertfast.benchmarks import gpu_check
+from bertfast.benchmarks.cases import CASES
+
+from bertfast.step_graph import StepGraph
+
+CASE, SHAPE = CASES["add_layer_norm"], (37, 128)
+
+
+class Replayed(StepGraph):
+    def capture(self):
+        self.warm_up()
+        return SimpleNamespace(replay=self.step)
+
+
+@pytest.fixture
+def on_cpu(monkeypatch):
+    monkeypatch.setattr(gpu_check, "DEVICE", "cpu")
+    monkeypatch.setattr(gpu_check, "StepGraph", Replayed)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_parity_holds_and_a_fault_is_found(on_cpu, dtype):
+    assert gpu_check.op_parity(CASE, SHAPE, dtype, 0.1) == []
+    calls = iter(range(9))
+    wrong = dataclasses.replace(CASE, fused=lambda t, p: CASE.fused(t, p) * 1.1)
+    assert [fault.split(" is off")[0] for fault in gpu_check.op_parity(wrong, SHAPE, dtype, 0.1)][0] == "y"
+    restless = dataclasses.replace(CASE, fused=lambda t, p: CASE.fused(t, p) * (1 + next(calls) * 2**-6))
+    assert "y differs from run to run" in gpu_check.op_parity(restless, SHAPE, dtype, 0.1)
+
+
+def test_training_holds_and_a_fault_is_found(on_cpu, monkeypatch):
+    assert gpu_check.check_training() == []
+    trained, calls = gpu_check.trained, iter(range(9))
+
+    def drifting(*args, **kwargs):
+        losses, *rest = trained(*args, **kwargs)
+        return losses * (1 + next(calls) * 1e-4), *rest
+
+    monkeypatch.setattr(gpu_check, "trained", drifting)
+    assert gpu_check.check_training() == [f"training, {name}: {what}" for name in ("launched", "replayed") for what in (
+        "not the same bits twice", "losses differ from the CPU's by more than 1e-5")]  # fmt: skip
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_it_says_so(capsys):
+    assert gpu_check.main() == 2
+    assert "no GPU was found here; nothing was checked" in capsys.readouterr().out
