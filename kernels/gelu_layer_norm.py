@@ -80,7 +80,8 @@ def gelu_layer_norm_bwd(dy, x, bias, weight, mean, rstd):
     dy, x = dy.contiguous(), x.contiguous()
     n_rows, n_columns = x.shape
     dx = torch.empty_like(x)
-    rows, columns, warps = row_tile("gelu_layer_norm_bwd", n_columns, per_thread=16)
+    per_thread = 32 if n_columns > KEPT.value else 16  # at most 8 warps then: more of them would spill on sm_100
+    rows, columns, warps = row_tile("gelu_layer_norm_bwd", n_columns, per_thread)
     programs = max(1, min(triton.cdiv(n_rows, rows), backward_programs(x.device)))
     n_sums = 3 if columns <= KEPT.value else 2
     partial = torch.empty((n_sums, programs, n_columns), dtype=torch.float32, device=x.device)
