@@ -177,7 +177,7 @@ def measure(op: str, shape: tuple, dtype: str, calls: dict[str, Callable], round
     tensors = case.inputs(shape, DTYPES[dtype])
     if op == "masked_vocab_projection":
         tensors["labels"] = tensors["labels"].clamp(min=0)  # all slots used
-        tensors["hidden"] = tensors["hidden"] / 4  # its peaked rows would have subnormal gradients, slow for everyone
+        tensors["hidden"] = tensors["hidden"] / 12  # no peaked rows: subnormal gradients are slow for everyone
     tensors = {n: t.to(device) for n, t in tensors.items()}
     truth = side(case.eager, case, {n: t.float() if t.is_floating_point() else t for n, t in tensors.items()})
     costs = roofline.COSTS[op](shape, DTYPES[dtype].itemsize)
