@@ -61,8 +61,8 @@ bench: install
 	$(BENCH) report $(RESULTS) --readme README.md --readme benchmarks/README.md
 
 bench-quick: install
-	$(BENCH) pretrain --quick --preset mini --tokens 1024 --rounds 5 $(TEXT) --out runs/bench/pretrain.json
-	$(BENCH) ops --quick --rounds 5 --out runs/bench/ops.json
+	$(BENCH) pretrain --quick --preset mini --tokens 1024 --rounds 4 $(TEXT) --out runs/bench/pretrain.json
+	$(BENCH) ops --quick --rounds 4 --out runs/bench/ops.json
 	$(BENCH) roofline --out runs/bench/roofline.json
 	$(BENCH) report runs/bench
 

@@ -71,6 +71,22 @@ def test_a_new_model_starts_from_counts(corpus, tmp_path):
         settings(corpus, start="lucky").check()
 
 
+def test_the_last_checkpoint_computes_the_same_with_tables_of_ordinary_size(corpus, tmp_path):
+    run = start(tmp_path, settings(corpus, steps=4, save_every=2), resume=False)
+    _, last = run.train()
+    assert last == tmp_path / "checkpoint-4"
+    for name in ("word", "position", "token_type"):
+        kept, ordinary = (
+            load_file(folder / "model.safetensors")[f"bert.embeddings.{name}_embeddings.weight"].std()
+            for folder in (tmp_path / "checkpoint-2", last))
+        assert 3.5 < kept / ordinary < 4.5
+    ids, again = torch.randint(5, 600, (2, 30)), bertfast.BertForPreTraining.from_pretrained(str(last)).eval()
+    for out, saved in zip(vars(run.model.eval()(ids)).values(), vars(again(ids)).values()):
+        assert (out is None) == (saved is None)
+        if out is not None:
+            torch.testing.assert_close(saved, out, rtol=1e-6, atol=1e-6)
+
+
 def rows(folder):
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
