@@ -296,7 +296,7 @@ def _tasks(result: dict) -> list[dict]:
 
 
 def _transfer(result: dict) -> list[dict]:
-    """A line a set and style: the encoder pretrained and random, by the set's first metric."""
+    """A line a set and style: the encoder pretrained and random, by the set's first metric; then what failed."""
     styles = list(dict.fromkeys(r["contender"].partition(", ")[2] for r in result["rows"]))
     lines = []
     for key in dict.fromkeys(r["key"] for r in result["rows"]):
@@ -307,6 +307,8 @@ def _transfer(result: dict) -> list[dict]:
                     for start in ("pretrained", "random")]
             lines.append([key, style, metric, *[_mean_and_range(cell) if cell else "–" for cell in pair],
                           " and ".join(str(len(cell)) for cell in pair)])
+        failed = [r for r in result["rows"] if r["key"] == key and r["failed"]]
+        lines += [[key, r["contender"], r["failed"], *[""] * 3] for r in failed]
     columns = ["set", "style", "metric", "pretrained", "random weights", "seeds"]
     return [{"title": f"what pretraining buys: {result['settings']['model']}", "columns": columns, "rows": lines}]
 

@@ -268,7 +268,8 @@ def test_every_suite_has_tables_and_pictures(op_rows, tmp_path):
              for n, more in (("bertfast fp32", {"share": 0.5, "ceiling": 400.0}), ("transformers fp32", {}))]
     scored = [{"key": "sst2", "contender": n, "seed": seed, "failed": "", "steps": 9, "metrics": {"f1": 0.9}}
               for n in ("bertfast", "transformers") for seed in (1, 2)]
-    bought = [{"key": "sst2", "contender": "pretrained, frozen", "failed": "", "steps": 9, "metrics": {"f1": 0.9}}]
+    bought = [{"key": "sst2", "contender": "pretrained, frozen", "failed": "", "steps": 9, "metrics": {"f1": 0.9}},
+              {"key": "sst2", "contender": "random, frozen", "failed": "no memory"}]
     found = {
         "finetune": made(tuned, "finetune", settings={"model": "m", "window": 9.0}),
         "tasks": made(scored, "tasks", settings={"model": "m"}),
@@ -288,6 +289,7 @@ def test_every_suite_has_tables_and_pictures(op_rows, tmp_path):
     for name, result in found.items():
         assert all(len(row) == len(t["columns"]) for t in report.tables(result) for row in t["rows"]), name
         assert json.loads(json.dumps(result)) == result
+    assert report.tables(found["transfer"])[0]["rows"][-1][:3] == ["sst2", "random, frozen", "no memory"]
     assert report.tables(found["ops_whole"])[0]["rows"][0][:3] == ["bias_gelu", "forward", "1"]
     drawn = plots.draw(found, tmp_path)
     assert [p.stem for p in drawn] == ["ops", "ops_whole", "pretrain", "inference", "quality"]
