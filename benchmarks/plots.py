@@ -7,7 +7,7 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
-from bertfast.benchmarks import report  # noqa: E402
+from bertfast.benchmarks import report, tables  # noqa: E402
 
 MARKERS = {"forward": "o", "backward": "s", "both": "D"}
 SHADES = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")  # Okabe and Ito's
@@ -29,7 +29,7 @@ def draw(found: dict[str, dict], folder: Path) -> list[Path]:
 
 def _horizontal(axes, labels: list[str], values: list[float], spreads: list[float], text: list[str]) -> None:
     """Bars from the top down, each with its text at the end, its spread as a thin line."""
-    colours = [report.colour(label) for label in labels]
+    colours = [tables.colour(label) for label in labels]
     places = range(len(labels))
     axes.barh(places, values, color=colours, height=0.7)
     axes.errorbar(values, places, xerr=[v * s / 2 for v, s in zip(values, spreads)], fmt="none", ecolor="black",
@@ -43,7 +43,7 @@ def _horizontal(axes, labels: list[str], values: list[float], spreads: list[floa
 
 
 def _bars(result: dict):
-    rows = sorted(report.measured(result), key=lambda r: r["median"])
+    rows = sorted(tables.measured(result), key=lambda r: r["median"])
     best = max((r["tokens_per_second"] for r in rows if r["contender"].startswith("HF")), default=None)
     values = [r["tokens_per_second"] for r in rows]
     figure, axes = plt.subplots(figsize=(9, 1.4 + 0.42 * len(rows)), layout="constrained")
@@ -57,11 +57,11 @@ def _bars(result: dict):
 
 
 def _inference(result: dict):
-    keys = list(dict.fromkeys(r["key"] for r in report.measured(result)))
-    height = 0.42 * sum(1 for r in report.measured(result)) + 1.1 * len(keys)
+    keys = list(dict.fromkeys(r["key"] for r in tables.measured(result)))
+    height = 0.42 * sum(1 for r in tables.measured(result)) + 1.1 * len(keys)
     figure, panels = plt.subplots(len(keys), 1, figsize=(9, height), layout="constrained", squeeze=False)
     for axes, key in zip(panels[:, 0], keys):
-        rows = sorted((r for r in report.measured(result) if r["key"] == key), key=lambda r: r["median"])
+        rows = sorted((r for r in tables.measured(result) if r["key"] == key), key=lambda r: r["median"])
         values = [1 / r["median"] for r in rows]
         _horizontal(axes, [r["contender"] for r in rows], values, [r["spread"] for r in rows],
                     [f"{v:,.0f}" for v in values])
@@ -72,7 +72,7 @@ def _inference(result: dict):
 
 def _roofline(result: dict):
     """Our ops: share of the machine's peak (copy bandwidth or GEMM rate) over the bytes they move."""
-    rows = [r for r in report.measured(result) if r["contender"] == "bertfast"]
+    rows = [r for r in tables.measured(result) if r["contender"] == "bertfast"]
     kinds = list(dict.fromkeys(r["op"] for r in rows))
     figure, panels = plt.subplots(1, 2, figsize=(11, 5), layout="constrained", sharey=True)
     for axes, dtype in zip(panels, ("fp32", "bf16")):
@@ -101,7 +101,7 @@ def _quality(result: dict):
     rows = [r for r in result["rows"] if not r["failed"]]
     for row, line in zip(rows, LINES):
         seconds, losses = [p[1] for p in row["curve"]], [p[2] for p in row["curve"]]
-        axes.plot(seconds, losses, line, color=report.colour(row["contender"]), linewidth=2)
+        axes.plot(seconds, losses, line, color=tables.colour(row["contender"]), linewidth=2)
         axes.annotate(row["contender"], (seconds[-1], losses[-1]), xytext=(6, 0), textcoords="offset points",
                       fontsize=10, va="center")
     right = max(p[1] for row in rows for p in row["curve"])
