@@ -109,6 +109,11 @@ def _parts(layer: Any) -> Parts | None:
     return None
 
 
+def past_cache(kwargs: dict) -> Any:
+    """The cache of keys and values of a call, under its name before and since transformers 5.24."""
+    return kwargs.get("past_key_values", kwargs.get("cache"))
+
+
 def plain(module: nn.Module) -> bool:
     return type(module) is nn.Linear and module.bias is not None
 
@@ -194,8 +199,8 @@ class _Encoder:
             mask, reason = padding_mask(attention_mask, hidden_states.shape[1])
         if kwargs.get("output_attentions", config.output_attentions):
             reason = "output_attentions"
-        elif kwargs.get("past_key_values") is not None:
-            reason = "past_key_values"
+        elif past_cache(kwargs) is not None:
+            reason = "a cache of keys and values"
         elif kwargs.get("is_causal"):
             reason = "is_causal"
         if reason is not None:
@@ -301,17 +306,18 @@ def _say_once(message: str) -> None:
 class _Embeddings:
     """Stands before a Hugging Face embeddings class: word + position + token type, LayerNorm and dropout in one op."""
 
-    def forward(self: Any, input_ids=None, token_type_ids=None, position_ids=None, inputs_embeds=None,
-                past_key_values_length=0):
+    def forward(self: Any, input_ids=None, token_type_ids=None, position_ids=None, inputs_embeds=None, *args, **kwargs):
+        # args, kwargs: the length of a decoder's cache, whose name differs between versions of transformers
         tables = self.word_embeddings, self.position_embeddings, self.token_type_embeddings
-        if input_ids is None or inputs_embeds is not None or not self._fusable(tables):
+        cached = any(args) or any(kwargs.values())
+        if input_ids is None or inputs_embeds is not None or cached or not self._fusable(tables):
             return super().forward(  # type: ignore[misc]
-                input_ids, token_type_ids, position_ids, inputs_embeds, past_key_values_length
+                input_ids, token_type_ids, position_ids, inputs_embeds, *args, **kwargs
             )
         if position_ids is None and hasattr(self, "create_position_ids_from_input_ids"):  # RoBERTa counts from padding
-            position_ids = self.create_position_ids_from_input_ids(input_ids, self.padding_idx, past_key_values_length)
+            position_ids = self.create_position_ids_from_input_ids(input_ids, self.padding_idx)
         elif position_ids is None:
-            position_ids = self.position_ids[:, past_key_values_length : past_key_values_length + input_ids.shape[1]]
+            position_ids = self.position_ids[:, : input_ids.shape[1]]
         if token_type_ids is None:
             token_type_ids = torch.zeros_like(input_ids)
         given = (input_ids, position_ids, token_type_ids)

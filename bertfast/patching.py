@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .files import UserError
-from .patched import ENCODERS, FAMILIES, ORIGINALS, STAND_INS, config_of, hooked, plain
+from .patched import ENCODERS, FAMILIES, ORIGINALS, STAND_INS, config_of, hooked, past_cache, plain
 from .patched_rows import Reads
 
 READS = {  # what each of transformers' heads reads of the encoder's output
@@ -170,7 +170,7 @@ def _before_base(model: nn.Module, args: tuple, kwargs: dict):
     tokens = args[0] if args else kwargs.get("input_ids")
     if tokens is None:
         tokens = kwargs.get("inputs_embeds")
-    if tokens is None or mask.shape != tokens.shape[:2] or kwargs.get("past_key_values") is not None:
+    if tokens is None or mask.shape != tokens.shape[:2] or past_cache(kwargs) is not None:
         return None
     args, kwargs = _without(args, kwargs, 1, "attention_mask")
     return args, {**kwargs, "bertfast_mask": mask}
