@@ -93,12 +93,12 @@ def prepare(data: Path, work: Path) -> None:
             writer.writerows(row for row in questions if (row["context"] in held_out) == wanted)
 
 
-def settings_of(name: str, data: Path, work: Path, model: str, seed: int, steps: int | None) -> Settings:
+def settings_of(name: str, work: Path, args) -> Settings:
     """A case's settings, judged once, at the end."""
     task, train, dev, options, _ = CASES[name]
-    paths = [str(work / p[1:] if p.startswith("@") else data / p) for p in (train, dev)]
-    chosen = Settings(task, model, *paths, **{"precision": "fp32", **options, "seed": seed})
-    chosen.steps, chosen.eval_every = steps or chosen.steps, 10**9
+    paths = [str(work / p[1:] if p.startswith("@") else args.data / p) for p in (train, dev)]
+    chosen = Settings(task, args.model, *paths, **{"precision": args.precision, **options})
+    chosen.steps, chosen.eval_every = args.steps or chosen.steps, 10**9
     return chosen
 
 
@@ -116,7 +116,7 @@ def train(contender: str, settings: dict, folder: Path, threads: int) -> dict[st
         scores.pop("seed")
     else:
         work = FineTuning(folder, chosen)
-        peer, batches, steps = Peer(work), work._batches(chosen.seed), work.steps
+        peer, batches, steps = Peer(work, chosen.precision == "bf16"), work._batches(chosen.seed), work.steps
         for step in range(1, steps + 1):
             peer.step(next(batches), work.learning_rate(step))
         scores = peer.evaluate()
@@ -179,19 +179,21 @@ def main() -> None:
     parser.add_argument("--cases", help="names, with commas between; by default all")
     parser.add_argument("--seeds", type=int, help="instead of each case's own")
     parser.add_argument("--steps", type=int, help="instead of each case's own")
+    parser.add_argument("--precision", choices=["fp32", "bf16"], default="fp32", help="of both contenders' training")
     parser.add_argument("--window", type=float, default=60.0)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     args = parser.parse_args()
     suite = {"quality": "tasks", "speed": "finetune", "transfer": "transfer"}[args.what]
     found: list[dict] = report.load(args.out)["rows"] if args.out.exists() else []
-    settings = {"model": Path(args.model).name, "window": args.window, "rounds": args.rounds}
+    settings = {"model": Path(args.model).name, "precision": args.precision,
+                "window": args.window, "rounds": args.rounds}
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
         prepare(args.data, work)
         default = "trec,ud_ewt" if args.what == "transfer" else ",".join(CASES)
         for name in (args.cases or default).split(","):
-            chosen = settings_of(name, args.data, work, args.model, 1, args.steps)
+            chosen = settings_of(name, work, args)
             if args.what == "speed":
                 wanted = [({"key": name}, partial(speed, name, chosen, args))]
             elif args.what == "transfer":

@@ -279,7 +279,9 @@ def _tasks(result: dict) -> list[dict]:
             lines.append([key, metric, *[_mean_and_range(c) if c else "–" for c in cells],
                           " and ".join(str(len(c)) for c in cells), f"{good[0]['steps']:,}"])
         lines += [[key, r["contender"], r["failed"], *[""] * 3] for r in rows if r["failed"]]
-    title = f"quality of fine-tuned {result['settings']['model']}, the same data, start, hyper-parameters and steps"
+    settings = result["settings"]
+    precision = f"in {settings['precision']}, " if "precision" in settings else ""
+    title = f"quality of fine-tuned {settings['model']}, {precision}the same data, start, hyper-parameters and steps"
     return [{"title": title, "columns": columns, "rows": lines}]
 
 

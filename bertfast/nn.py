@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import ops
+from .ops.few_rows_linear import linear
 from .ops.joined_linear import joined_linear
 from .ops.masked_vocab_projection import GradientSink
 
@@ -107,7 +108,7 @@ class AddLayerNorm(nn.Module):
 
     def forward(self, x: Tensor, residual: Tensor, rows: Rows) -> Tensor:
         return ops.add_layer_norm(
-            F.linear(x, self.dense.weight), self.dense.bias, residual, self.LayerNorm.weight, self.LayerNorm.bias,
+            linear(x, self.dense), self.dense.bias, residual, self.LayerNorm.weight, self.LayerNorm.bias,
             self.LayerNorm.eps, **rows.dropout(self.p, self.stream),
         )
 
@@ -122,7 +123,7 @@ class FeedForward(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if self.activation == "gelu":
-            return ops.bias_gelu(F.linear(x, self.dense.weight), self.dense.bias)
+            return ops.bias_gelu(linear(x, self.dense), self.dense.bias)
         return ACTIVATIONS[self.activation](self.dense(x))
 
 
@@ -140,7 +141,7 @@ class MLMHead(nn.Module):
         dense: Any = self.transform["dense"]
         norm: Any = self.transform["LayerNorm"]
         if self.activation == "gelu":
-            return ops.gelu_layer_norm(F.linear(x, dense.weight), dense.bias, norm.weight, norm.bias, norm.eps)
+            return ops.gelu_layer_norm(linear(x, dense), dense.bias, norm.weight, norm.bias, norm.eps)
         return norm(ACTIVATIONS[self.activation](dense(x)))
 
     def logits(self, x: Tensor, word_embeddings: Tensor) -> Tensor:

@@ -15,11 +15,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import ops
 from .files import UserError
+from .ops.few_rows_linear import linear, takes
 from .ops.joined_linear import joined_linear
 from .patched_rows import Reads, Rows, arrange, last_rows, padding_mask, row_keys
 
@@ -122,7 +122,7 @@ def _linear(module: nn.Module, x: Tensor) -> tuple[Tensor, Tensor | None]:
     """A projection without its bias, and the bias for the next op to add; a replaced module adds its own."""
     if not plain(module):
         return module(x), None
-    y = F.linear(x, module.weight)  # type: ignore[arg-type]
+    y = linear(x, module)  # type: ignore[arg-type]
     return y, module.bias.to(y.dtype)  # type: ignore[union-attr, return-value]
 
 
@@ -155,9 +155,11 @@ def _attend(parts: Parts, x: Tensor, rows: Rows, index: Tensor | None, final: Ro
     """Self-attention of packed rows: (T, H) -> (T, H), or (R, H) for the rows at `index`, which are `final`."""
     projections = (parts.query, parts.key, parts.value)
     dropout = {"p": parts.p_attention, "seed": rows.seed, "stream": stream}
-    joined = index is None and rows.keys is None and torch.is_grad_enabled() and all(map(plain, projections))
-    if joined and parts.query.weight.requires_grad and not torch.is_autocast_enabled(x.device.type):
-        # one gradient GEMM of x instead of three, worth a copy of the weights
+    joinable = index is None and rows.keys is None and all(map(plain, projections))
+    # one gradient GEMM of x instead of three is worth a copy of the weights; few rows in inference need none
+    trained = torch.is_grad_enabled() and parts.query.weight.requires_grad
+    worth = trained and not torch.is_autocast_enabled(x.device.type)
+    if joinable and (worth or takes(x, parts.query)):  # type: ignore[arg-type]
         qkv = joined_linear(x, *projections).unflatten(1, (3, -1, parts.head_dim))  # type: ignore[arg-type]
         out = ops.attention_packed(qkv, rows.cu_seqlens, rows.longest, scale=parts.scaling, row_key=rows.row_key,
                                    **dropout)

@@ -1,13 +1,16 @@
 """All fused ops against fp64 truth, in one table, by the rule of the parity contract; whatever runs on this machine."""
 
+import copy
 import math
 
 import pytest
 import torch
+import torch.nn.functional as F
 from bertfast.benchmarks.cases import CASES, SEED, STREAM, run
 
 from bertfast import ops
 from bertfast.ops.dropout import keep_mask, keep_scale, philox, threshold
+from bertfast.ops.few_rows_linear import MOST_ROWS, linear, takes
 
 ALL = [(c, shape, p) for c in CASES.values() for shape in c.shapes for p in ([0.0, 0.1] if c.dropout else [0.0])]
 IDS = [f"{case.name}-{shape}-p{p}".replace(" ", "") for case, shape, p in ALL]
@@ -96,6 +99,38 @@ def case_attention(case, t, p):
     )
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("rows", [0, 1, 3, 4, 18, 128])
+@pytest.mark.parametrize(("outputs", "inputs", "n"), [(4, 32, 1), (36, 384, 3), (384, 1536, 2)])
+def test_few_rows_linear_is_no_further_than_the_gemm(rows, outputs, inputs, n, dtype):
+    torch.manual_seed(rows)
+    x = torch.randn(rows, inputs).to(dtype)
+    weights = [torch.randn(outputs, inputs).to(dtype) for _ in range(n)]
+    biases = [torch.randn(outputs).to(dtype) for _ in range(n)]
+    for given in (biases, []):
+        results = []
+        for cast in (torch.float64, dtype):
+            padded = [b.to(cast) for b in given] or [None] * n
+            results.append(torch.cat([F.linear(x.to(cast), w.to(cast), b) for w, b in zip(weights, padded)], 1))
+        assert_no_further("y", ops.few_rows_linear(x, weights, given), results[1], results[0])
+
+
+def test_few_rows_are_taken_in_inference_only():
+    x, layer = torch.randn(5, 64), torch.nn.Linear(64, 8).eval()
+    there = torch._C._dispatch_has_kernel_for_dispatch_key("bertfast::few_rows_linear", "CPU")
+    with torch.no_grad():
+        assert takes(x, layer) == there
+        assert not takes(torch.randn(MOST_ROWS + 1, 64), layer) and not takes(x, torch.nn.Linear(64, 7).eval())
+        assert not takes(torch.randn(5, 63), torch.nn.Linear(63, 8).eval())
+        assert not takes(x.bfloat16(), layer) and not takes(x.half(), copy.deepcopy(layer).half())
+        assert not takes(x, copy.deepcopy(layer).train())
+        with torch.autocast("cpu", torch.bfloat16):
+            assert not takes(x, layer)
+    assert not takes(x, layer)  # a gradient may be wanted
+    linear(x, layer).sum().backward()
+    assert layer.weight.grad is not None
+
+
 def opcheck_samples():
     """Arguments for every op of the dispatcher."""
     torch.manual_seed(0)
@@ -104,6 +139,7 @@ def opcheck_samples():
     w, b, lb = (torch.randn(16) for _ in range(3))
     mean, rstd = torch.randn(6), torch.rand(6) + 0.5
     drop = (0.1, seed, key, STREAM)
+    yield "few_rows_linear", (torch.randn(3, 32), [torch.randn(4, 32), torch.randn(4, 32)], [torch.randn(4)] * 2)
     yield "bias_gelu_fwd", (x, b)
     yield "bias_gelu_bwd", (dy, x, b)
     yield "add_layer_norm_fwd", (x, b, r, w, lb, 1e-12, *drop)

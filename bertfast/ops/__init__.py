@@ -5,6 +5,7 @@ from .add_layer_norm import add_layer_norm
 from .attention import attention, attention_packed
 from .bias_gelu import bias_gelu
 from .embedding_sum import embedding_sum
+from .few_rows_linear import few_rows_linear
 from .gelu_layer_norm import gelu_layer_norm
 from .masked_vocab_projection import masked_vocab_projection
 from .optimizer_step import adamw_step, grad_norm, lamb_step
@@ -17,6 +18,7 @@ __all__ = [
     "backends",
     "bias_gelu",
     "embedding_sum",
+    "few_rows_linear",
     "gelu_layer_norm",
     "grad_norm",
     "lamb_step",

@@ -3,11 +3,13 @@
 x: (T, H)   weights: n of (O, H)   biases: n of (O,)   y: (T, n * O)
 Parameters that lie one after another in one storage (bertfast.optim lays them out so) are read in place; others are
 joined by a copy, or in inference on few rows, where copying the weights takes longer, the results are. Not an op of the
-dispatcher: the GEMMs are oneDNN's and cuBLAS's.
+dispatcher: the GEMMs are oneDNN's and cuBLAS's, on few rows that of few_rows_linear.
 """
 
 import torch
 from torch import Tensor
+
+from .few_rows_linear import few_rows_linear, takes
 
 
 def _adjacent(tensors: list[Tensor]) -> bool:
@@ -49,6 +51,8 @@ class _JoinedLinear(torch.autograd.Function):
 def joined_linear(x: Tensor, *linears: torch.nn.Linear) -> Tensor:
     """`torch.cat([linear(x) for linear in linears], -1)` in one GEMM, for Linear layers of one shape, with bias."""
     weights, biases = [m.weight for m in linears], [m.bias for m in linears]
+    if takes(x, linears[0]):
+        return few_rows_linear(x, weights, biases)
     if not (torch.is_grad_enabled() or torch.compiler.is_compiling()):  # a traced length must not decide anything
         if 2 * len(x) < x.shape[1] and not _adjacent(weights):
             return torch.cat([torch.addmm(b, x, w.t()) for w, b in zip(weights, biases)], 1)

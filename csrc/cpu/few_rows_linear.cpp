@@ -1,0 +1,129 @@
+// y = x W^T + b for few rows of x, several W side by side; shapes in bertfast/ops/few_rows_linear.py.
+//
+// With few rows the weights are read from memory for little arithmetic, and a library's GEMM packs them first. Here they
+// are read once, as they lie, by lanes along the inputs: a tile of ROWS rows by OUTPUTS outputs is that many registers
+// of partial sums, which a transpose turns into one register of results. Rows of x stay in cache.
+#include "gemm_tile.h"
+
+#if defined(__AVX512F__)
+
+#include <ATen/core/List.h>
+#include <ATen/ops/empty.h>
+#include <torch/library.h>
+
+#include <vector>
+
+namespace bertfast {
+namespace {
+
+constexpr int ROWS = 4, OUTPUTS = 4;
+
+// results[i * OUTPUTS + o] = x row i . w row o, over `steps` words; rows from M on are not read and give 0.
+template <typename Word, int M>
+inline void dot_tile(const element_t<Word>* x, int64_t x_row, const element_t<Word>* w, int64_t w_row, int64_t steps,
+                     float* results) {
+  using T = Tile<Word>;
+  constexpr int64_t STEP = WORDS<Word> * DEPTH<Word>;  // elements of a register
+  typename T::Register sums[ROWS * OUTPUTS] = {};
+  for (int64_t k = 0; k < steps; k += WORDS<Word>, x += STEP, w += STEP) {
+    typename T::Register columns[OUTPUTS];
+#pragma GCC unroll 4
+    for (int o = 0; o < OUTPUTS; o++) {
+      columns[o] = load_register<Word>(w + o * w_row);
+      // the next outputs' rows are on their way while this one's are multiplied
+      if constexpr (M == ROWS) _mm_prefetch(reinterpret_cast<const char*>(w + (OUTPUTS + o) * w_row), _MM_HINT_T0);
+    }
+#pragma GCC unroll 4
+    for (int i = 0; i < M; i++) {
+      const auto row = load_register<Word>(x + i * x_row);
+#pragma GCC unroll 4
+      for (int o = 0; o < OUTPUTS; o++) sums[i * OUTPUTS + o] = T::multiply_add(row, columns[o], sums[i * OUTPUTS + o]);
+    }
+  }
+  transpose<float, 8>(sums, std::make_integer_sequence<int, 16>());
+#pragma GCC unroll 16
+  for (int i = 1; i < 16; i++) sums[0] += sums[i];
+  store_register<float>(results, sums[0]);
+}
+
+template <typename Word>
+void few_rows_linear(Rows<element_t<Word>> y, Rows<const element_t<Word>> x, const element_t<Word>* w,
+                     const element_t<Word>* bias, int64_t n_rows, int64_t n_inputs, int64_t first, int64_t last) {
+  using scalar_t = element_t<Word>;
+  const int64_t steps = n_inputs / DEPTH<Word>;
+  for (int64_t o = first; o < last; o += OUTPUTS) {
+    F32 bias_o;
+    if (bias) {
+      scalar_t repeated[LANES];
+      for (int64_t i = 0; i < LANES; i++) repeated[i] = bias[o + i % OUTPUTS];
+      bias_o = F32::load(repeated);
+    }
+    const auto tile = [&]<int M>(std::integral_constant<int, M>, int64_t row) {
+      float results[LANES];
+      dot_tile<Word, M>(x[row], x.stride, w + o * n_inputs, n_inputs, steps, results);
+      scalar_t rounded[LANES];
+      (F32::load(results) + bias_o).store(rounded);
+      for (int i = 0; i < M; i++) std::copy_n(rounded + i * OUTPUTS, OUTPUTS, y[row + i] + o);
+    };
+    int64_t row = 0;
+    for (; row + ROWS <= n_rows; row += ROWS) tile(std::integral_constant<int, 4>(), row);
+    switch (n_rows - row) {
+      case 1: tile(std::integral_constant<int, 1>(), row); break;
+      case 2: tile(std::integral_constant<int, 2>(), row); break;
+      case 3: tile(std::integral_constant<int, 3>(), row); break;
+    }
+  }
+}
+
+// x (M, I), weights of (O, I), biases none or as many of (O,) -> y (M, n O)
+at::Tensor few_rows_linear_cpu(const at::Tensor& x_, at::TensorList weights, at::TensorList biases) {
+  TORCH_CHECK(x_.dim() == 2 && !weights.empty() && weights[0].dim() == 2, "few_rows_linear: x (M, I) and weights (O, I)");
+  const int64_t n_rows = x_.size(0), n_inputs = x_.size(1), n_outputs = weights[0].size(0), n = weights.size();
+  TORCH_CHECK(n_inputs % 32 == 0 && n_outputs % OUTPUTS == 0, "few_rows_linear: inputs must be a multiple of 32, outputs "
+              "of 4, got ", n_inputs, " and ", n_outputs);
+  TORCH_CHECK(biases.empty() || biases.size() == weights.size(), "few_rows_linear: a bias for each weight, or none");
+  const at::Tensor x = x_.contiguous();
+  std::vector<at::Tensor> held;
+  for (int64_t i = 0; i < n; i++) {
+    CHECK_SHAPE(weights[i], n_outputs, n_inputs);
+    CHECK_SAME_DTYPE(x, weights[i]);
+    held.push_back(weights[i].contiguous());
+  }
+  for (const at::Tensor& bias : biases) {
+    CHECK_SHAPE(bias, n_outputs);
+    CHECK_SAME_DTYPE(x, bias);
+    held.push_back(bias.contiguous());
+  }
+  at::Tensor y = at::empty({n_rows, n * n_outputs}, x.options());
+  const auto run = [&]<typename Word>(Word) {
+    using scalar_t = element_t<Word>;
+    const int64_t blocks = n_outputs / OUTPUTS;
+    for_parts(n * blocks, n_parts(n * blocks, n_rows * n_inputs), [&](int64_t, int64_t first, int64_t last) {
+      for (int64_t i = first / blocks; i < n && i * blocks < last; i++) {
+        const int64_t begin = std::max(first - i * blocks, int64_t{0}), end = std::min(last - i * blocks, blocks);
+        few_rows_linear<Word>({y.mutable_data_ptr<scalar_t>() + i * n_outputs, n * n_outputs},
+                              {x.const_data_ptr<scalar_t>(), n_inputs}, held[i].const_data_ptr<scalar_t>(),
+                              biases.empty() ? nullptr : held[n + i].const_data_ptr<scalar_t>(), n_rows, n_inputs,
+                              begin * OUTPUTS, end * OUTPUTS);
+      }
+    });
+  };
+  if (x.scalar_type() == at::kFloat) {
+    run(float());
+    return y;
+  }
+#if defined(__AVX512BF16__)
+  if (x.scalar_type() == at::kBFloat16) {
+    run(Pair());
+    return y;
+  }
+#endif
+  TORCH_CHECK_NOT_IMPLEMENTED(false, "few_rows_linear on this CPU doesn't take ", x.scalar_type());
+}
+
+}  // namespace
+}  // namespace bertfast
+
+TORCH_LIBRARY_IMPL(bertfast, CPU, m) { m.impl("few_rows_linear", &bertfast::few_rows_linear_cpu); }
+
+#endif
