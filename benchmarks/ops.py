@@ -200,13 +200,13 @@ def measure(op: str, shape: tuple, dtype: str, calls: dict[str, Callable], round
     copies = [_Copy(cost.bytes, device) for cost in costs]
     compute = costs[0].flops > 0
     peak = 0.0
-    for _ in range(rounds):
+    for turn in range(rounds + 1):  # the first is the warm-up: the pages that all of them together need are fresh ones
         for name, contender in ready.items():
             totals, n, began = [0.0, 0.0], 0, time.perf_counter()
             while n < 1 or time.perf_counter() - began < TURN:
                 *_, forward, backward = contender.forward_and_backward(p)
                 totals, n = [totals[0] + forward, totals[1] + backward], n + 1
-            for d in (0, 1):
+            for d in (0, 1) if turn else ():
                 seconds[name, d].append(totals[d] / n)
         if compute:
             peak = max(peak, machine.gemm_rate(DTYPES[dtype], device))

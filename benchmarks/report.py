@@ -72,7 +72,9 @@ def rewrite(text: str, found: dict[str, dict]) -> str:
         if not names:
             raise UserError(f"the marker <!-- bench {name} --> has no result {name}.json")
         if "*" in name:
-            made = _markdown(sweep([found[n] for n in names])) + f"\n\nFrom {', '.join(f'{n}.json' for n in names)}."
+            where = sorted({f"{m['cores']} cores of {m['cpu']}" for m in (found[n]["hardware"] for n in names)})
+            made = _markdown(sweep([found[n] for n in names])) + (
+                f"\n\n{'; '.join(where)}: {', '.join(f'{n}.json' for n in names)}.")
         else:
             made = markdown(found[name])
         return f"<!-- bench {name} -->\n{made}\n<!-- end -->"

@@ -57,8 +57,8 @@ def _pretrain(result: dict) -> list[dict]:
 
 def sweep(found: list[dict]) -> dict:
     """One table of several results of `pretrain`: a line a result, our faster precision against the others' best."""
-    columns = ["preset", "sequences up to", "full", "tokens a step", "threads", "bertfast, tokens/s", "× the best HF",
-               "× the best plain PyTorch", "of the GEMM rate"]
+    columns = ["preset", "sequences up to", "full", "tokens a step", "threads", "bertfast in", "tokens/s",
+               "× the best HF", "× the best plain PyTorch", "of the GEMM rate"]
     lines = []
     shape = lambda r: [*(r["settings"][name] for name in ("preset", "length", "fill")), r["threads"]]
     for result in sorted(found, key=shape):
@@ -70,7 +70,7 @@ def sweep(found: list[dict]) -> dict:
         ours = best["bertfast"]
         lines.append([
             settings["preset"], str(settings["length"]), f"{settings['fill']:.0%}", f"{settings['tokens']:,}",
-            str(result["threads"]), f"{ours['tokens_per_second']:,.0f}",
+            str(result["threads"]), ours["dtype"], f"{ours['tokens_per_second']:,.0f}",
             *[f"{ours['tokens_per_second'] / best[family]['tokens_per_second']:.2f}" if family in best else "–"
               for family in ("HF", "plain")], f"{ours['share']:.0%}" if "share" in ours else "–",
         ])
