@@ -224,8 +224,11 @@ def test_a_readme_is_filled_from_results_and_only_there(tmp_path):
     plain = [step_row("bertfast bf16", 8000), step_row("bertfast fp32", 6000), step_row("plain fp32", 4000)]
     full = found | {"step_thread": made(plain, "pretrain", settings={**STEP_SETTINGS, "length": 512}), "other": {}}
     several = report.rewrite("<!-- bench step* -->\n<!-- end -->", full)
-    assert "| mini | 128 | 100% | 2,048 | 1 | 9,000 | 3.00 | – | 50% |\n| mini | 512 |" in several
-    assert "| 8,000 | – | 2.00 | 50% |\n\nFrom step.json, step_thread.json.\n<!-- end -->" in several
+    assert "| mini | 128 | 100% | 2,048 | 1 | fp32 | 9,000 | 3.00 | – | 50% |\n| mini | 512 |" in several
+    assert "| bf16 | 8,000 | – | 2.00 | 50% |\n\n" in several
+    hardware = result["hardware"]
+    where = f"{hardware['cores']} cores of {hardware['cpu']}: step.json, step_thread.json.\n<!-- end -->"
+    assert several.endswith(where)
     with pytest.raises(UserError, match="no result nothing.json"):
         report.rewrite("<!-- bench nothing -->\n<!-- end -->", found)
     with pytest.raises(UserError, match="no result in"):
