@@ -48,8 +48,8 @@ def made(rows, suite="ops", **more):
 
 
 def step_row(name, tokens_per_second, share=0.5, spread=0.02):
-    seconds = 1 / tokens_per_second
-    return {"key": "mini S=128 fill=100 %", "contender": name, "dtype": "bf16" if "bf16" in name else "fp32", "failed": "", "samples": [seconds],
+    seconds, dtype = 1 / tokens_per_second, "bf16" if "bf16" in name else "fp32"
+    return {"key": "mini S=128 fill=100 %", "contender": name, "dtype": dtype, "failed": "", "samples": [seconds],
             "median": seconds, "spread": spread, "loss": 10.0, "tokens_per_second": tokens_per_second,
             "flops_per_second": 1e7 * tokens_per_second, "share": share}
 
