@@ -18,9 +18,15 @@ namespace {
 
 constexpr int ROWS = 4, OUTPUTS = 4;
 
+template <typename Word, typename scalar_t>
+inline typename Tile<Word>::Register load_words(const scalar_t* p) {
+  if constexpr (std::is_same_v<element_t<Word>, scalar_t>) return load_register<Word>(p);
+  else return (typename Tile<Word>::Register)F32::load(p).v;  // bf16 on a CPU without its instructions
+}
+
 // results[i * OUTPUTS + o] = x row i . w row o, over `steps` words; rows from M on are not read and give 0.
-template <typename Word, int M>
-inline void dot_tile(const element_t<Word>* x, int64_t x_row, const element_t<Word>* w, int64_t w_row, int64_t steps,
+template <typename Word, int M, typename scalar_t>
+inline void dot_tile(const scalar_t* x, int64_t x_row, const scalar_t* w, int64_t w_row, int64_t steps,
                      float* results) {
   using T = Tile<Word>;
   constexpr int64_t STEP = WORDS<Word> * DEPTH<Word>;  // elements of a register
@@ -29,13 +35,13 @@ inline void dot_tile(const element_t<Word>* x, int64_t x_row, const element_t<Wo
     typename T::Register columns[OUTPUTS];
 #pragma GCC unroll 4
     for (int o = 0; o < OUTPUTS; o++) {
-      columns[o] = load_register<Word>(w + o * w_row);
+      columns[o] = load_words<Word>(w + o * w_row);
       // the next outputs' rows are on their way while this one's are multiplied
       if constexpr (M == ROWS) _mm_prefetch(reinterpret_cast<const char*>(w + (OUTPUTS + o) * w_row), _MM_HINT_T0);
     }
 #pragma GCC unroll 4
     for (int i = 0; i < M; i++) {
-      const auto row = load_register<Word>(x + i * x_row);
+      const auto row = load_words<Word>(x + i * x_row);
 #pragma GCC unroll 4
       for (int o = 0; o < OUTPUTS; o++) sums[i * OUTPUTS + o] = T::multiply_add(row, columns[o], sums[i * OUTPUTS + o]);
     }
@@ -46,10 +52,9 @@ inline void dot_tile(const element_t<Word>* x, int64_t x_row, const element_t<Wo
   store_register<float>(results, sums[0]);
 }
 
-template <typename Word>
-void few_rows_linear(Rows<element_t<Word>> y, Rows<const element_t<Word>> x, const element_t<Word>* w,
-                     const element_t<Word>* bias, int64_t n_rows, int64_t n_inputs, int64_t first, int64_t last) {
-  using scalar_t = element_t<Word>;
+template <typename Word, typename scalar_t>
+void few_rows_linear(Rows<scalar_t> y, Rows<const scalar_t> x, const scalar_t* w, const scalar_t* bias, int64_t n_rows,
+                     int64_t n_inputs, int64_t first, int64_t last) {
   const int64_t steps = n_inputs / DEPTH<Word>;
   for (int64_t o = first; o < last; o += OUTPUTS) {
     F32 bias_o;
@@ -95,30 +100,27 @@ at::Tensor few_rows_linear_cpu(const at::Tensor& x_, at::TensorList weights, at:
     held.push_back(bias.contiguous());
   }
   at::Tensor y = at::empty({n_rows, n * n_outputs}, x.options());
-  const auto run = [&]<typename Word>(Word) {
-    using scalar_t = element_t<Word>;
+  const auto run = [&]<typename Word, typename scalar_t>(Word, scalar_t) {
     const int64_t blocks = n_outputs / OUTPUTS;
     for_parts(n * blocks, n_parts(n * blocks, n_rows * n_inputs), [&](int64_t, int64_t first, int64_t last) {
       for (int64_t i = first / blocks; i < n && i * blocks < last; i++) {
         const int64_t begin = std::max(first - i * blocks, int64_t{0}), end = std::min(last - i * blocks, blocks);
-        few_rows_linear<Word>({y.mutable_data_ptr<scalar_t>() + i * n_outputs, n * n_outputs},
-                              {x.const_data_ptr<scalar_t>(), n_inputs}, held[i].const_data_ptr<scalar_t>(),
-                              biases.empty() ? nullptr : held[n + i].const_data_ptr<scalar_t>(), n_rows, n_inputs,
-                              begin * OUTPUTS, end * OUTPUTS);
+        few_rows_linear<Word, scalar_t>({y.mutable_data_ptr<scalar_t>() + i * n_outputs, n * n_outputs},
+                                        {x.const_data_ptr<scalar_t>(), n_inputs}, held[i].const_data_ptr<scalar_t>(),
+                                        biases.empty() ? nullptr : held[n + i].const_data_ptr<scalar_t>(), n_rows,
+                                        n_inputs, begin * OUTPUTS, end * OUTPUTS);
       }
     });
   };
-  if (x.scalar_type() == at::kFloat) {
-    run(float());
-    return y;
-  }
 #if defined(__AVX512BF16__)
-  if (x.scalar_type() == at::kBFloat16) {
-    run(Pair());
-    return y;
-  }
+  using Bf16Word = Pair;
+#else
+  using Bf16Word = float;
 #endif
-  TORCH_CHECK_NOT_IMPLEMENTED(false, "few_rows_linear on this CPU doesn't take ", x.scalar_type());
+  if (x.scalar_type() == at::kFloat) run(float(), float());
+  else if (x.scalar_type() == at::kBFloat16) run(Bf16Word(), c10::BFloat16());
+  else TORCH_CHECK_NOT_IMPLEMENTED(false, "few_rows_linear on CPU takes float32 or bfloat16, not ", x.scalar_type());
+  return y;
 }
 
 }  // namespace
