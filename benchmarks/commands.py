@@ -224,6 +224,20 @@ def profile(data: DataOption = None, preset: Preset = "mini", tokens: Tokens = 2
 
 
 @bench.command()
+def moves(data: DataOption = None, preset: Preset = "mini", tokens: Tokens = 2048, length: Length = 128,
+          precision: Annotated[str, typer.Option(help="auto, fp32 or bf16.")] = "auto", rounds: Rounds = 5,
+          threads: Threads = None, out: Out = None) -> None:
+    """What each move is worth: our step with one of them taken back to plain PyTorch, beside what a formula predicts.
+
+    Example: bertfast bench moves --preset small
+    """
+    from bertfast.benchmarks import moves
+
+    _finish(moves.run(data=data, preset=preset, tokens=tokens, length=length, precision=precision, rounds=rounds,
+                      threads=_threads(threads)), out)
+
+
+@bench.command()
 def tune(head_size: Annotated[list[int] | None, typer.Option(min=16, max=128, help="D, any number of times.")] = None,
          hidden_size: Annotated[list[int] | None, typer.Option(min=64, help="H, any number of times.")] = None) -> None:
     """Time the kernels' tiles on this machine's GPU, and keep the fastest for its later runs.

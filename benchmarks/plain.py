@@ -117,24 +117,27 @@ def inputs(batch: PackedBatch) -> tuple:
             batch.read_rows[batch.mask_index[used]], batch.labels[used], starts, batch.next_sentence_label[:n])
 
 
-class MasterAdamW:
-    """torch's fused AdamW on fp32 masters of bf16 parameters; every pass is one foreach call."""
+class AdamW:
+    """torch's fused AdamW after clipping. bf16 parameters have fp32 masters, and every pass is one foreach call."""
 
     def __init__(self, parameters: list[nn.Parameter], **options):
-        self.parameters = parameters
-        self.masters = [nn.Parameter(p.detach().float()) for p in parameters]
-        self.gradients = [torch.empty_like(m) for m in self.masters]
-        for master, gradient in zip(self.masters, self.gradients):
-            master.grad = gradient
+        self.parameters = self.masters = parameters
+        if parameters[0].dtype != torch.float32:
+            self.masters = [nn.Parameter(p.detach().float()) for p in parameters]
+            for master in self.masters:
+                master.grad = torch.empty_like(master)
         self.optimizer = torch.optim.AdamW(self.masters, fused=True, **options)
 
     def step(self, max_norm: float) -> Tensor:
         """Clip, update, refresh the parameters, drop their gradients; returns the norm before clipping."""
-        torch._foreach_copy_(self.gradients, [p.grad for p in self.parameters])
+        apart = self.masters is not self.parameters
+        if apart:
+            torch._foreach_copy_([m.grad for m in self.masters], [p.grad for p in self.parameters])
         norm = nn.utils.clip_grad_norm_(self.masters, max_norm, foreach=True)
         self.optimizer.step()
-        with torch.no_grad():
-            torch._foreach_copy_(self.parameters, self.masters)
+        if apart:
+            with torch.no_grad():
+                torch._foreach_copy_(self.parameters, self.masters)
         for p in self.parameters:
             p.grad = None
         return norm

@@ -181,9 +181,7 @@ def plain_torch(checkpoint: str, batches: dict, precision: str, compiled: bool, 
     device, before = machine.choose_device(), _resident()
     model = plain.PlainBert(BertConfig.from_file(Path(checkpoint) / "config.json"))
     model = model.load(load_file(Path(checkpoint) / "model.safetensors")).to(device, machine.DTYPES[precision])
-    parameters = list(model.parameters())
-    masters = plain.MasterAdamW(parameters, lr=LR, **ADAMW) if precision == "bf16" else None
-    optimizer = None if masters else torch.optim.AdamW(parameters, lr=LR, fused=True, **ADAMW)
+    optimizer = plain.AdamW(list(model.parameters()), lr=LR, **ADAMW)
     call = torch.compile(model) if compiled else model
     packed = make_batches(**batches)
     inputs = [[x.to(device) if isinstance(x, torch.Tensor) else x for x in plain.inputs(b)] for b in packed]
@@ -191,12 +189,7 @@ def plain_torch(checkpoint: str, batches: dict, precision: str, compiled: bool, 
     def step(i):
         loss = call(*inputs[i])
         loss.backward()
-        if masters:
-            return loss.detach(), masters.step(MAX_NORM)
-        norm = torch.nn.utils.clip_grad_norm_(parameters, MAX_NORM)
-        optimizer.step()
-        optimizer.zero_grad()
-        return loss.detach(), norm
+        return loss.detach(), optimizer.step(MAX_NORM)
 
     yield from _train(model, step, packed, before, **turns)
 

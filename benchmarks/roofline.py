@@ -102,7 +102,7 @@ def step_costs(config: BertConfig, tokens: int, length: int, itemsize: int) -> d
     H, I, L, N = (config.hidden_size, config.intermediate_size, config.num_hidden_layers, config.num_attention_heads)
     sequences = max(1, tokens // length)
     predicted = round(0.15 * tokens)
-    parameters = _parameters(config)
+    parameters = parameters_of(config)
     total: dict[str, Cost] = {}
 
     def add(name: str, *costs: Cost) -> None:
@@ -127,7 +127,7 @@ def step_costs(config: BertConfig, tokens: int, length: int, itemsize: int) -> d
     return total
 
 
-def _parameters(config: BertConfig) -> int:
+def parameters_of(config: BertConfig) -> int:
     H, I, V = config.hidden_size, config.intermediate_size, config.vocab_size
     layer = 4 * (H * H + H) + 2 * H * I + I + H + 4 * H
     tables = (V + config.max_position_embeddings + config.type_vocab_size) * H + 2 * H

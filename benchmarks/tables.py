@@ -19,6 +19,7 @@ def tables(result: dict) -> list[dict]:
         "pretrain": _pretrain, "memory": _memory, "ops": _ops, "inference": _inference, "quality": _quality,
         "roofline": _roofline, "profile": _profile, "finetune": _finetune, "tasks": _tasks, "transfer": _transfer,
         "trainer": _trainer, "aot": _aot, "aot_peers": _aot_peers, "job": _job,
+        "moves": _moves,
     }
     if suite not in makers:
         raise UserError(f"this is not a result of bertfast bench: suite {suite!r}")
@@ -227,6 +228,23 @@ def _profile(result: dict) -> list[dict]:
              f"{result['threads']} threads")
     columns = ["kind of op", "measured, ms", "of the step", "lower bound, ms", "reached"]
     return [{"title": title, "columns": columns, "rows": lines}]
+
+
+def _moves(result: dict) -> list[dict]:
+    """A line a move, the dearest first: how much slower the step is without it, predicted and measured."""
+    settings, rows = result["settings"], measured(result)
+    ours = next(r for r in rows if "without" not in r["contender"])
+    in_ms = lambda seconds: f"{1e3 * seconds:,.1f}"
+    lines = [[
+        row["contender"].partition("without: ")[2], in_ms(row["predicted"]) if "predicted" in row else "–",
+        in_ms(settings["tokens"] * (row["median"] - ours["median"])), f"{row['median'] / ours['median']:.2f}",
+        f"{row['spread']:.0%}",
+    ] for row in sorted(rows, key=lambda r: -r["median"]) if row is not ours]
+    title = (f"what each move is worth: preset {settings['preset']} in {settings['precision']}, {settings['tokens']} "
+             f"tokens, sequences of {settings['length']}, vocabulary {settings['vocab_size']:,}, {result['threads']} "
+             f"threads, our step {in_ms(settings['tokens'] * ours['median'])} ms")
+    columns = ["taken back to plain PyTorch", "predicted to add, ms", "adds, ms", "step, × ours", "spread"]
+    return [{"title": title, "columns": columns, "rows": lines + _failures(result, len(columns))}]
 
 
 def _finetune(result: dict) -> list[dict]:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from bertfast.benchmarks import contest, job, ops, plots, pretrain, quality, report, roofline
+from bertfast.benchmarks import contest, job, moves, ops, plots, pretrain, quality, report, roofline
 from bertfast.benchmarks.cases import CASES
 from bertfast.benchmarks.contest import Contender
 from safetensors.torch import load_file, save_file
@@ -97,6 +97,29 @@ def test_every_contender_computes_the_same_step_and_a_wrong_one_is_refused(check
         assert list(refused) == [name] and "refused" in refused[name]
 
 
+@pytest.mark.parametrize("move", moves.MOVES)
+def test_a_move_taken_back_runs_without_its_op_and_computes_the_same(move, checkpoint, monkeypatch):
+    for owner, name in ((moves.model.BertModel, "encode"), (moves.model.BertLayer, "forward"),
+                        (bertfast.optim, "GradientSink"), (pretrain, "Optimizer"), (moves.nn, "joined_linear"),
+                        *((getattr(moves.nn, block), "forward") for block in
+                          ("Embeddings", "SelfAttention", "AddLayerNorm", "FeedForward", "MLMHead"))):
+        monkeypatch.setattr(owner, name, getattr(owner, name))  # put back afterwards
+    arguments = {"checkpoint": str(checkpoint), "batches": {**BATCHES, "fill": 1.0}, "precision": "fp32",
+                 "turn_steps": 1}
+    wanted = next(pretrain.bertfast(**arguments))
+    turns = moves.without(move, **arguments)
+    found = next(turns)
+    assert found["losses"] == pytest.approx(wanted["losses"], rel=1e-5)
+    assert found["norms"] == pytest.approx(wanted["norms"], rel=1e-4)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
+        next(turns)
+    called = " ".join(event.key for event in profiler.key_averages() if event.key.startswith("bertfast::"))
+    gone = [op for op in move.split(" and ") if "_" in op or op == "attention"]
+    assert called and not any(f"bertfast::{op}" in called for op in gone)
+    cost = moves.MOVES[move][1](moves.Shape(2048, 16, 128, 304, bertfast.BertConfig.preset("mini"), 2))
+    assert cost.flops > 0 or cost.bytes > 0
+
+
 @pytest.mark.full
 def test_the_command_measures_in_processes_and_reports(tmp_path, capsys, monkeypatch):
     arguments = "bench pretrain --preset tiny --tokens 256 --length 32 --rounds 1 --threads 1 --quick --out"
@@ -118,7 +141,7 @@ def test_useful_flops_of_the_roofline_are_those_of_the_training_loop():
     attention = costs["attention"].flops  # five products backward here, four there
     assert flops - attention / 7 == pytest.approx(useful_flops(config, batch), rel=5e-3)
     model = bertfast.BertForPreTraining(config)
-    assert roofline._parameters(config) == sum(p.numel() for p in model.parameters())
+    assert roofline.parameters_of(config) == sum(p.numel() for p in model.parameters())
 
 
 # ---- contests
@@ -273,7 +296,9 @@ def test_every_suite_has_tables_and_pictures(op_rows, tmp_path):
               for n in ("bertfast", "transformers") for seed in (1, 2)]
     bought = [{"key": "sst2", "contender": "pretrained, frozen", "failed": "", "steps": 9, "metrics": {"f1": 0.9}},
               {"key": "sst2", "contender": "random, frozen", "failed": "no memory"}]
+    taken_back = [{**tuned[0], "contender": name, "predicted": 0.001} for name in ("bf16 without: x", "bertfast bf16")]
     found = {
+        "moves": made(taken_back, "moves", settings={**STEP_SETTINGS, "precision": "bf16"}),
         "finetune": made(tuned, "finetune", settings={"model": "m", "window": 9.0}),
         "tasks": made(scored, "tasks", settings={"model": "m"}),
         "transfer": made(bought, "transfer", settings={"model": "m"}),
