@@ -209,13 +209,16 @@ def disassemble(cubin: bytes) -> dict[str, dict]:
         row = {"registers": int(resources["REG"]), "spill": int(resources["STACK"]) + int(resources["LOCAL"])}
         row |= {column: sum(bool(re.search(pattern, line)) for line in lines) for column, pattern in COUNTS.items()}
         row["tensor_core"] = sorted({m[0] for line in lines if (m := re.search(COUNTS["mma"], line))})
-        labels, row["instructions"], row["loops"] = {}, 0, []
+        labels, row["instructions"], row["loops"], exit_at = {}, 0, [], -1
         for line in lines:
             if label := re.match(r"^(\.L_x_\d+):", line):
                 labels[label[1]] = row["instructions"]
             elif re.match(r"\s+/\*[0-9a-f]{4,}\*/", line):
                 row["instructions"] += 1
-                if (jump := re.search(r"BRA.*`\((\.L_x_\d+)\)", line)) and jump[1] in labels:
+                if re.search(r"\*/\s+EXIT", line):
+                    exit_at = row["instructions"]
+                jump = re.search(r"BRA.*`\((\.L_x_\d+)\)", line)
+                if jump and labels.get(jump[1], -1) > exit_at:  # back across an exit: from waits kept out of the way
                     row["loops"].append((labels[jump[1]], row["instructions"]))  # from, to
         row["loop"] = max((end - start for start, end in row["loops"]), default=0)
         rows[name] = row

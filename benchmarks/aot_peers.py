@@ -1,8 +1,9 @@
 """Our Triton kernels beside the field's, by what they compile to: `python benchmarks/aot.py --peers [FOLDER]`.
 
 Same shapes and dtype (bf16, BERT-base: H=768, I=3072, V=30522, D=64), same compiler, same report. The peers are
-Liger-Kernel and cut-cross-entropy where they are installed, and flash-attention's Triton kernels where FOLDER holds
-their files (layer_norm.py and cross_entropy.py of flash_attn/ops/triton, flash_attn_triton.py). Static cost, not speed:
+Liger-Kernel and cut-cross-entropy where they are installed, flash-attention's Triton kernels and the Triton tutorial's
+attention where FOLDER holds their files (layer_norm.py and cross_entropy.py of flash_attn/ops/triton,
+flash_attn_triton.py, 06-fused-attention.py). Static cost, not speed:
   instructions  SASS instructions that are executed for an element, from the disassembly and the loops' trip counts;
                 an element is one of a (T, H) tensor, a logit, or an attention score
   bytes         read and written for an element by formula, a tensor once a kernel (attention: an element of Q)
@@ -26,7 +27,8 @@ ROWS = 64  # of the calls: only alignment and constants reach the compiler
 ROWS_OF_PROGRAM = 16  # of a backward pass over rows
 LOGIT_ROWS = 2048  # for the bytes of a product
 SMALL_LOOP = 36  # instructions: tails, locks and barriers, counted once
-OURS, LIGER, CCE, FLASH = "bertfast", "Liger-Kernel", "cut-cross-entropy", "flash-attn Triton"
+OURS, LIGER, CCE = "bertfast", "Liger-Kernel", "cut-cross-entropy"
+FLASH, TUTORIAL = "flash-attn Triton", "Triton tutorial"
 OPERAND = 2 * H * (1 / V + 1 / LOGIT_ROWS)  # bytes a logit for reading hidden and weight once
 
 REMARKS = {
@@ -39,15 +41,18 @@ REMARKS = {
     "GELU backward": "As above; ours sums dbias too.",
     "cross entropy": "Ours adds the decoder's bias, counts correct predictions and pads rows to 64, which buys 16-byte "
                      "accesses; the others are charged PyTorch's pass for the bias. That work is what ours has more "
-                     "in instructions.",
+                     "in instructions. Liger's fused linear cross entropy calls the same kernel, on chunks of rows.",
     "projection without logits": "Ours keeps a fixed order: it writes blocks of the gradient and multiplies them again "
                                  "(dweight by cuBLAS, not among the instructions). cut-cross-entropy adds under locks, "
                                  "in bf16 and in no fixed order; its bytes are those of no block filtered.",
-    "attention forward S=512": "Ours takes packed sequences, so that it masks every tile, flash-attn's none of these.",
+    "attention forward S=512": "Ours takes packed sequences of any length, so that it masks every tile, the others "
+                               "none of these. The tutorial's is fp16, and dense: lengths are multiples of its tiles.",
     "attention backward S=128": "One kernel reads everything once; with a single tile of scores what comes before and "
                                 "after counts in full. Masks as in the forward.",
     "attention backward S=512": "Ours forms the scores twice, in two kernels, so that dq needs neither atomics nor "
-                                "fp32 in memory and is the same every time; flash-attn's adds dq by atomics.",
+                                "fp32 in memory and is the same every time; flash-attn's adds dq by atomics. The "
+                                "tutorial's, in one kernel, fills the registers (and spills), which without masks and "
+                                "with larger tiles takes fewer instructions.",
 }  # fmt: skip
 
 
@@ -222,13 +227,39 @@ def flash_launches(t, folder: Path):
         }, 4 + 12 + 4 + 8 * n / 128 + 6  # fmt: skip
 
 
+def tutorial_launches(folder: Path):
+    """In fp16, which its kernels cast to; without warp specialisation, its first choice of tile for pytest."""
+    tutorial = load(folder / "06-fused-attention.py")
+    for n in (128, 512):
+        q, row = torch.zeros(1, HEADS, n, D, dtype=torch.float16), torch.zeros(1, HEADS, n)
+        if n == 512:
+            yield "attention forward S=512", lambda q=q, row=row: tutorial._attn_fwd.fn[(4, HEADS)](
+                D**-0.5, row, 1, HEADS, q, q, q, q, 512, HEAD_DIM=D, BLOCK_M=128, BLOCK_N=64, FP8_OUTPUT=False, STAGE=1,
+                warp_specialize=False, IS_HOPPER=False, num_warps=4, num_stages=2,
+            ), {"_attn_fwd": lambda k: Cost(128 * 512, (512 / 64,))}, 8  # fmt: skip
+
+        def backward(n=n, q=q, row=row):
+            tutorial._attn_bwd_preprocess[(n // 128, HEADS)](q, q, row, 1, HEADS, n, BLOCK_M=128, HEAD_DIM=D)
+            tutorial._attn_bwd[(n // 128, 1, HEADS)](
+                q, q, q, D**-0.5, q, q, q, q, row, row, *q.stride(), HEADS, n, BLOCK_M1=32, BLOCK_N1=128, BLOCK_M2=128,
+                BLOCK_N2=32, BLK_SLICE_FACTOR=2, HEAD_DIM=D, CAUSAL=False, num_warps=4, num_stages=5,
+            )  # fmt: skip
+
+        # delta; k scaled by an op of its own; q, k, v, dout, and dq, dk, dv
+        yield f"attention backward S={n}", backward, {
+            "_attn_bwd_preprocess": lambda k, n=n: Cost(128 * n),
+            "_attn_bwd": lambda k, n=n: Cost(128 * n, (n / 32, n / 32)),
+        }, 4 + 4 + 8 + 6  # fmt: skip
+
+
 def load(path: Path) -> ModuleType:
-    """A file of flash-attention without the package around it: what it imports from there does nothing here."""
+    """A file without the package around it: what it imports from flash-attention's does nothing here."""
     for name in ("flash_attn", "flash_attn.utils", "flash_attn.utils.torch", "flash_attn.utils.library"):
         sys.modules.setdefault(name, ModuleType(name))
     sys.modules["flash_attn.utils.torch"].__dict__.update(custom_fwd=lambda f: f, custom_bwd=lambda f: f)
     sys.modules["flash_attn.utils.library"].__dict__.update(triton_op=lambda *_, **__: lambda f: f)
     torch.cuda.current_device, torch.cuda.get_device_properties = lambda: 0, lambda _: SimpleNamespace(warp_size=32)
+    torch.cuda.get_device_capability = lambda: (8, 0)  # of the tutorial's list of tiles to try
     text = path.read_text()  # one file has options of tl.dot that Triton no longer has
     text = re.sub(r"tl\.dot\((\w+), (\w+), trans_b=True\)", r"tl.dot(\1, tl.trans(\2))", text)
     text = re.sub(r"tl\.dot\((.*), (\w+), trans_a=True\)", r"tl.dot(tl.trans(\1), \2)", text)
@@ -251,6 +282,7 @@ def contenders(folder: Path | None):
         yield CCE, cce_launches(t)
     if folder:
         yield FLASH, flash_launches(t, folder)
+        yield TUTORIAL, tutorial_launches(folder)
 
 
 def report_architecture(arch: int, folder: Path | None) -> list[dict]:
