@@ -14,10 +14,11 @@ import torch
 import torch.nn.functional as F
 from bertfast.benchmarks import contest, plain, pretrain
 from bertfast.benchmarks.contest import Contender
-from bertfast.benchmarks.roofline import Cost, parameters_of
+from bertfast.benchmarks.roofline import Cost, parameters_of, step_costs
 
+import bertfast.ops.linear
 import bertfast.optim
-from bertfast import machine, model, nn
+from bertfast import machine, model, nn, ops
 from bertfast.config import BertConfig
 from bertfast.data.dataset import Dataset
 from bertfast.model import BertForPreTraining
@@ -103,19 +104,25 @@ def _attention() -> None:
 
 def _three_linears() -> None:
     """Query, key and value in a GEMM each."""
-    nn.joined_linear = lambda x, *linears: torch.cat([linear(x) for linear in linears], 1)
+    joined = nn.joined_linear
+    nn.joined_linear = lambda x, *linears: torch.cat([joined(x, linear) for linear in linears], 1)
 
 
 def _add_layer_norm() -> None:
     def forward(self, x, residual, rows):
-        dropped = F.dropout(self.dense(x), rows.dropout(self.p, 0)["p"])
+        dropped = F.dropout(nn.joined_linear(x, self.dense), rows.dropout(self.p, 0)["p"])
         return self.LayerNorm(dropped + residual)
 
     nn.AddLayerNorm.forward = forward
 
 
 def _bias_gelu() -> None:
-    nn.FeedForward.forward = lambda self, x: F.gelu(self.dense(x))
+    nn.FeedForward.forward = lambda self, x: F.gelu(nn.joined_linear(x, self.dense))
+
+
+def _gemm() -> None:
+    """oneDNN for all linear layers."""
+    ops.linear.suits = lambda x, weight: False
 
 
 def _embedding_sum() -> None:
@@ -177,6 +184,9 @@ MOVES: dict[str, tuple[Callable[[], None], Callable[[Shape], Cost]]] = {
     # joining reads and writes all three; the input's gradient is the sum of three
     "query, key and value in one GEMM": (_three_linears, lambda s: Cost(
         0, s.rows(6 + 2 + 6, s.config.hidden_size))),
+    # in bf16; oneDNN's products of these shapes took 6 % longer alone, on 2 cores of Zen 4
+    "gemm": (_gemm, lambda s: Cost(
+        (0.06 if s.itemsize == 2 else 0) * step_costs(s.config, s.T, s.S, s.itemsize)["linear layers"].flops, 0)),
     # gradients to fp32 and clipped there, masters to bf16
     "grad_norm and adamw_step": (_optimizer, lambda s: Cost(
         0, parameters_of(s.config) * (22 if s.itemsize == 2 else 8))),

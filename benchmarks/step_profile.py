@@ -19,6 +19,7 @@ from bertfast.pretrain import step_seed
 STEPS = 8
 KINDS = {  # beginning of the profiler's name -> kind, as roofline.step_costs has it
     "aten::addmm": "linear layers", "aten::mm": "linear layers", "mkldnn::": "linear layers",
+    "bertfast::gemm": "linear layers",
     "bertfast::attention": "attention", "bertfast::add_layer_norm": "add_layer_norm",
     "bertfast::bias_gelu": "bias_gelu", "bertfast::gelu_layer_norm": "gelu_layer_norm",
     "bertfast::embedding_sum": "embedding_sum", "bertfast::masked_vocab_projection": "masked_vocab_projection",

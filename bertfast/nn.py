@@ -14,8 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import ops
-from .ops.few_rows_linear import linear
-from .ops.joined_linear import joined_linear
+from .ops.linear import joined_linear, linear
 from .ops.masked_vocab_projection import GradientSink
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {

@@ -2,7 +2,7 @@
 
 No casts in the step: masters and moments are fp32, and the update writes the parameters in its own pass
 (bertfast.ops.optimizer_step). Parameters are laid out one after another in one buffer per decay group, so that query,
-key and value are read as one matrix (bertfast.ops.joined_linear). Skipping, clipping and loss scaling are tensors on
+key and value are read as one matrix (bertfast.ops.linear). Skipping, clipping and loss scaling are tensors on
 the device: a step reads nothing back.
 """
 

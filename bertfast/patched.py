@@ -19,8 +19,8 @@ from torch import Tensor, nn
 
 from . import ops
 from .files import UserError
-from .ops.few_rows_linear import linear, takes
-from .ops.joined_linear import joined_linear
+from .ops.few_rows_linear import takes
+from .ops.linear import joined_linear, linear
 from .patched_rows import Reads, Rows, arrange, last_rows, padding_mask, row_keys
 
 try:

@@ -24,7 +24,7 @@ from .files import read_json, write_json
 from .heads import HeadOutput
 from .model import BertForMaskedLM, BertLayer, BertModel, _initialise
 from .nn import AddLayerNorm, Embeddings, MLMHead, Rows
-from .ops.joined_linear import joined_linear
+from .ops.linear import joined_linear
 
 DECODER_KEY = 0x5851F42D4C957F2D  # the decoder's dropout takes another key than the encoder's
 

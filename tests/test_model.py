@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 import bertfast
 from bertfast.files import UserError
 from bertfast.model import unpad
-from bertfast.ops.joined_linear import joined_linear
+from bertfast.ops.linear import joined_linear
 
 SIZES = {"vocab_size": 211, "hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4,
          "intermediate_size": 128, "max_position_embeddings": 48}

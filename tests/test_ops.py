@@ -10,7 +10,9 @@ from bertfast.benchmarks.cases import CASES, SEED, STREAM, run
 
 from bertfast import ops
 from bertfast.ops.dropout import keep_mask, keep_scale, philox, threshold
-from bertfast.ops.few_rows_linear import MOST_ROWS, linear, takes
+from bertfast.ops.few_rows_linear import MOST_ROWS, takes
+from bertfast.ops.gemm import suits
+from bertfast.ops.linear import joined_linear, linear
 
 ALL = [(c, shape, p) for c in CASES.values() for shape in c.shapes for p in ([0.0, 0.1] if c.dropout else [0.0])]
 IDS = [f"{case.name}-{shape}-p{p}".replace(" ", "") for case, shape, p in ALL]
@@ -131,6 +133,63 @@ def test_few_rows_are_taken_in_inference_only():
     assert layer.weight.grad is not None
 
 
+GEMM_SHAPES = [(0, 64, 64), (1, 64, 128), (5, 192, 64), (6, 128, 192), (97, 64, 640), (131, 320, 64), (200, 1024, 192)]
+
+
+@pytest.mark.parametrize(("rows", "inputs", "outputs"), GEMM_SHAPES)
+def test_gemm_is_no_further_than_pytorchs_and_the_same_for_any_number_of_threads(rows, inputs, outputs):
+    torch.manual_seed(rows)
+    bf16 = lambda *shape: torch.randn(*shape).bfloat16()
+    x, dy, weight, bias = bf16(rows, inputs), bf16(rows, outputs), bf16(outputs, inputs), bf16(outputs)
+    strided = bf16(rows, outputs, 2)[..., 0]
+    products = [(x, weight, bias, False, True), (x, weight, None, False, True), (dy, weight, None, False, False),
+                (dy, x, None, True, False), (strided, weight, None, False, False), (strided, x, None, True, False)]
+    before = torch.get_num_threads()
+    for a, b, added, transpose_a, transpose_b in products:
+        left, right = a.mT if transpose_a else a, b.mT if transpose_b else b
+        exact = left.double() @ right.double() + (0 if added is None else added.double())
+        results = []
+        for threads in (1, 2, 5):
+            torch.set_num_threads(threads)
+            results.append(ops.gemm(a, b, added, transpose_a, transpose_b))
+        torch.set_num_threads(before)
+        assert_no_further("C", results[0], exact, exact.bfloat16())
+        if suits(x, weight):
+            assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
+
+
+def test_gemm_refuses_what_does_not_fit():
+    a = torch.randn(64, 128).bfloat16()
+    if not suits(a, a):
+        pytest.skip("the kernel needs bf16 instructions and no AMX")
+    for b, options, reason in ((a, (False, False), "do not fit"), (a.float(), (False, True), "is Float"),
+                               (torch.randn(63, 128).bfloat16(), (False, True), "multiple of 64"),
+                               (torch.randn(64, 64).bfloat16(), (True, True), "neither a transposed b")):
+        with pytest.raises((RuntimeError, TypeError), match=reason):
+            ops.gemm(a, b, None, *options)
+
+
+@pytest.mark.parametrize("n", [1, 3])
+@pytest.mark.parametrize("frozen", [False, True])
+def test_linear_layers_have_the_gradients_of_pytorchs(n, frozen):
+    torch.manual_seed(n)
+    layers = [torch.nn.Linear(64, 128).bfloat16().requires_grad_(not frozen) for _ in range(n)]
+    x = torch.randn(40, 64).bfloat16().requires_grad_()
+    given = torch.randn(40, n * 128).bfloat16()
+    found, wanted = [], []
+    for results, exact in ((found, False), (wanted, True)):
+        used = [copy.deepcopy(layer).double() for layer in layers] if exact else layers
+        start = x.detach().double().requires_grad_() if exact else x
+        y = (torch.cat([layer(start) for layer in used], 1) if exact
+             else joined_linear(start, *used) if n > 1 else linear(start, used[0]) + used[0].bias)
+        y.backward(given.to(y.dtype))
+        results += [y, start.grad, *(p.grad for layer in used for p in layer.parameters())]
+    assert frozen == all(g is None for g in found[2:])
+    for result, exact in zip(found, wanted):
+        if exact is not None:
+            torch.testing.assert_close(result.double(), exact, rtol=2e-2, atol=0.15)
+
+
 def opcheck_samples():
     """Arguments for every op of the dispatcher."""
     torch.manual_seed(0)
@@ -140,6 +199,10 @@ def opcheck_samples():
     mean, rstd = torch.randn(6), torch.rand(6) + 0.5
     drop = (0.1, seed, key, STREAM)
     yield "few_rows_linear", (torch.randn(3, 32), [torch.randn(4, 32), torch.randn(4, 32)], [torch.randn(4)] * 2)
+    matrices = [torch.randn(6, 64).bfloat16() for _ in range(2)] + [torch.randn(64, 64).bfloat16()]
+    yield "gemm", (matrices[0], matrices[2], torch.randn(64).bfloat16(), False, True)
+    yield "gemm", (matrices[0], matrices[2], None, False, False)
+    yield "gemm", (matrices[0], matrices[1], None, True, False)
     yield "bias_gelu_fwd", (x, b)
     yield "bias_gelu_bwd", (dy, x, b)
     yield "add_layer_norm_fwd", (x, b, r, w, lb, 1e-12, *drop)

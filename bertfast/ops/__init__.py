@@ -7,6 +7,7 @@ from .bias_gelu import bias_gelu
 from .embedding_sum import embedding_sum
 from .few_rows_linear import few_rows_linear
 from .gelu_layer_norm import gelu_layer_norm
+from .gemm import gemm
 from .masked_vocab_projection import masked_vocab_projection
 from .optimizer_step import adamw_step, grad_norm, lamb_step
 
@@ -20,6 +21,7 @@ __all__ = [
     "embedding_sum",
     "few_rows_linear",
     "gelu_layer_norm",
+    "gemm",
     "grad_norm",
     "lamb_step",
     "masked_vocab_projection",

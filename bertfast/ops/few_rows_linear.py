@@ -2,7 +2,7 @@
 
 x: (M, I)   weights: n of (O, I)   biases: n of (O,), or none   y: (M, n * O)
 With few rows the time is that of reading the weights, which a library's GEMM spends packing them. More rows, gradients,
-tracing and other devices stay with oneDNN and cuBLAS: `linear` and `takes` decide.
+tracing and other devices stay with other GEMMs (bertfast.ops.linear): `takes` decides.
 """
 
 import functools
@@ -46,8 +46,3 @@ def takes(x: Tensor, module: nn.Linear) -> bool:
         and weight.shape[0] % 4 == 0 and x.dtype == weight.dtype and _has_kernel(x.dtype)
         and not torch.is_autocast_enabled("cpu")
     )
-
-
-def linear(x: Tensor, module: nn.Linear) -> Tensor:
-    """`F.linear(x, module.weight)`, without the bias. x: (M, I), same dtype; returns (M, O)."""
-    return few_rows_linear(x, [module.weight], []) if takes(x, module) else F.linear(x, module.weight)

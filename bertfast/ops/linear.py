@@ -1,0 +1,80 @@
+"""Linear layers: which GEMM computes them, and several of one input as one, with their own parameters.
+
+x: (T, H)   weights: n of (O, H)   biases: n of (O,)   y: (T, n * O)
+The GEMM is `gemm` where it suits, `few_rows_linear` for inference on few rows, else PyTorch's (oneDNN, cuBLAS).
+Parameters that lie one after another in one storage (bertfast.optim lays them out so) are read in place; others are
+joined by a copy, or in inference on few rows, where copying the weights takes longer, the results are.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .few_rows_linear import few_rows_linear, takes
+from .gemm import gemm, suits
+
+
+def _adjacent(tensors: list[Tensor]) -> bool:
+    """Whether they lie one after another in one storage."""
+    if torch.compiler.is_compiling():  # a traced tensor has no address
+        return False
+    first = tensors[0]
+    end = first.data_ptr()
+    for t in tensors:
+        if t.data_ptr() != end or not t.is_contiguous() or t.dtype != first.dtype:
+            return False
+        end += t.numel() * t.element_size()
+    storage = first.untyped_storage()
+    return end <= storage.data_ptr() + storage.nbytes()  # else neighbours by chance, in storages of their own
+
+
+def _joined(tensors: list[Tensor]) -> Tensor:
+    """The tensors one under another, as a view where memory already has them so."""
+    if len(tensors) == 1:
+        return tensors[0]
+    if not _adjacent(tensors):
+        return torch.cat(tensors)
+    return tensors[0].as_strided((sum(t.shape[0] for t in tensors), *tensors[0].shape[1:]), tensors[0].stride())
+
+
+class _Linear(torch.autograd.Function):
+    """n Linear layers of x: their weights, then their biases or none."""
+
+    @staticmethod
+    def forward(ctx, x, n, *parameters):
+        weights, biases = list(parameters[:n]), list(parameters[n:])
+        ctx.save_for_backward(x, *weights)
+        ctx.has_bias, ctx.own = bool(biases), suits(x, weights[0])
+        weight, bias = _joined(weights), _joined(biases) if biases else None
+        return gemm(x, weight, bias, False, True) if ctx.own else F.linear(x, weight, bias)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, dy):
+        x, *weights = ctx.saved_tensors
+        n, dx, dweight = len(weights), None, [None] * len(weights)
+        if ctx.needs_input_grad[0]:
+            weight = _joined(weights)
+            dx = gemm(dy, weight, None, False, False) if ctx.own else dy @ weight
+        if any(ctx.needs_input_grad[2 : 2 + n]):
+            dweight = (gemm(dy, x, None, True, False) if ctx.own else dy.t() @ x).chunk(n)
+        dbias = dy.sum(0).chunk(n) if ctx.has_bias else ()
+        return dx, None, *dweight, *dbias
+
+
+def linear(x: Tensor, module: nn.Linear) -> Tensor:
+    """`F.linear(x, module.weight)`, without the bias. x: (M, I), same dtype; returns (M, O)."""
+    if takes(x, module):
+        return few_rows_linear(x, [module.weight], [])
+    return _Linear.apply(x, 1, module.weight) if suits(x, module.weight) else F.linear(x, module.weight)
+
+
+def joined_linear(x: Tensor, *linears: nn.Linear) -> Tensor:
+    """`torch.cat([linear(x) for linear in linears], -1)` in one GEMM, for Linear layers of one shape, with bias."""
+    weights, biases = [m.weight for m in linears], [m.bias for m in linears]
+    if takes(x, linears[0]):
+        return few_rows_linear(x, weights, biases)
+    if not (torch.is_grad_enabled() or torch.compiler.is_compiling()):  # a traced length must not decide anything
+        if 2 * len(x) < x.shape[1] and not _adjacent(weights):
+            return torch.cat([torch.addmm(b, x, w.t()) for w, b in zip(weights, biases)], 1)
+    return _Linear.apply(x, len(weights), *weights, *biases)
