@@ -115,7 +115,9 @@ def test_a_move_taken_back_runs_without_its_op_and_computes_the_same(move, check
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
         next(turns)
     called = " ".join(event.key for event in profiler.key_averages() if event.key.startswith("bertfast::"))
-    gone = [op for op in move.split(" and ") if "_" in op or op in ("attention", "gemm")]
+    gone = [op for op in move.split(" and ") if "_" in op or op == "attention"]
+    if move == "gemm":  # which a step in fp32 doesn't call anyway
+        assert not moves.ops.linear.suits(*2 * [torch.ones(64, 64, dtype=torch.bfloat16)])
     assert called and not any(f"bertfast::{op}" in called for op in gone)
     cost = moves.MOVES[move][1](moves.Shape(2048, 16, 128, 304, bertfast.BertConfig.preset("mini"), 2))
     assert cost.flops > 0 or cost.bytes > 0

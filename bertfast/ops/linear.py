@@ -52,6 +52,7 @@ class _Linear(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, dy):
         x, *weights = ctx.saved_tensors
+        dy = dy.contiguous() if ctx.own else dy  # once for both products
         n, dx, dweight = len(weights), None, [None] * len(weights)
         if ctx.needs_input_grad[0]:
             weight = _joined(weights)
