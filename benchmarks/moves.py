@@ -109,7 +109,8 @@ def _three_linears() -> None:
 
 
 def _add_layer_norm() -> None:
-    def forward(self, x, residual, rows):
+    def forward(self, x, residual, rows, gelu_bias=None):
+        x = x if gelu_bias is None else bertfast.ops.bias_gelu(x, gelu_bias)
         dropped = F.dropout(nn.joined_linear(x, self.dense), rows.dropout(self.p, 0)["p"])
         return self.LayerNorm(dropped + residual)
 
@@ -117,7 +118,11 @@ def _add_layer_norm() -> None:
 
 
 def _bias_gelu() -> None:
-    nn.FeedForward.forward = lambda self, x: F.gelu(nn.joined_linear(x, self.dense))
+    nn.FeedForward.forward = lambda self, x: (F.gelu(nn.joined_linear(x, self.dense)), None)
+
+
+def _gelu_again() -> None:
+    ops.linear._forms_again = lambda x, module: False
 
 
 def _gemm() -> None:
@@ -179,6 +184,8 @@ MOVES: dict[str, tuple[Callable[[], None], Callable[[Shape], Cost]]] = {
     "add_layer_norm": (_add_layer_norm, lambda s: Cost(0, s.rows(2 * 8, s.config.hidden_size))),
     # the bias's gradient reads once more
     "bias_gelu": (_bias_gelu, lambda s: Cost(0, s.rows(1, s.config.intermediate_size))),
+    # memory's price: one more forward pass
+    "GELU formed again in the backward": (_gelu_again, lambda s: Cost(0, -s.rows(2, s.config.intermediate_size))),
     "embedding_sum": (_embedding_sum, lambda s: Cost(
         0, 13 * s.T * s.config.hidden_size * s.itemsize + _table(s, 4))),
     # joining reads and writes all three; the input's gradient is the sum of three

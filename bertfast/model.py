@@ -64,7 +64,8 @@ class BertLayer(nn.Module):
     def after_attention(self, context: Tensor, x: Tensor, rows: Rows) -> Tensor:
         """The rest of the layer, from self-attention's output `context` and the layer's input x."""
         x = self.attention["output"](context, x, rows)
-        return self.output(self.intermediate(x), x, rows)
+        up, gelu_bias = self.intermediate(x)
+        return self.output(up, x, rows, gelu_bias)
 
 
 class Pooler(nn.Module):

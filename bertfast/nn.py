@@ -97,7 +97,10 @@ class SelfAttention(nn.Module):
 
 
 class AddLayerNorm(nn.Module):
-    """LayerNorm(dropout(dense(x)) + residual): (T, I), (T, H) -> (T, H); the end of both halves of a layer."""
+    """LayerNorm(dropout(dense(x)) + residual): (T, I), (T, H) -> (T, H); the end of both halves of a layer.
+
+    With `gelu_bias` (I,), x stands for GELU(x + gelu_bias).
+    """
 
     def __init__(self, in_features, hidden_size, eps=1e-12, p=0.1, stream=2):
         super().__init__()
@@ -105,25 +108,28 @@ class AddLayerNorm(nn.Module):
         self.LayerNorm = nn.LayerNorm(hidden_size, eps)
         self.p, self.stream = p, stream
 
-    def forward(self, x: Tensor, residual: Tensor, rows: Rows) -> Tensor:
+    def forward(self, x: Tensor, residual: Tensor, rows: Rows, gelu_bias: Tensor | None = None) -> Tensor:
         return ops.add_layer_norm(
-            linear(x, self.dense), self.dense.bias, residual, self.LayerNorm.weight, self.LayerNorm.bias,
+            linear(x, self.dense, gelu_bias), self.dense.bias, residual, self.LayerNorm.weight, self.LayerNorm.bias,
             self.LayerNorm.eps, **rows.dropout(self.p, self.stream),
         )
 
 
 class FeedForward(nn.Module):
-    """activation(dense(x)): (T, H) -> (T, I); Hugging Face's `intermediate`, its way back is an AddLayerNorm."""
+    """activation(dense(x)): (T, H) -> (T, I); Hugging Face's `intermediate`, its way back is an AddLayerNorm.
+
+    "gelu" is left to the way back: its bias is returned beside x, else None.
+    """
 
     def __init__(self, hidden_size, intermediate_size, activation="gelu"):
         super().__init__()
         self.dense = nn.Linear(hidden_size, intermediate_size)
         self.activation = activation
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         if self.activation == "gelu":
-            return ops.bias_gelu(linear(x, self.dense), self.dense.bias)
-        return ACTIVATIONS[self.activation](self.dense(x))
+            return linear(x, self.dense), self.dense.bias
+        return ACTIVATIONS[self.activation](self.dense(x)), None
 
 
 class MLMHead(nn.Module):

@@ -118,11 +118,14 @@ def plain(module: nn.Module) -> bool:
     return type(module) is nn.Linear and module.bias is not None
 
 
-def _linear(module: nn.Module, x: Tensor) -> tuple[Tensor, Tensor | None]:
-    """A projection without its bias, and the bias for the next op to add; a replaced module adds its own."""
+def _linear(module: nn.Module, x: Tensor, gelu_bias: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+    """A projection without its bias, and the bias for the next op to add; a replaced module adds its own.
+
+    With `gelu_bias`, of GELU(x + gelu_bias).
+    """
     if not plain(module):
-        return module(x), None
-    y = linear(x, module)  # type: ignore[arg-type]
+        return module(x if gelu_bias is None else ops.bias_gelu(x, gelu_bias)), None
+    y = linear(x, module, gelu_bias)  # type: ignore[arg-type]
     return y, module.bias.to(y.dtype)  # type: ignore[union-attr, return-value]
 
 
@@ -143,11 +146,9 @@ class _Layer:
             x = x.index_select(0, index)
         x = _add_norm(context, parts.out, parts.out_norm, x, parts.p_out, rows.seed, final.row_key, stream + 1)
         up, bias = _linear(parts.up, x)
-        if type(parts.activation) is GELUActivation and bias is not None:
-            up = ops.bias_gelu(up, bias)
-        else:
-            up = parts.activation(up if bias is None else up + bias)
-        x = _add_norm(up, parts.down, parts.down_norm, x, parts.p_down, rows.seed, final.row_key, stream + 2)
+        if type(parts.activation) is not GELUActivation or bias is None:
+            up, bias = parts.activation(up if bias is None else up + bias), None
+        x = _add_norm(up, parts.down, parts.down_norm, x, parts.p_down, rows.seed, final.row_key, stream + 2, bias)
         return rows.restore(x) if padded else x
 
 
@@ -174,9 +175,12 @@ def _attend(parts: Parts, x: Tensor, rows: Rows, index: Tensor | None, final: Ro
     return out.flatten(1)
 
 
-def _add_norm(x, dense: nn.Module, norm: nn.LayerNorm, residual, p, seed, row_key, stream) -> Tensor:
-    """LayerNorm(dropout(dense(x)) + residual), the residual's dtype throughout, as under autocast."""
-    y, bias = _linear(dense, x)
+def _add_norm(x, dense: nn.Module, norm: nn.LayerNorm, residual, p, seed, row_key, stream, gelu_bias=None) -> Tensor:
+    """LayerNorm(dropout(dense(x)) + residual), the residual's dtype throughout, as under autocast.
+
+    With `gelu_bias`, x stands for GELU(x + gelu_bias).
+    """
+    y, bias = _linear(dense, x, gelu_bias)
     dtype = residual.dtype
     return ops.add_layer_norm(
         y.to(dtype), None if bias is None else bias.to(dtype), residual, norm.weight.to(dtype), norm.bias.to(dtype),

@@ -66,7 +66,8 @@ class DecoderLayer(BertLayer):
         """The rest of the layer, from self-attention's output."""
         x = self.attention["output"](context, x, rows)
         x = self.crossattention["output"](self.crossattention["self"](x, rows, keys_values, source), x, rows)
-        return self.output(self.intermediate(x), x, rows)
+        up, gelu_bias = self.intermediate(x)
+        return self.output(up, x, rows, gelu_bias)
 
 
 class Decoder(nn.Module):

@@ -194,6 +194,33 @@ def test_linear_layers_have_the_gradients_of_pytorchs(n, frozen):
             assert_no_further(f"result {i}", result, exact[i], plain[i])
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_a_linear_layer_of_gelu_keeps_its_input_alone(dtype):
+    """Its gradients are those of the two ops, of PyTorch's in fp64, and with nothing to train it is the two ops."""
+    torch.manual_seed(0)
+    x, layer = torch.randn(40, 128).to(dtype), torch.nn.Linear(128, 64).to(dtype)
+    bias, given, kept = torch.randn(128).to(dtype), torch.randn(40, 64).to(dtype), []
+
+    def results(call, cast=dtype):
+        start, module = [t.detach().to(cast).requires_grad_() for t in (x, bias)], copy.deepcopy(layer).to(cast)
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.shape) or t, lambda t: t):
+            y = call(*start, module)
+        y.backward(given.to(cast))
+        return [y, *(t.grad for t in start), module.weight.grad]
+
+    ours = results(lambda x, bias, module: linear(x, module, bias))
+    assert sorted(kept) == [(40, 128), (64, 128), (128,)]
+    two = results(lambda x, bias, module: linear(ops.bias_gelu(x, bias), module))
+    plain = lambda x, bias, module: F.linear(F.gelu(x + bias), module.weight)
+    exact, eager = results(plain, torch.float64), results(plain)
+    for i, result in enumerate(ours):
+        assert torch.equal(result, two[i])
+        assert_no_further(f"result {i}", result, exact[i], eager[i])
+    kept.clear()
+    layer.requires_grad_(False)
+    assert torch.equal(linear(x, layer, bias), ours[0]) and not kept
+
+
 def opcheck_samples():
     """Arguments for every op of the dispatcher."""
     torch.manual_seed(0)

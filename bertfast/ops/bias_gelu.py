@@ -26,32 +26,32 @@ def gelu_derivative(z: Tensor) -> Tensor:
     return cdf + z * torch.exp(-0.5 * z * z) / math.sqrt(2.0 * math.pi)
 
 
-def _bias_gelu_fwd(x, bias):
+def _forward(x, bias):
     acc = accumulate_dtype(x)
     return gelu(x.to(acc) + bias.to(acc)).to(x.dtype)
 
 
-def _bias_gelu_bwd(dy, x, bias):
+def _backward(dy, x, bias):
     acc = accumulate_dtype(x)
     dz = dy.to(acc) * gelu_derivative(x.to(acc) + bias.to(acc))
     return dz.to(x.dtype), dz.sum(0).to(bias.dtype)
 
 
-_fwd = define("bias_gelu_fwd(Tensor x, Tensor bias) -> Tensor", _bias_gelu_fwd, kernels="bias_gelu")
-_bwd = define("bias_gelu_bwd(Tensor dy, Tensor x, Tensor bias) -> (Tensor dx, Tensor dbias)", _bias_gelu_bwd,
-              kernels="bias_gelu")
+bias_gelu_fwd = define("bias_gelu_fwd(Tensor x, Tensor bias) -> Tensor", _forward, kernels="bias_gelu")
+bias_gelu_bwd = define("bias_gelu_bwd(Tensor dy, Tensor x, Tensor bias) -> (Tensor dx, Tensor dbias)", _backward,
+                       kernels="bias_gelu")
 
 
 class _BiasGelu(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, bias):
         ctx.save_for_backward(x, bias)
-        return _fwd(x, bias)
+        return bias_gelu_fwd(x, bias)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, dy):
-        return _bwd(dy, *ctx.saved_tensors)
+        return bias_gelu_bwd(dy, *ctx.saved_tensors)
 
 
 def bias_gelu(x: Tensor, bias: Tensor) -> Tensor:

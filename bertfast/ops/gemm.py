@@ -16,12 +16,13 @@ from ._define import define
 MOST_ELEMENTS = 1 << 24  # of x, which the weight's gradient packs as a whole: 32 MiB
 
 
-def _gemm(a, b, bias, transpose_a, transpose_b):
+def gemm_of_pytorch(a, b, bias, transpose_a, transpose_b):
     a, b = a.mT if transpose_a else a, b.mT if transpose_b else b
     return a @ b if bias is None else torch.addmm(bias, a, b)
 
 
-gemm = define("gemm(Tensor a, Tensor b, Tensor? bias, bool transpose_a, bool transpose_b) -> Tensor", _gemm)
+gemm = define("gemm(Tensor a, Tensor b, Tensor? bias, bool transpose_a, bool transpose_b) -> Tensor",
+              gemm_of_pytorch)
 
 
 @functools.cache

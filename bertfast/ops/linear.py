@@ -2,16 +2,21 @@
 
 x: (T, H)   weights: n of (O, H)   biases: n of (O,)   y: (T, n * O)
 The GEMM is `gemm` where it suits, `few_rows_linear` for inference on few rows, else PyTorch's (oneDNN, cuBLAS).
+The second layer of a feed-forward block takes x before its GELU and on CPUs keeps no other input for the backward:
+GELU's output, a quarter of all that a step would keep, is formed again there (recomputation, Chen et al. 2016).
 Parameters that lie one after another in one storage (bertfast.optim lays them out so) are read in place; others are
 joined by a copy, or in inference on few rows, where copying the weights takes longer, the results are.
 """
+
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .bias_gelu import bias_gelu, bias_gelu_bwd, bias_gelu_fwd
 from .few_rows_linear import few_rows_linear, takes
-from .gemm import gemm, suits
+from .gemm import gemm, gemm_of_pytorch, suits
 
 
 def _adjacent(tensors: list[Tensor]) -> bool:
@@ -37,6 +42,10 @@ def _joined(tensors: list[Tensor]) -> Tensor:
     return tensors[0].as_strided((sum(t.shape[0] for t in tensors), *tensors[0].shape[1:]), tensors[0].stride())
 
 
+def _gemm(own: bool) -> Callable[..., Tensor]:
+    return gemm if own else gemm_of_pytorch
+
+
 class _Linear(torch.autograd.Function):
     """n Linear layers of x: their weights, then their biases or none."""
 
@@ -45,26 +54,57 @@ class _Linear(torch.autograd.Function):
         weights, biases = list(parameters[:n]), list(parameters[n:])
         ctx.save_for_backward(x, *weights)
         ctx.has_bias, ctx.own = bool(biases), suits(x, weights[0])
-        weight, bias = _joined(weights), _joined(biases) if biases else None
-        return gemm(x, weight, bias, False, True) if ctx.own else F.linear(x, weight, bias)
+        return _gemm(ctx.own)(x, _joined(weights), _joined(biases) if biases else None, False, True)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, dy):
         x, *weights = ctx.saved_tensors
-        dy = dy.contiguous() if ctx.own else dy  # once for both products
-        n, dx, dweight = len(weights), None, [None] * len(weights)
+        multiply, dy = _gemm(ctx.own), dy.contiguous() if ctx.own else dy  # once for both products
+        n, dx, dweight = len(weights), None, (None,) * len(weights)
         if ctx.needs_input_grad[0]:
-            weight = _joined(weights)
-            dx = gemm(dy, weight, None, False, False) if ctx.own else dy @ weight
+            dx = multiply(dy, _joined(weights), None, False, False)
         if any(ctx.needs_input_grad[2 : 2 + n]):
-            dweight = (gemm(dy, x, None, True, False) if ctx.own else dy.t() @ x).chunk(n)
+            dweight = multiply(dy, x, None, True, False).chunk(n)  # type: ignore[assignment]
         dbias = dy.sum(0).chunk(n) if ctx.has_bias else ()
         return dx, None, *dweight, *dbias
 
 
-def linear(x: Tensor, module: nn.Linear) -> Tensor:
-    """`F.linear(x, module.weight)`, without the bias. x: (M, I), same dtype; returns (M, O)."""
+class _GeluLinear(torch.autograd.Function):
+    """A Linear layer of GELU(x + bias), without a bias of its own, that keeps x alone."""
+
+    @staticmethod
+    def forward(ctx, x, bias, weight):
+        ctx.save_for_backward(x, bias, weight)
+        ctx.own = suits(x, weight)
+        return _gemm(ctx.own)(bias_gelu_fwd(x, bias), weight, None, False, True)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, dy):
+        x, bias, weight = ctx.saved_tensors
+        multiply, dy = _gemm(ctx.own), dy.contiguous() if ctx.own else dy
+        dweight = multiply(dy, bias_gelu_fwd(x, bias), None, True, False)
+        return *bias_gelu_bwd(multiply(dy, weight, None, False, False), x, bias), dweight
+
+
+def _forms_again(x: Tensor, module: nn.Linear) -> bool:
+    """Whether GELU's output is to be formed again: on CPUs its pass is lost in the time of the GEMMs."""
+    return (
+        x.device.type == "cpu" and torch.is_grad_enabled() and module.weight.requires_grad
+        and not torch.compiler.is_compiling() and not torch.is_autocast_enabled("cpu")
+    )
+
+
+def linear(x: Tensor, module: nn.Linear, gelu_bias: Tensor | None = None) -> Tensor:
+    """`F.linear(x, module.weight)`, or `F.linear(GELU(x + gelu_bias), module.weight)`, without the bias.
+
+    x: (M, I), gelu_bias: (I,), same dtype; returns (M, O).
+    """
+    if gelu_bias is not None:
+        if _forms_again(x, module):
+            return _GeluLinear.apply(x, gelu_bias, module.weight)
+        x = bias_gelu(x, gelu_bias)
     if takes(x, module):
         return few_rows_linear(x, [module.weight], [])
     return _Linear.apply(x, 1, module.weight) if suits(x, module.weight) else F.linear(x, module.weight)
