@@ -118,7 +118,7 @@ class AddLayerNorm(nn.Module):
 class FeedForward(nn.Module):
     """activation(dense(x)): (T, H) -> (T, I); Hugging Face's `intermediate`, its way back is an AddLayerNorm.
 
-    "gelu" is left to the way back: its bias is returned beside x, else None.
+    Returns that and None, or for "gelu", which is left to the way back, dense(x) without its bias, and the bias.
     """
 
     def __init__(self, hidden_size, intermediate_size, activation="gelu"):
