@@ -61,11 +61,12 @@ class _Linear(torch.autograd.Function):
     def backward(ctx, dy):
         x, *weights = ctx.saved_tensors
         multiply, dy = _gemm(ctx.own), dy.contiguous() if ctx.own else dy  # once for both products
-        n, dx, dweight = len(weights), None, (None,) * len(weights)
+        n, dx = len(weights), None
+        dweight: tuple[Tensor | None, ...] = (None,) * n
         if ctx.needs_input_grad[0]:
             dx = multiply(dy, _joined(weights), None, False, False)
         if any(ctx.needs_input_grad[2 : 2 + n]):
-            dweight = multiply(dy, x, None, True, False).chunk(n)  # type: ignore[assignment]
+            dweight = multiply(dy, x, None, True, False).chunk(n)
         dbias = dy.sum(0).chunk(n) if ctx.has_bias else ()
         return dx, None, *dweight, *dbias
 

@@ -6,7 +6,7 @@ if os.environ.get("TRITON_INTERPRET") == "1":
     import bertfast.kernels
     import torch
 
-    from bertfast.ops import _define
+    from bertfast.ops import _define, linear
 
     from . import checked_interpreter
 
@@ -16,6 +16,7 @@ if os.environ.get("TRITON_INTERPRET") == "1":
     checked_interpreter.follow_addresses()
     _define.register_launchers("CPU")
     _define._is_fp16_on_cpu = lambda args: False  # the launchers take fp16
+    linear._forms_again = lambda x, module: False  # as on a GPU
     torch.set_num_threads(1)
     torch.use_deterministic_algorithms(True, warn_only=True)  # torch.empty gives NaN: what is not written shows
     torch.utils.deterministic.fill_uninitialized_memory = True
