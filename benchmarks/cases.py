@@ -167,12 +167,12 @@ def _attention_eager(mask_mode, subset=False):
         n_rows = len(t["q_rows"]) if subset else t["qkv"].shape[0]
         for b in range(len(bounds) - 1):
             q, k, v = t["qkv"][bounds[b] : bounds[b + 1]].permute(1, 2, 0, 3)  # (3, N, S, D)
-            keys = torch.arange(k.shape[1])
+            keys = torch.arange(k.shape[1], device=k.device)
             queries = keys
             if subset:
                 queries = t["q_rows"][read_bounds[b] : read_bounds[b + 1]] - bounds[b]
                 q = q[:, queries]
-            visible = torch.ones(len(queries), len(keys), dtype=torch.bool)
+            visible = torch.ones(len(queries), len(keys), dtype=torch.bool, device=k.device)
             if mask_mode != "full":
                 visible = keys <= queries.unsqueeze(1)
             if mask_mode == "prefix":

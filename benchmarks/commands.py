@@ -43,6 +43,7 @@ def _threads(threads: int | None) -> int:
 @bench.command()
 def pretrain(data: DataOption = None, preset: Preset = "mini", tokens: Tokens = 2048, length: Length = 128,
              fill: Fill = 1.0, rounds: Rounds = 9, threads: Threads = None, quick: Quick = False, at_once: AtOnce = 0,
+             bf16: Annotated[bool, typer.Option("--bf16", help="Only bf16, and the reference in fp32.")] = False,
              out: Out = None) -> None:
     """A pretraining step against five set-ups of transformers' BERT and a plain-PyTorch model equal to ours.
 
@@ -54,7 +55,7 @@ def pretrain(data: DataOption = None, preset: Preset = "mini", tokens: Tokens = 
     from bertfast.benchmarks import pretrain
 
     _finish(pretrain.run("pretrain", data=data, preset=preset, tokens=tokens, length=length, fill=fill, rounds=rounds,
-                         threads=_threads(threads), quick=quick, at_once=at_once), out)
+                         threads=_threads(threads), quick=quick, at_once=at_once, bf16=bf16), out)
 
 
 @bench.command()

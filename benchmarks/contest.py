@@ -19,7 +19,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
@@ -88,11 +88,16 @@ def _heat(contenders, rounds, threads, check, outcomes) -> None:
     try:
         with status as line:
             tell = line.update if line else lambda text: console.print(text, highlight=False)
-            for contender in contenders:
-                tell(f"starting {contender.name}")
-                process = processes[contender.name] = _Process(contender, threads)
-                facts, outcomes[contender.name].failed = process.next()
-                outcomes[contender.name].facts = facts or outcomes[contender.name].facts
+            side_by_side = max(1, (os.cpu_count() or 1) // 4)  # starting is Python's work, and compiling
+            for first in range(0, len(contenders), side_by_side):
+                group = contenders[first : first + side_by_side]
+                for contender in group:
+                    tell(f"starting {contender.name}")
+                    processes[contender.name] = _Process(contender, threads)
+                    processes[contender.name].ask()
+                for contender in group:
+                    facts, outcomes[contender.name].failed = processes[contender.name].answer()
+                    outcomes[contender.name].facts = facts or outcomes[contender.name].facts
             refused = check({n: o.facts for n, o in outcomes.items() if o.facts and not o.failed})
             for name, reason in refused.items():
                 outcomes[name].failed = reason
@@ -102,7 +107,8 @@ def _heat(contenders, rounds, threads, check, outcomes) -> None:
             for i in range(rounds):
                 tell(f"round {i + 1} of {rounds}")
                 for name, process in list(processes.items()):
-                    turn, outcomes[name].failed = process.next()
+                    process.ask()
+                    turn, outcomes[name].failed = process.answer()
                     if turn is None:
                         processes.pop(name).end()
                     else:
@@ -128,10 +134,14 @@ class _Process:
             self.process.start()
         theirs.close()
 
-    def next(self) -> tuple[dict | None, str]:
-        """What the generator yields next, or None and why there is nothing."""
-        try:
+    def ask(self) -> None:
+        """Have the generator go on to what it yields next."""
+        with suppress(OSError):  # the process has ended: `answer` says so
             self.pipe.send("next")
+
+    def answer(self) -> tuple[dict | None, str]:
+        """What it yielded, or None and why there is nothing."""
+        try:
             if not self.pipe.poll(PATIENCE):
                 return None, f"no answer within {PATIENCE} s"
             answer = self.pipe.recv()
@@ -184,7 +194,7 @@ def _environment(**values: str):
 
 
 def yardstick() -> Iterator[dict]:
-    """A contender that measures the machine: FLOP/s of GEMMs (best of 1024^3 and 2048^3) and bytes/s of a copy."""
+    """A contender that measures the machine: FLOP/s of GEMMs (bertfast.machine.gemm_rate) and bytes/s of a copy."""
     device = machine.choose_device()
     source = torch.ones(MEASURED_COPY // 4, device=device)
     target = torch.empty_like(source)

@@ -148,7 +148,7 @@ def _optimizer() -> None:
     class Plain:
         def __init__(self, model, dtype, max_grad_norm, **options):
             self.inner = plain.AdamW(list(model.to(dtype).parameters()), lr=pretrain.LR, **options)
-            self.max_norm = max_grad_norm
+            self.max_norm, self.loss_scale = max_grad_norm, torch.ones((), device=next(model.parameters()).device)
 
         def step(self, lr):
             return self.inner.step(self.max_norm)
@@ -218,7 +218,8 @@ def run(*, data: str | None, preset: str, tokens: int, length: int, precision: s
     with tempfile.TemporaryDirectory() as folder:
         torch.manual_seed(0)
         BertForPreTraining(config).save_pretrained(folder)
-        arguments = {"checkpoint": folder, "batches": batches, "precision": precision, "turn_steps": 2}
+        arguments = {"checkpoint": folder, "batches": batches, "precision": precision, "turn_steps": 2,
+                     "replayed": False}  # torch's AdamW cannot be captured as it is
         entrants = [
             Contender(ours, pretrain.bertfast, arguments), Contender("machine", contest.yardstick, {}),
             *(Contender(f"{precision} without: {move}", without, {"move": move, **arguments}) for move in MOVES),

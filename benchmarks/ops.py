@@ -116,7 +116,7 @@ class Side:
         """Output, gradients, and the seconds that each direction took."""
         device = self.leaves[0].device
         if device.type == "cuda":
-            _flush(device)
+            flush(device)
         began = _now(device)
         y = self.call(self.tensors, p)
         between = _now(device)
@@ -145,9 +145,9 @@ def _larger_than_l2(device: torch.device) -> Tensor:
     return torch.empty(512 << 20, dtype=torch.uint8, device=device)
 
 
-def _flush(device: torch.device) -> None:
-    """Empty a GPU's L2, and keep it busy while the launches of what is timed are queued behind."""
-    for _ in range(4):
+def flush(device: torch.device) -> None:
+    """Empty a GPU's L2, and keep it busy (some 2 ms) while the launches of what is timed are queued behind."""
+    for _ in range(16):
         _larger_than_l2(device).zero_()
 
 

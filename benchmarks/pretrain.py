@@ -26,6 +26,7 @@ from bertfast.files import UserError
 from bertfast.model import BertForPreTraining
 from bertfast.optim import Optimizer
 from bertfast.pretrain import step_seed, useful_flops
+from bertfast.step_graph import StepGraph
 
 ADAMW = {"betas": (0.9, 0.98), "eps": 1e-6, "weight_decay": 0.01}
 LR, MAX_NORM = 5e-4, 1.0
@@ -131,20 +132,22 @@ def padded(batch: PackedBatch, length: int, pad_id: int = 0) -> dict[str, torch.
 # ---- the contenders: generators, each in its own process
 
 
-def bertfast(checkpoint: str, batches: dict, precision: str, **turns) -> Iterator[dict]:
-    """Our training step, as bertfast.pretrain makes it."""
+def bertfast(checkpoint: str, batches: dict, precision: str, replayed: bool = True, **turns) -> Iterator[dict]:
+    """Our training step, as bertfast.pretrain makes it; a replay allocates nothing, so that memory needs launches."""
     device, before = machine.choose_device(), _resident()
+    replayed = replayed and device.type == "cuda" and not turns.get("memory")
     model = BertForPreTraining.from_pretrained(checkpoint).to(device)
     optimizer = Optimizer(model, machine.DTYPES[precision], max_grad_norm=MAX_NORM, **ADAMW)
     packed = [batch.to(device) for batch in make_batches(**batches)]
     counts = [[b.n_masked, int((b.next_sentence_label >= 0).sum())] for b in packed]
-    scales = [[torch.tensor(1 / n, device=device) for n in pair] for pair in counts]
+    graphs: dict[bool, StepGraph] = {}  # with dropout, and without
 
     def step(i):
-        mlm, nsp = scales[i]
-        out = model(packed[i], seed=torch.tensor([step_seed(1, i)], device=device), mlm_scale=mlm, nsp_scale=nsp)
-        out.loss.backward()
-        return out.loss.detach(), optimizer.step(LR)
+        if model.training not in graphs:
+            graphs[model.training] = StepGraph(model, optimizer, packed[:1], replayed and model.training)
+        graph = graphs[model.training]
+        norm = graph([packed[i]], [step_seed(1, i)], LR, *counts[i])
+        return graph.outputs[0].loss.detach(), norm
 
     yield from _train(model, step, packed, before, **turns)
 
@@ -217,9 +220,8 @@ def _train(model, step: Callable, batches: list[PackedBatch], before: int, turn_
         else:
             step(done % len(batches))
             chosen = [(done + 1 + j) % len(batches) for j in range(turn_steps)]
-            turns = [timed(step, device, i) for i in chosen]
-            tokens = sum(batches[i].n_tokens for i in chosen)
-            yield {"seconds": sum(seconds for seconds, _ in turns) / tokens, "loss": float(turns[-1][1][0])}
+            seconds, (loss, _) = timed(lambda chosen=chosen: [step(i) for i in chosen][-1], device)
+            yield {"seconds": seconds / sum(batches[i].n_tokens for i in chosen), "loss": float(loss)}
             done += turn_steps
         done += 1
 
@@ -252,8 +254,8 @@ def _status(name: str) -> int:
 # ---- the suites
 
 
-def contenders(quick: bool, arguments: dict, memory: bool = False) -> list[Contender]:
-    """All set-ups; `quick` leaves out those that compile."""
+def contenders(quick: bool, arguments: dict, memory: bool = False, bf16: bool = False) -> list[Contender]:
+    """All set-ups; `quick` leaves out those that compile, `bf16` those in fp32 but the reference."""
     entries = {
         **{name: (hugging_face, setup) for name, setup in SETUPS.items()},
         "bertfast fp32": (bertfast, {"precision": "fp32"}),
@@ -268,7 +270,8 @@ def contenders(quick: bool, arguments: dict, memory: bool = False) -> list[Conte
         del entries["HF as it comes"]
     return [
         Contender(name, make, {**arguments, **more}, keep_pages=not memory and name != "HF as it comes")
-        for name, (make, more) in entries.items() if not (quick and "compiled" in name)
+        for name, (make, more) in entries.items()
+        if not (quick and "compiled" in name) and (not bf16 or "bf16" in name or name == REFERENCE)
     ]
 
 
@@ -287,7 +290,7 @@ def agreement(facts: dict[str, dict]) -> dict[str, str]:
 
 
 def run(suite: str, *, data: str | None, preset: str, tokens: int, length: int, fill: float, rounds: int,
-        threads: int, quick: bool, at_once: int = 0) -> dict:
+        threads: int, quick: bool, at_once: int = 0, bf16: bool = False) -> dict:
     """`pretrain` or `memory`: the result as JSON's types. Raises UserError for settings that make no batch."""
     memory = suite == "memory"
     vocabulary = Dataset(data).tokenizer.vocab_size if data else 30522
@@ -295,12 +298,12 @@ def run(suite: str, *, data: str | None, preset: str, tokens: int, length: int, 
     sample = make_batches(**batches, n=1)[0]
     # weights twice the usual size: attention is not flat, so that a wrong one shows in the loss
     config = BertConfig.preset(preset, vocab_size=vocabulary, initializer_range=0.04)
-    steps = max(1, min(4, 4096 // sample.n_tokens))
+    steps = 8 if torch.cuda.is_available() else max(1, min(4, 4096 // sample.n_tokens))
     with tempfile.TemporaryDirectory() as folder:
         torch.manual_seed(0)
         BertForPreTraining(config).save_pretrained(folder)
         arguments = {"checkpoint": folder, "batches": batches, "turn_steps": steps, "memory": memory}
-        entrants = contenders(quick, arguments, memory)
+        entrants = contenders(quick, arguments, memory, bf16)
         entrants.insert(1, Contender("machine", contest.yardstick, {}))
         outcomes, stopped = contest.contest(entrants, rounds, threads, agreement, at_once)
     peaks = contest.peaks(outcomes.pop("machine"))

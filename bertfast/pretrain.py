@@ -58,7 +58,7 @@ class Settings:
     long_share: float = 0.1  # share of the steps in the second phase
     precision: str = "auto"
     recompute: bool = False
-    cuda_graph: bool = False  # replay each phase's step as one graph; on a CPU nothing changes
+    cuda_graph: bool = True  # on a GPU, replay each phase's step as one graph
     seed: int = 1
     log_every: int = 10
     eval_every: int = 200
@@ -134,6 +134,7 @@ class Run:
             )
         self.model.bert.recompute = settings.recompute
         dtype = machine.DTYPES[self.precision]
+        self.replayed = settings.cuda_graph and self.device.type == "cuda"
         self.step_graph: StepGraph | None = None  # the step of the phase in progress
         self.optimizer = Optimizer(
             self.model, dtype, kind=settings.optimizer, weight_decay=settings.weight_decay,
@@ -186,16 +187,11 @@ class Run:
             "precision": f"{self.precision} ({self.precision_reason}), fp32 masters",
             "device": f"{self.device}, {torch.get_num_threads()} threads; GEMM peak {self.peak / 1e9:,.0f} GFLOP/s",
             "kernels": report.kernels_in_use(self.device.type),
-            **({"CUDA graph": self._describe_graph()} if settings.cuda_graph else {}),
+            **({"CUDA graph": "each phase's step is captured once and replayed"} if self.replayed else {}),
             "loader": machine.loader_implementation(),
             "allocator": allocator,
             "resumed": f"from step {self.step}" if self.step else "no",
         }
-
-    def _describe_graph(self) -> str:
-        if self.device.type == "cuda":
-            return "each phase's step is captured once and replayed"
-        return f"none, the step runs directly: --cuda-graph needs a GPU, and this runs on a {self.device.type}"
 
     # ---- the loop
 
@@ -252,8 +248,7 @@ class Run:
         masked = max(1, sum(b.n_masked for b in micro))
         pairs = max(1, sum(int((b.next_sentence_label >= 0).sum()) for b in micro))
         if self.step_graph is None:
-            replayed = settings.cuda_graph and self.device.type == "cuda"
-            self.step_graph = StepGraph(self.model, self.optimizer, micro, replayed)
+            self.step_graph = StepGraph(self.model, self.optimizer, micro, self.replayed)
         seeds = [step_seed(settings.seed, self.step, i) for i in range(len(micro))]
         norm = self.step_graph(micro, seeds, learning_rate(settings, self.step), masked, pairs)
         for out, host in zip(self.step_graph.outputs, micro):

@@ -14,7 +14,7 @@ from bertfast.ops.dropout import keep_scale
 from .dropout import keep_mask, signed_threshold
 from .hardware import backward_programs
 from .layer_norm import KEPT, layer_norm_gradient, load_row, store_layer_norm, tile_of_rows
-from .rows import column_sum, row_tile, store_partial, sum_partials
+from .rows import STAGES, column_sum, row_tile, store_partial, sum_partials
 
 
 @triton.jit
@@ -69,7 +69,8 @@ def add_layer_norm_bwd_kernel(
     dbias = tl.zeros((ROWS, COLUMNS), tl.float32)
     dweight = tl.zeros((ROWS, COLUMNS), tl.float32)
     dln_bias = tl.zeros((ROWS, COLUMNS), tl.float32)
-    for first in tl.range(tl.program_id(0) * ROWS, n_rows, tl.num_programs(0) * ROWS):
+    stages: tl.constexpr = STAGES if COLUMNS <= KEPT else 1
+    for first in tl.range(tl.program_id(0) * ROWS, n_rows, tl.num_programs(0) * ROWS, num_stages=stages):
         rows, _, inside, at = tile_of_rows(first, n_rows, n_columns, ROWS, COLUMNS)
         dy = tl.load(dy_ptr + at, mask=inside, other=0.0).to(tl.float32)
         z = tl.load(z_ptr + at, mask=inside, other=0.0).to(tl.float32)

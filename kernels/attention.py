@@ -313,7 +313,7 @@ TILES = {
     "fwd": {
         80: {64: NARROW, 128: WIDEST},
         86: {64: NARROW, 128: WIDEST},
-        90: {128: WIDEST},
+        90: {64: (64, 64, 4, 3), 128: WIDEST},
         100: {128: WIDEST},
         120: {64: (64, 64, 4, 3), 128: (WIDEST, (64, 64, 8, 3))},
     },
@@ -327,14 +327,14 @@ TILES = {
     "bwd_dq": {
         80: {128: NARROW},
         86: {64: NARROW, 128: DEEP},
-        90: {64: WIDE, 128: NARROW},
+        90: {16: WIDE, 64: (64, 64, 4, 3), 128: NARROW},
         100: {64: WIDE, 128: NARROW},
         120: {64: NARROW, 128: DEEP},
     },
     "bwd_dkdv": {
         80: {32: NARROW, 63: (SHORT, (64, 64, 4, 1)), 64: (NARROW, (64, 64, 4, 1)), 127: SHORT, 128: SINGLE},
         86: {32: NARROW, 63: (SHORT, (64, 64, 4, 1)), 64: (64, 64, 4, 1), 128: SHORT},
-        90: {128: SINGLE},
+        90: {64: (64, 64, 4, 1), 128: SINGLE},
         100: {64: SINGLE, 128: NARROW},
         120: {64: SINGLE, 128: SHORT},
     },

@@ -1,4 +1,4 @@
-"""y = GELU(x + bias), exact erf, and its gradient: one read and one write of each (T, I) tensor.
+"""y = GELU(x + bias), exact, not tanh's, and its gradient: one read and one write of each (T, I) tensor.
 
 The backward's programs keep the sum of dx over their rows in registers; a second stage adds them in a fixed order.
 """
@@ -8,22 +8,39 @@ import triton
 import triton.language as tl
 
 from .hardware import backward_programs, tuned
-from .rows import store_partial, sum_partials
+from .rows import STAGES, store_partial, sum_partials
 
 COLUMNS = 512  # of a tile: two warps of 16-byte accesses
 TILE = (4, 4)  # its rows and warps
 
 
 @triton.jit
+def normal(z):
+    """Phi(z), within 2e-7, and exp(-z^2 / 2); a third of the instructions of erf, which would take longer than memory.
+
+    Phi(-|z|) = exp(-z^2 / 2) P(1 / (1 + 0.27 |z|)), P of degree 6, minimax for the absolute error of z Phi(z).
+    """
+    e = tl.exp2(z * z * -0.7213475204444817)
+    t = 1.0 / (1.0 + 0.27 * tl.abs(z))
+    q = t * -0.134820239 + 0.574620028
+    q = t * q - 0.553629602
+    q = t * q + 0.539064123
+    q = t * q - 0.0675557507
+    q = t * q + 0.145822084
+    q = t * q - 0.00350064633
+    return tl.where(z < 0.0, q * e, 1.0 - q * e), e
+
+
+@triton.jit
 def gelu(z):
-    return 0.5 * z * (1.0 + tl.erf(z * 0.7071067811865476))
+    return z * normal(z)[0]
 
 
 @triton.jit
 def gelu_derivative(z):
     """Phi(z) + z phi(z)."""
-    cdf = 0.5 + 0.5 * tl.erf(z * 0.7071067811865476)
-    return cdf + z * (tl.exp2(z * z * -0.7213475204444817) * 0.3989422804014327)
+    cdf, e = normal(z)
+    return cdf + z * (e * 0.3989422804014327)
 
 
 @triton.jit(do_not_specialize=["n_rows"])
@@ -51,7 +68,7 @@ def bias_gelu_bwd_kernel(
     columns = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     bias = tl.load(bias_ptr + columns, mask=columns < n_columns, other=0.0).to(tl.float32)
     dbias = tl.zeros((ROWS, COLUMNS), tl.float32)
-    for first in tl.range(tl.program_id(0) * ROWS, n_rows, tl.num_programs(0) * ROWS):
+    for first in tl.range(tl.program_id(0) * ROWS, n_rows, tl.num_programs(0) * ROWS, num_stages=STAGES):
         rows = (first + tl.arange(0, ROWS)).to(tl.int64)
         inside = (rows < n_rows)[:, None] & (columns < n_columns)[None, :]
         at = rows[:, None] * n_columns + columns[None, :]

@@ -8,6 +8,7 @@ from torch import Tensor
 from .hardware import backward_programs, tuned
 
 SUM_COLUMNS = 512  # of a tile of the column sum
+STAGES = tl.constexpr(3)  # of a loop over rows: the next are on their way while one is computed
 
 
 @triton.jit
@@ -44,7 +45,7 @@ def column_sum_kernel(
 ):  # fmt: skip
     columns = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     total = tl.zeros((ROWS, COLUMNS), tl.float32)
-    for first in tl.range(tl.program_id(0) * ROWS, n_rows, tl.num_programs(0) * ROWS):
+    for first in tl.range(tl.program_id(0) * ROWS, n_rows, tl.num_programs(0) * ROWS, num_stages=STAGES):
         rows = (first + tl.arange(0, ROWS)).to(tl.int64)
         inside = (rows < n_rows)[:, None] & (columns < n_columns)[None, :]
         at = rows[:, None] * n_columns + columns[None, :]
@@ -69,7 +70,7 @@ def column_sum(x: Tensor, dtype: torch.dtype) -> Tensor:
     programs = max(1, min(triton.cdiv(n_rows, 16), triton.cdiv(backward_programs(x.device), column_blocks)))
     partial = torch.empty((1, programs, n_columns), dtype=torch.float32, device=x.device)
     column_sum_kernel[(programs, column_blocks)](
-        x, partial, n_rows, n_columns, ROWS=4, COLUMNS=SUM_COLUMNS, num_warps=4
+        x, partial, n_rows, n_columns, ROWS=8, COLUMNS=SUM_COLUMNS, num_warps=4
     )
     return sum_partials(partial, dtype)[0]
 
