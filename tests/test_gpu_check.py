@@ -7,6 +7,7 @@ import pytest
 import torch
 from bertfast.benchmarks import gpu_check
 from bertfast.benchmarks.cases import CASES
+from bertfast.kernels import masked_vocab_projection as projection
 
 from bertfast.step_graph import StepGraph
 
@@ -50,5 +51,17 @@ def test_training_holds_and_a_fault_is_found(on_cpu, monkeypatch):
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_without_a_gpu_it_says_so(capsys):
-    assert gpu_check.main() == 2
+    assert gpu_check.main([]) == 2
     assert "no GPU was found here; nothing was checked" in capsys.readouterr().out
+
+
+def test_the_parity_checks_cover_every_case_and_both_ways_of_the_projection(on_cpu, monkeypatch):
+    checks = list(gpu_check.parity_checks())
+    assert {check[0] for check in checks} == set(CASES) and len(checks) == len(set(checks))
+    assert {check[4] for check in checks if check[0] == "masked_vocab_projection"} == {False, True}
+    ways = []
+    monkeypatch.setattr(gpu_check, "op_parity", lambda *_: ways.append(projection.LOGITS_LIMIT) or ["y is off"])
+    for without_logits in (False, True):
+        check = "masked_vocab_projection", (1, 64, 333), "bf16", 0.0, without_logits
+        assert gpu_check.parity_check(check)[0].endswith("(1, 64, 333) bf16 p=0.0: y is off")
+    assert ways == [projection.LOGITS_LIMIT, 0] and projection.LOGITS_LIMIT > 0
