@@ -94,9 +94,9 @@ def row_cases(h: int, device: str) -> Iterator[Case]:
     yield f"bias_gelu_bwd I{4 * h}", GELU, partial(bias_gelu.bias_gelu_bwd, wide, wide, wide[0])
 
     def without_logits():
-        lse = masked_vocab_projection.statistics(hidden, table, bias, labels)[-1]
+        softmax = masked_vocab_projection.statistics(hidden, table, bias, labels)[-1]
         masked_vocab_projection.gradients_without_logits(
-            hidden, table, bias, labels, one, lse, torch.empty_like(table), False
+            hidden, table, bias, labels, one, softmax, torch.empty_like(table), False
         )
 
     yield f"projection H{h}", PROJECTION, without_logits

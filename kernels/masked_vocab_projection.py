@@ -20,7 +20,6 @@ import triton.language as tl
 from .hardware import architecture, backward_programs, tuned
 from .rows import column_sum
 
-LOG2E = tl.constexpr(1.4426950408889634)
 IGNORE_INDEX = tl.constexpr(-100)
 EVEN = 8  # words: tensor cores at full rate want products in multiples of 16 bytes; the vocabulary's last few go apart
 LOGITS_LIMIT = 1 << 29  # bytes
@@ -29,10 +28,10 @@ BLOCK_BYTES = 1 << 26  # of the gradient of the logits, where it exists by block
 
 @triton.jit
 def load_logits(row_ptr, bias_ptr, columns, n_columns, stride_row):
-    """Logits plus bias in fp32 and units of log 2; -inf in the padding, which is read but not used."""
+    """Logits plus bias in fp32; -inf in the padding, which is read but not used."""
     x = tl.load(row_ptr + columns, mask=columns < stride_row, other=0.0).to(tl.float32)
     bias = tl.load(bias_ptr + columns, mask=columns < stride_row, other=0.0)
-    return tl.where(columns < n_columns, (x + bias) * LOG2E, float("-inf"))
+    return tl.where(columns < n_columns, x + bias, float("-inf"))
 
 
 @triton.jit(do_not_specialize=["n_columns"])
@@ -58,27 +57,26 @@ def cross_entropy_kernel(
                 zeros = tl.zeros((BLOCK,), logits_ptr.dtype.element_ty)
                 tl.store(row_ptr + columns, zeros, mask=columns < stride_row)
         return
-    peak = float("-inf")  # in units of log 2
+    peak = float("-inf")
     peak_before = float("-inf")  # over the columns before the label
     total = 0.0
     for first in tl.range(0, stride_row, BLOCK):
         columns = first + tl.arange(0, BLOCK)
         x = load_logits(row_ptr, bias_ptr, columns, n_columns, stride_row)
         new_peak = tl.maximum(peak, tl.max(x, 0))  # finite: a block begins before the padding
-        total = total * tl.exp2(peak - new_peak) + tl.sum(tl.exp2(x - new_peak), 0)
+        total = total * tl.exp(peak - new_peak) + tl.sum(tl.exp(x - new_peak), 0)
         peak_before = tl.maximum(peak_before, tl.max(tl.where(columns < label, x, float("-inf")), 0))
         peak = new_peak
-    of_label = (tl.load(row_ptr + label).to(tl.float32) + tl.load(bias_ptr + label)) * LOG2E
-    lse = peak + tl.log2(total)
-    tl.store(loss_ptr + row, (lse - of_label) / LOG2E)
+    of_label = tl.load(row_ptr + label).to(tl.float32) + tl.load(bias_ptr + label)
+    tl.store(loss_ptr + row, tl.log(total) - (of_label - peak))
     tl.store(correct_ptr + row, ((of_label == peak) & (peak_before < peak)).to(tl.int32))
     if GRADIENT:
         tl.debug_barrier()  # every thread has read the label's logit
-        scale = tl.load(scale_ptr)
+        scale, inverse = tl.load(scale_ptr), 1.0 / total
         for first in tl.range(0, stride_row, BLOCK):
             columns = first + tl.arange(0, BLOCK)
             x = load_logits(row_ptr, bias_ptr, columns, n_columns, stride_row)
-            gradient = scale * (tl.exp2(x - lse) - tl.where(columns == label, 1.0, 0.0))
+            gradient = scale * (tl.exp(x - peak) * inverse - tl.where(columns == label, 1.0, 0.0))
             tl.store(row_ptr + columns, gradient.to(logits_ptr.dtype.element_ty), mask=columns < stride_row)
 
 
@@ -87,7 +85,7 @@ def logits_tile(
     hidden_ptr, weight_ptr, bias_ptr, rows, columns, n_rows, n_columns, width,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
-    """(ROWS, COLUMNS) logits in fp32 and units of log 2; -inf beyond the vocabulary."""
+    """(ROWS, COLUMNS) logits in fp32; -inf beyond the vocabulary."""
     k = tl.arange(0, DEPTH)
     hidden_ptrs = hidden_ptr + rows.to(tl.int64)[:, None] * width + k[None, :]
     weight_ptrs = weight_ptr + columns.to(tl.int64)[:, None] * width + k[None, :]
@@ -98,7 +96,7 @@ def logits_tile(
         w = tl.load(weight_ptrs + first, mask=(columns < n_columns)[:, None] & inside, other=0.0)
         logits = tl.dot(x, tl.trans(w), logits, input_precision="ieee")
     bias = tl.load(bias_ptr + columns, mask=columns < n_columns, other=0.0).to(tl.float32)
-    return tl.where((columns < n_columns)[None, :], (logits + bias[None, :]) * LOG2E, float("-inf"))
+    return tl.where((columns < n_columns)[None, :], logits + bias[None, :], float("-inf"))
 
 
 @triton.jit(do_not_specialize=["n_rows", "n_columns", "n_tiles"])
@@ -125,7 +123,7 @@ def statistics_kernel(
             tile_best = tl.min(tl.where(x == tile_peak[:, None], columns[None, :], 2147483647), 1)
             best = tl.where(tile_peak > peak, tile_best, best)
             new_peak = tl.maximum(peak, tile_peak)
-            total = total * tl.exp2(peak - new_peak) + tl.sum(tl.exp2(x - new_peak[:, None]), 1)
+            total = total * tl.exp(peak - new_peak) + tl.sum(tl.exp(x - new_peak[:, None]), 1)
             at_label = tl.where(columns[None, :] == labels[:, None], x, float("-inf"))
             of_label = tl.maximum(of_label, tl.max(at_label, 1))
             peak = new_peak
@@ -140,7 +138,8 @@ def statistics_kernel(
 @triton.jit(do_not_specialize=["n_rows", "n_splits"])
 def combine_kernel(
     partial_ptr, best_ptr, labels_ptr,  # as above
-    lse_ptr, loss_ptr, correct_ptr,  # (R,) float32 in units of log 2, +inf without a label; (R,) float32; (R,) int32
+    softmax_ptr,  # (2, R) float32: the softmax of logits x is exp(x - first) * second; second is 0 without a label
+    loss_ptr, correct_ptr,  # (R,) float32; (R,) int32
     n_rows, n_splits,
     ROWS: tl.constexpr,
 ):  # fmt: skip
@@ -159,18 +158,18 @@ def combine_kernel(
         of_label = tl.maximum(of_label, tl.load(partial_ptr + 2 * stride + at, mask=inside, other=0.0))
         best = tl.where(split_peak > peak, tl.load(best_ptr + at, mask=inside, other=0), best)
         new_peak = tl.maximum(peak, split_peak)
-        total = total * tl.exp2(peak - new_peak) + split_total * tl.exp2(split_peak - new_peak)
+        total = total * tl.exp(peak - new_peak) + split_total * tl.exp(split_peak - new_peak)
         peak = new_peak
-    lse = peak + tl.log2(total)
     labelled = labels != IGNORE_INDEX
-    tl.store(lse_ptr + rows, tl.where(labelled, lse, float("inf")), mask=inside)
-    tl.store(loss_ptr + rows, tl.where(labelled, (lse - of_label) / LOG2E, 0.0), mask=inside)
+    tl.store(softmax_ptr + rows, peak, mask=inside)
+    tl.store(softmax_ptr + n_rows + rows, tl.where(labelled, 1.0 / total, 0.0), mask=inside)
+    tl.store(loss_ptr + rows, tl.where(labelled, tl.log(total) - (of_label - peak), 0.0), mask=inside)
     tl.store(correct_ptr + rows, (labelled & (best == labels)).to(tl.int32), mask=inside)
 
 
 @triton.jit(do_not_specialize=["n_rows", "n_columns", "first_column"])
 def gradient_kernel(
-    hidden_ptr, weight_ptr, bias_ptr, labels_ptr, lse_ptr, scale_ptr,
+    hidden_ptr, weight_ptr, bias_ptr, labels_ptr, softmax_ptr, scale_ptr,
     dlogits_ptr,  # (R, n_block): columns first_column .. of the gradient; zeros beyond the vocabulary
     n_rows, n_columns, width, first_column, n_block,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
@@ -181,9 +180,10 @@ def gradient_kernel(
     columns = first_column + in_block
     x = logits_tile(hidden_ptr, weight_ptr, bias_ptr, rows, columns, n_rows, n_columns, width, ROWS, COLUMNS, DEPTH)
     labels = tl.load(labels_ptr + rows, mask=rows < n_rows, other=IGNORE_INDEX)
-    lse = tl.load(lse_ptr + rows, mask=rows < n_rows, other=float("inf"))
+    peak = tl.load(softmax_ptr + rows, mask=rows < n_rows, other=0.0)
+    inverse = tl.load(softmax_ptr + n_rows + rows, mask=rows < n_rows, other=0.0)
     onehot = tl.where(columns[None, :] == labels[:, None], 1.0, 0.0)
-    gradient = tl.load(scale_ptr) * (tl.exp2(x - lse[:, None]) - onehot)
+    gradient = tl.load(scale_ptr) * (tl.exp(x - peak[:, None]) * inverse[:, None] - onehot)
     at = rows.to(tl.int64)[:, None] * n_block + in_block[None, :]
     tl.store(dlogits_ptr + at, gradient.to(dlogits_ptr.dtype.element_ty), mask=(rows < n_rows)[:, None])
 
@@ -244,7 +244,7 @@ def tile_options(width: int, element_size: int) -> dict:
 
 
 def statistics(hidden, weight, bias, labels):
-    """The three sums, and each row's log-sum-exp (R,) in units of log 2, +inf without a label; no logits."""
+    """The three sums, and what each row's softmax needs, (2, R) as in `combine_kernel`; no logits."""
     n_rows, (n_columns, width) = hidden.shape[0], weight.shape
     options = tile_options(width, hidden.element_size())
     blocks, tiles = triton.cdiv(n_rows, options["ROWS"]), triton.cdiv(n_columns, options["COLUMNS"])
@@ -255,13 +255,14 @@ def statistics(hidden, weight, bias, labels):
     statistics_kernel[(blocks, splits)](
         hidden, weight, bias, labels, partial, best, n_rows, n_columns, width, tiles_of_split, **options
     )
-    lse, loss = (torch.empty(n_rows, dtype=torch.float32, device=hidden.device) for _ in range(2))
+    softmax = torch.empty((2, n_rows), dtype=torch.float32, device=hidden.device)
+    loss = torch.empty(n_rows, dtype=torch.float32, device=hidden.device)
     correct = torch.empty(n_rows, dtype=torch.int32, device=hidden.device)
-    combine_kernel[(triton.cdiv(n_rows, 128),)](partial, best, labels, lse, loss, correct, n_rows, splits, ROWS=128)
-    return loss.sum(), (labels != -100).sum(), correct.sum(), lse
+    combine_kernel[(triton.cdiv(n_rows, 128),)](partial, best, labels, softmax, loss, correct, n_rows, splits, ROWS=128)
+    return loss.sum(), (labels != -100).sum(), correct.sum(), softmax
 
 
-def gradients_without_logits(hidden, weight, bias, labels, scale, lse, dweight, accumulate):
+def gradients_without_logits(hidden, weight, bias, labels, scale, softmax, dweight, accumulate):
     """dhidden and dbias; dweight is written or added to. A block of columns at a time."""
     n_rows, (n_columns, width) = hidden.shape[0], weight.shape
     options = tile_options(width, hidden.element_size())
@@ -275,7 +276,7 @@ def gradients_without_logits(hidden, weight, bias, labels, scale, lse, dweight, 
     for first in range(0, n_columns, n_block):
         end = min(first + n_block, n_columns)
         gradient_kernel[(blocks, n_block // columns)](
-            hidden, weight, bias, labels, lse, scale, dlogits, n_rows, n_columns, width, first, n_block, **options
+            hidden, weight, bias, labels, softmax, scale, dlogits, n_rows, n_columns, width, first, n_block, **options
         )
         add_product_kernel[(blocks, triton.cdiv(width, columns))](
             dlogits, weight[first:end], dhidden, n_rows, end - first, width, n_block, **options
@@ -323,5 +324,5 @@ def masked_vocab_projection_fwd_into(hidden, weight, bias, labels, scale, dweigh
         dhidden.addmm_(padded[:, even:n_columns], weight[even:])
         return *sums, dhidden, column_sum(padded, bias.dtype)[:n_columns]
     inputs = hidden.contiguous(), weight.contiguous(), bias, labels
-    *sums, lse = statistics(*inputs)
-    return *sums, *gradients_without_logits(*inputs, scale, lse, dweight, accumulate)
+    *sums, softmax = statistics(*inputs)
+    return *sums, *gradients_without_logits(*inputs, scale, softmax, dweight, accumulate)
