@@ -23,20 +23,24 @@ NO_EXTENSION = os.environ.get("BERTFAST_NO_EXT") == "1"
 OPS: list[str] = []  # every defined op, in order of definition
 _library = torch.library.Library("bertfast", "DEF")
 _launchers: dict[str, str] = {}  # op -> module under bertfast.kernels that holds its launcher
+_cpu_only: set[str] = set()
 
 
-def define(schema: str, reference: Callable, fake: Callable | None = None, kernels: str | None = None):
+def define(schema: str, reference: Callable, fake: Callable | None = None, kernels: str | None = None,
+           cpu_only: bool = False):
     """Define `bertfast::<op>` and return the function that calls it.
 
     `reference` takes and returns plain tensors and is registered for every device. It is its own fake kernel
     unless it reads values (cu_seqlens, labels); then `fake` gives the output shapes. `kernels` names the file
-    under kernels/ whose function of the op's name is the CUDA launcher.
+    under kernels/ whose function of the op's name is the CUDA launcher. cpu_only: callers give a GPU PyTorch's instead.
     """
     name = schema.partition("(")[0]
     _library.define(schema)
     _library.impl(name, reference, "CompositeExplicitAutograd")
     torch.library.register_fake(f"bertfast::{name}", fake or reference, lib=_library)
     OPS.append(name)
+    if cpu_only:
+        _cpu_only.add(name)
     if kernels:
         _launchers[name] = kernels
     overload = getattr(torch.ops.bertfast, name).default  # bound once: attribute chains cost time
@@ -125,6 +129,8 @@ def load_backends() -> dict[str, str]:
 
 def implementation(name: str, device: str, loaded: dict[str, str]) -> str:
     """Which implementation of op `name` runs on `device` ("cpu" or "cuda"), and why not a faster one."""
+    if device == "cuda" and name in _cpu_only:
+        return "PyTorch"
     has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key(f"bertfast::{name}", device.upper())
     if device == "cuda" and loaded[device] == "Triton" and name not in _launchers:
         return "CUDA C++" if has_kernel else "reference: bertfast._C_cuda is not built (it needs nvcc)"

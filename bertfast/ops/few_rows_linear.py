@@ -21,7 +21,8 @@ def _few_rows_linear(x, weights, biases):
     return torch.cat([F.linear(x, w, b) for w, b in zip(weights, padded, strict=True)], 1)
 
 
-few_rows_linear = define("few_rows_linear(Tensor x, Tensor[] weights, Tensor[] biases) -> Tensor", _few_rows_linear)
+few_rows_linear = define("few_rows_linear(Tensor x, Tensor[] weights, Tensor[] biases) -> Tensor", _few_rows_linear,
+                         cpu_only=True)
 
 
 @functools.cache

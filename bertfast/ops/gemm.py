@@ -22,7 +22,7 @@ def gemm_of_pytorch(a, b, bias, transpose_a, transpose_b):
 
 
 gemm = define("gemm(Tensor a, Tensor b, Tensor? bias, bool transpose_a, bool transpose_b) -> Tensor",
-              gemm_of_pytorch)
+              gemm_of_pytorch, cpu_only=True)
 
 
 @functools.cache
