@@ -26,21 +26,23 @@ from bertfast.files import UserError, create_folder, write_json
 TOKENS, MASKED, VOCABULARY, HEADS = 16384, 2048, 30522, 12  # of the calls that are timed, in bf16
 ATTENTION = ("fwd", "bwd_dq", "bwd_dkdv", "bwd_whole")  # the last is compared with the two before it
 SHORT, LONG = 128, 512  # sequences: of the last kernel, of the others
+SPILLING = 128, 64, 4, 1  # on sm_90, and still the fastest there for whole sequences without dropout
 PER_THREAD = [8, 16, 32, 64]  # elements of a row
 GELU = [[1, 2], [2, 2], [2, 4], [4, 4], [4, 8], [8, 8]]  # rows, warps
 CROSS_ENTROPY = [[2048, 16], [4096, 8], [4096, 16], [8192, 16], [8192, 32]]  # columns, elements of a thread
 PROJECTION = [  # rows, columns, depth, warps, stages
     [128, 128, 64, 8, 2], [128, 128, 32, 8, 2], [128, 128, 64, 8, 3], [128, 64, 64, 4, 2], [64, 128, 64, 4, 2],
-    [64, 64, 64, 4, 3],
+    [64, 64, 64, 4, 3], [128, 256, 64, 8, 3],
 ]  # fmt: skip
 Case = tuple[str, list, Callable[[], object]]  # a key of `hardware.tuned`, its candidates, the call that reads it
 
 
 def attention_candidates(kernel: str) -> list[list[int] | None]:
-    """All tiles in the shipped tables; for the backward of whole sequences those that hold one, or None: the two."""
+    """The shipped tables' tiles and one more; for the backward of whole sequences those that hold one, or None: the two."""
     nested = [tile for of_arch in attention.TILES.values() for tiles in of_arch.values() for tile in tiles.values()]
     flat = [t for tile in nested if tile for t in (tile if not isinstance(tile[0], int) else (tile,)) if t]
-    found = [list(t) for t in dict.fromkeys([*flat, *attention.MASKED.values(), attention.CAUSAL_DROPOUT_120])]
+    more = [*attention.MASKED.values(), attention.CAUSAL_DROPOUT_120, SPILLING]
+    found = [list(t) for t in dict.fromkeys([*flat, *more])]
     return [None, *(t for t in found if t[0] >= SHORT)] if kernel == "bwd_whole" else found
 
 
