@@ -38,7 +38,7 @@ Case = tuple[str, list, Callable[[], object]]  # a key of `hardware.tuned`, its 
 
 
 def attention_candidates(kernel: str) -> list[list[int] | None]:
-    """The shipped tables' tiles and one more; for the backward of whole sequences those that hold one, or None: the two."""
+    """The shipped tiles and one more; for the backward of whole sequences those that hold one, or None: the two."""
     nested = [tile for of_arch in attention.TILES.values() for tiles in of_arch.values() for tile in tiles.values()]
     flat = [t for tile in nested if tile for t in (tile if not isinstance(tile[0], int) else (tile,)) if t]
     more = [*attention.MASKED.values(), attention.CAUSAL_DROPOUT_120, SPILLING]
