@@ -248,13 +248,22 @@ class Run:
         masked = max(1, sum(b.n_masked for b in micro))
         pairs = max(1, sum(int((b.next_sentence_label >= 0).sum()) for b in micro))
         if self.step_graph is None:
-            self.step_graph = StepGraph(self.model, self.optimizer, micro, self.replayed)
+            self.step_graph = self._make_step(micro)
         seeds = [step_seed(settings.seed, self.step, i) for i in range(len(micro))]
         norm = self.step_graph(micro, seeds, learning_rate(settings, self.step), masked, pairs)
         for out, host in zip(self.step_graph.outputs, micro):
             window.add(out, host, self.step_graph.scale, masked, pairs, useful_flops(self.config, host))
             self.tokens_seen += host.n_tokens
         return norm
+
+    def _make_step(self, micro: list[PackedBatch]) -> StepGraph:
+        try:
+            return StepGraph(self.model, self.optimizer, micro, self.replayed)
+        except RuntimeError as error:
+            if not self.replayed or isinstance(error, torch.OutOfMemoryError):
+                raise
+            reason = str(error).partition("\n")[0]
+            raise UserError(f"the step cannot be replayed as a CUDA graph ({reason}): use --no-cuda-graph") from error
 
     @torch.no_grad()
     def evaluate(self, length: int, max_batches: int = 32) -> dict:

@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 import bertfast
 from bertfast import pretrain
 from bertfast.data.prepare import prepare
+from bertfast.files import UserError
 from bertfast.model import unpad
 from bertfast.optim import Optimizer
 from bertfast.step_graph import StepGraph
@@ -128,3 +129,14 @@ def test_a_run_with_a_graph_is_the_run_without(settings, changes, tmp_path, monk
 def test_on_a_cpu_nothing_is_captured(settings, tmp_path):
     run = pretrain.start(tmp_path / "run", settings(), resume=False)
     assert run.settings.cuda_graph and not run.replayed and "CUDA graph" not in run.describe("")
+
+
+def test_a_step_that_cannot_be_captured_is_one_line_that_says_what_to_do(settings, tmp_path, monkeypatch):
+    def fails(*_):
+        raise RuntimeError("CUDA error: operation not permitted when stream is capturing\nmore")
+
+    run = pretrain.start(tmp_path / "run", settings(), resume=False)
+    monkeypatch.setattr(pretrain, "StepGraph", fails)
+    run.replayed = True
+    with pytest.raises(UserError, match=r"stream is capturing\): use --no-cuda-graph$"):
+        run.train()
