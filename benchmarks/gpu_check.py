@@ -8,7 +8,7 @@
   ops           each in bf16 at the shapes of that step, against eager and compiled PyTorch, and Liger-Kernel and
                 flash-attn where they are installed
 Ends with one page and exit code 0 (all held), 1 (something did not) or 2 (no GPU here). Whole steps against
-transformers: `bertfast bench pretrain --preset base` on the same machine.
+transformers: `bertfast bench pretrain --bf16 --preset base --tokens 16384` on the same machine.
 """
 
 import argparse

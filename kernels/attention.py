@@ -305,8 +305,9 @@ def attention_bwd_dkdv_kernel(
 
 CORRECT = (32, 64, 4, 1)  # of fp32, a correctness path, and of ROCm, for which nothing was chosen
 # BLOCK_M, BLOCK_N, warps and stages for sixteen-bit types by kernel, architecture and largest head size, without and
-# with dropout where they differ: chosen from the report of benchmarks/aot.py, so that nothing spills. None: the
-# backward of whole sequences does not fit; the two kernels of long ones are taken.
+# with dropout where they differ: chosen from the report of benchmarks/aot.py, so that nothing spills; for sm_90 up to
+# D=64 the fastest such on an H200. None: the backward of whole sequences does not fit; the two kernels of long ones are
+# taken.
 NARROW, DEEP, WIDE, WIDEST = (64, 64, 4, 2), (64, 64, 8, 2), (128, 64, 8, 2), (128, 64, 8, 3)
 SINGLE, SHORT = (128, 64, 8, 1), (64, 64, 8, 1)
 TILES = {
