@@ -155,20 +155,19 @@ def check_training() -> list[str]:
     return faults
 
 
-def show_speed(tokens: int = 32768, length: int = 128) -> None:
-    for graph in (False, True):
-        torch.cuda.reset_peak_memory_stats()
-        _, model, optimizer, batches, step_graph = trained("base", torch.bfloat16, tokens, length, DEVICE, 1, graph)
-        batch, scale, seed = batches[0], optimizer.loss_scale, torch.ones(1, dtype=torch.int64, device=DEVICE)
+def show_speed(graph: bool, tokens: int = 32768, length: int = 128) -> None:
+    torch.cuda.reset_peak_memory_stats()
+    _, model, optimizer, batches, step_graph = trained("base", torch.bfloat16, tokens, length, DEVICE, 1, graph)
+    batch, scale, seed = batches[0], optimizer.loss_scale, torch.ones(1, dtype=torch.int64, device=DEVICE)
 
-        def launched(model=model, optimizer=optimizer, batch=batch, scale=scale, seed=seed):
-            model(batch, seed=seed, mlm_scale=scale / batch.n_masked).loss.backward()
-            optimizer.step(LR)
+    def launched():
+        model(batch, seed=seed, mlm_scale=scale / batch.n_masked).loss.backward()
+        optimizer.step(LR)
 
-        took = seconds(step_graph.graph.replay if step_graph and step_graph.graph else launched)
-        memory = torch.cuda.max_memory_allocated() / 2**30
-        print(f"  BERT-base, bf16, {tokens} tokens of {length}, {'replayed' if graph else 'launched'}: "
-              f"{took * 1e3:.1f} ms, {tokens / took:,.0f} tokens/s, {memory:.1f} GiB at most")  # fmt: skip
+    took = seconds(step_graph.graph.replay if step_graph and step_graph.graph else launched)
+    memory = torch.cuda.max_memory_allocated() / 2**30
+    print(f"  BERT-base, bf16, {tokens} tokens of {length}, {'replayed' if graph else 'launched'}: "
+          f"{took * 1e3:.1f} ms, {tokens / took:,.0f} tokens/s, {memory:.1f} GiB at most")  # fmt: skip
 
 
 def show_ops(tokens: int = 32768, hidden: int = 768, words: int = 30522) -> dict:
@@ -206,7 +205,8 @@ def main(arguments: list[str] | None = None) -> int:
     print("training:")
     faults += check_training()
     print("speed and memory:")
-    show_speed()
+    for graph in (False, True):
+        show_speed(graph)
     result = show_ops()
     if options.out:
         report.write(result, options.out)
