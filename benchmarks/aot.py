@@ -145,7 +145,7 @@ def other_cases(dtype):
     yield "V30522", partial(masked_vocab_projection.masked_vocab_projection_fwd, hidden, table, bias, labels, one)
     yield "V30522 no logits", partial(without_logits, hidden, table, bias, labels, one)
     p, state = [torch.zeros(4096, dtype=dtype)], [torch.zeros(4096)]
-    masters = state if dtype != torch.float32 else []
+    masters = {torch.float32: [], torch.float16: state, torch.bfloat16: [torch.zeros(4096, dtype=torch.int16)]}[dtype]
     scalars = one, one, one, one, 0.9, 0.999, 1e-6, 0.01
     yield "adamw", partial(optimizer_step.adamw_step, p, p, masters, state, state, *scalars)
     yield "lamb", partial(optimizer_step.lamb_step, p, p, masters, state, state, *scalars)

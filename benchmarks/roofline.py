@@ -82,9 +82,8 @@ COSTS: dict[str, Callable] = {
 
 
 def optimizer_cost(parameters: int, itemsize: int) -> Cost:
-    """AdamW: gradient in, master and two moments in and out, the compute copy out where it is another dtype."""
-    copy = itemsize if itemsize != 4 else 0
-    return Cost(0, parameters * (itemsize + 3 * 8 + copy))
+    """AdamW: gradient in, master and two moments in and out; a bf16 parameter is half of its master."""
+    return Cost(0, parameters * (itemsize + 3 * 8))
 
 
 def gemm_cost(rows: int, inner: int, columns: int, itemsize: int) -> Cost:

@@ -1,9 +1,9 @@
 """Native mixed precision: parameters are leaves in the compute dtype, the optimiser owns the fp32 truth.
 
 No casts in the step: masters and moments are fp32, and the update writes the parameters in its own pass
-(bertfast.ops.optimizer_step). Parameters are laid out one after another in one buffer per decay group, so that query,
-key and value are read as one matrix (bertfast.ops.linear). Skipping, clipping and loss scaling are tensors on
-the device: a step reads nothing back.
+(bertfast.ops.optimizer_step); of a bf16 parameter's master only the half is kept that it does not hold itself.
+Parameters are laid out one after another in one buffer per decay group, so that query, key and value are read as one
+matrix (bertfast.ops.linear). Skipping, clipping and loss scaling are tensors on the device: a step reads nothing back.
 """
 
 from collections.abc import Callable, Sequence
@@ -106,7 +106,7 @@ class Optimizer:
 
     def master_state(self) -> dict[str, Tensor]:
         """{parameter name: fp32 tensor}: what a checkpoint's model file holds."""
-        return {n: t for group in self.groups for n, t in zip(group.names, group.masters or group.params)}
+        return {n: t for group in self.groups for n, t in zip(group.names, group.values())}
 
     def state_dict(self) -> dict[str, Tensor]:
         """Moments and counters, flat, ready for safetensors; the masters are in the model file."""
@@ -128,11 +128,8 @@ class Optimizer:
             raise UserError(f"the checkpoint's optimiser state does not fit this model: {', '.join(wrong[:5])}")
         for name, t in targets.items():
             t.copy_(state[name])
-        with torch.no_grad():
-            for name, t in self.master_state().items():
-                t.copy_(masters[name])
-            for group in self.groups:
-                group.refresh_parameters()
+        for group in self.groups:
+            group.set_values([masters[name] for name in group.names])
 
     def culprit(self) -> str:
         """The first parameter whose value is not finite, for the message that stops a run; "" if all are."""
@@ -152,12 +149,11 @@ class _Group:
         self.weight_decay, self.lr_scale = weight_decay, lr_scale
         values = [p.detach().float().clone() for p in self.params]
         flat = lambda dtype: _flat_views(values, dtype)
-        for p, view, value in zip(self.params, flat(compute_dtype), values):
-            view.copy_(value)
+        for p, view in zip(self.params, flat(compute_dtype)):
             p.data = view
-        self.masters = [] if compute_dtype == torch.float32 else flat(torch.float32)
-        for master, value in zip(self.masters, values):
-            master.copy_(value)
+        kept = {torch.float16: torch.float32, torch.bfloat16: torch.int16}  # the rest of a bf16's bits
+        self.masters = flat(kept[compute_dtype]) if compute_dtype in kept else []
+        self.set_values(values)
         self.exp_avgs, self.exp_avg_sqs = flat(torch.float32), flat(torch.float32)
         self._sums: list[Tensor] | None = None
         self._accumulating = False
@@ -185,9 +181,14 @@ class _Group:
         for p in self.params:
             p.grad = None
 
-    def refresh_parameters(self) -> None:
-        for p, master in zip(self.params, self.masters):
-            p.copy_(master)
+    @torch.no_grad()
+    def values(self) -> list[Tensor]:
+        """The parameters in fp32, to read."""
+        return ops.optimizer_step.values(self.params, self.masters)
+
+    @torch.no_grad()
+    def set_values(self, values: list[Tensor]) -> None:
+        ops.optimizer_step.set_values(self.params, self.masters, values)
 
 
 def _flat_views(like: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:

@@ -52,15 +52,44 @@ def store_float(ptr, at, size, value, WHOLE: tl.constexpr):
 
 
 @triton.jit
+def load_master(param_ptr, master_ptr, at, size, SPLIT: tl.constexpr, WHOLE: tl.constexpr):
+    """fp32 masters; SPLIT: of what a bf16 parameter, read as int16, leaves of their bits (see split_master)."""
+    if not SPLIT:
+        return load_float(master_ptr, at, size, WHOLE)
+    if WHOLE:
+        upper, rest = tl.load(param_ptr + at), tl.load(master_ptr + at)
+    else:
+        upper = tl.load(param_ptr + at, mask=at < size, other=0)
+        rest = tl.load(master_ptr + at, mask=at < size, other=0)
+    return ((upper.to(tl.int32) << 16) + rest.to(tl.int32)).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def store_master(
+    param_ptr, master_ptr, at, size, value, SPLIT: tl.constexpr, HAS_MASTER: tl.constexpr, WHOLE: tl.constexpr
+):
+    if SPLIT:
+        bits = value.to(tl.int32, bitcast=True)
+        upper = (bits + 0x8000) >> 16
+        mask = None if WHOLE else at < size
+        tl.store(param_ptr + at, upper.to(tl.int16), mask=mask)
+        tl.store(master_ptr + at, (bits - (upper << 16)).to(tl.int16), mask=mask)
+    else:
+        store_float(master_ptr, at, size, value, WHOLE)
+        if HAS_MASTER:
+            store_float(param_ptr, at, size, value, WHOLE)
+
+
+@triton.jit
 def step_block(
     param_ptr, grad_ptr, master_ptr, exp_avg_ptr, exp_avg_sq_ptr, at, size,
     lr, grad_scale, gain1, gain2, correction1, correction2, eps, weight_decay, trust,
-    PASS: tl.constexpr, HAS_MASTER: tl.constexpr, WHOLE: tl.constexpr,
+    PASS: tl.constexpr, HAS_MASTER: tl.constexpr, SPLIT: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
     """One block of a pass; returns the masters as they were and the direction of the step."""
     m = load_float(exp_avg_ptr, at, size, WHOLE)
     v = load_float(exp_avg_sq_ptr, at, size, WHOLE)
-    value = load_float(master_ptr, at, size, WHOLE)
+    value = load_master(param_ptr, master_ptr, at, size, SPLIT, WHOLE)
     if PASS != "lamb update":
         g = load_float(grad_ptr, at, size, WHOLE) * grad_scale
         m += gain1 * (g - m)
@@ -74,9 +103,7 @@ def step_block(
         u += weight_decay * value
         new = value - lr * trust * u
     if PASS != "lamb moments":
-        store_float(master_ptr, at, size, new, WHOLE)
-        if HAS_MASTER:
-            store_float(param_ptr, at, size, new, WHOLE)
+        store_master(param_ptr, master_ptr, at, size, new, SPLIT, HAS_MASTER, WHOLE)
     return value, u
 
 
@@ -87,8 +114,8 @@ def optimizer_step_kernel(
     partial_ptr,  # (2, n_programs) float32: sums of squares of master and direction, written by "lamb moments"
     lr_ptr, step_ptr, grad_scale_ptr, skip_ptr,  # float32 scalars
     n_tensors, gain1, gain2, log2_beta1, log2_beta2, eps, weight_decay,  # gain: 1 - beta
-    PASS: tl.constexpr, PARAM: tl.constexpr, GRAD: tl.constexpr, HAS_MASTER: tl.constexpr, ALIGNED: tl.constexpr,
-    TENSORS: tl.constexpr, CHUNK: tl.constexpr,
+    PASS: tl.constexpr, PARAM: tl.constexpr, GRAD: tl.constexpr, MASTER: tl.constexpr, HAS_MASTER: tl.constexpr,
+    ALIGNED: tl.constexpr, TENSORS: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
     if tl.load(skip_ptr) != 0.0:
         return
@@ -96,7 +123,8 @@ def optimizer_step_kernel(
     size = tl.load(sizes_ptr + tensor)
     param_ptr = tensor_pointer(addresses_ptr, tensor, PARAM, ALIGNED)
     grad_ptr = tensor_pointer(addresses_ptr, n_tensors + tensor, GRAD, ALIGNED)
-    master_ptr = tensor_pointer(addresses_ptr, 2 * n_tensors + tensor, tl.float32, ALIGNED)
+    master_ptr = tensor_pointer(addresses_ptr, 2 * n_tensors + tensor, MASTER, ALIGNED)
+    SPLIT: tl.constexpr = MASTER == tl.int16
     exp_avg_ptr = tensor_pointer(addresses_ptr, 3 * n_tensors + tensor, tl.float32, ALIGNED)
     exp_avg_sq_ptr = tensor_pointer(addresses_ptr, 4 * n_tensors + tensor, tl.float32, ALIGNED)
     lr, grad_scale = tl.load(lr_ptr), tl.load(grad_scale_ptr)
@@ -111,12 +139,12 @@ def optimizer_step_kernel(
         if start + BLOCK <= size:
             value, u = step_block(
                 param_ptr, grad_ptr, master_ptr, exp_avg_ptr, exp_avg_sq_ptr, at, size, lr, grad_scale,
-                gain1, gain2, correction1, correction2, eps, weight_decay, trust, PASS, HAS_MASTER, True,
+                gain1, gain2, correction1, correction2, eps, weight_decay, trust, PASS, HAS_MASTER, SPLIT, True,
             )  # fmt: skip
         else:
             value, u = step_block(
                 param_ptr, grad_ptr, master_ptr, exp_avg_ptr, exp_avg_sq_ptr, at, size, lr, grad_scale,
-                gain1, gain2, correction1, correction2, eps, weight_decay, trust, PASS, HAS_MASTER, False,
+                gain1, gain2, correction1, correction2, eps, weight_decay, trust, PASS, HAS_MASTER, SPLIT, False,
             )  # fmt: skip
         if PASS == "lamb moments":
             master_squares += value * value
@@ -243,7 +271,11 @@ def launches(
         of_type = [i for i, (p, g) in enumerate(zip(params, grads)) if (p.dtype, g.dtype) == (param_dtype, grad_dtype)]
         lists = [[group[i] for i in of_type] for group in (params, grads, masters or params, exp_avgs, exp_avg_sqs)]
         on_device, n_tensors, programs, options = table(*lists)
-        options |= {"PARAM": triton_dtype(param_dtype), "GRAD": triton_dtype(grad_dtype), "HAS_MASTER": bool(masters)}
+        split = bool(masters) and masters[0].dtype == torch.int16
+        options |= {
+            "PARAM": tl.int16 if split else triton_dtype(param_dtype), "GRAD": triton_dtype(grad_dtype),
+            "MASTER": tl.int16 if split else tl.float32, "HAS_MASTER": bool(masters),
+        }  # fmt: skip
 
         def launch(which, trust, partial, on_device=on_device, n_tensors=n_tensors, programs=programs, options=options):
             optimizer_step_kernel[(programs,)](

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from bertfast.benchmarks.cases import CASES, SEED, STREAM, run
 
 from bertfast import ops
+from bertfast.ops import optimizer_step
 from bertfast.ops.dropout import keep_mask, keep_scale, philox, threshold
 from bertfast.ops.few_rows_linear import MOST_ROWS, takes
 from bertfast.ops.gemm import suits
@@ -332,13 +333,17 @@ def test_nothing_masked_gives_zero():
     assert not any(t.grad.any() for t in (hidden, weight, bias))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-def test_adamw_equals_torch(dtype):
+MASTERS = [(torch.float32, None), (torch.bfloat16, torch.float32), (torch.bfloat16, torch.int16)]
+
+
+@pytest.mark.parametrize(("dtype", "kept"), MASTERS, ids=["fp32", "bf16", "bf16 and the rest of its bits"])
+def test_adamw_equals_torch(dtype, kept):
     torch.manual_seed(1)
     shapes = [(7, 33), (5,), (256, 64), (1,)]
     values = [torch.randn(s) for s in shapes]
-    masters = [v.clone() for v in values]
     params = [v.to(dtype) for v in values]
+    masters = [torch.empty_like(v, dtype=kept) for v in values] if kept else []
+    optimizer_step.set_values(params, masters, values)
     expected = [torch.nn.Parameter(v.clone()) for v in values]
     optimizer = torch.optim.AdamW(expected, lr=1e-2, betas=(0.9, 0.99), eps=1e-6, weight_decay=0.1)
     m, v = ([torch.zeros(s) for s in shapes] for _ in range(2))
@@ -350,13 +355,12 @@ def test_adamw_equals_torch(dtype):
         for e, g in zip(expected, grads):
             e.grad = g.float() * 0.5
         optimizer.step()
-        keep = masters if dtype != torch.float32 else []
         before = [t.clone() for t in (*params, *masters, *m, *v)]
         args = (scalar(1e-2), scalar(step), scalar(0.5))
-        ops.adamw_step(params, grads, keep, m, v, *args, scalar(1), beta2=0.99, weight_decay=0.1)
+        ops.adamw_step(params, grads, masters, m, v, *args, scalar(1), beta2=0.99, weight_decay=0.1)
         assert all(torch.equal(a, b) for a, b in zip(before, (*params, *masters, *m, *v))), "a skipped step moved"
-        ops.adamw_step(params, grads, keep, m, v, *args, scalar(0), beta2=0.99, weight_decay=0.1)
-    for e, value, p in zip(expected, keep or params, params):
+        ops.adamw_step(params, grads, masters, m, v, *args, scalar(0), beta2=0.99, weight_decay=0.1)
+    for e, value, p in zip(expected, optimizer_step.values(params, masters), params):
         torch.testing.assert_close(value, e.detach(), rtol=2e-6, atol=1e-6)
         assert torch.equal(p, value.to(dtype))
 

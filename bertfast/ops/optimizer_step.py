@@ -8,13 +8,54 @@ LAMB  (You et al. 2020):           u = u + weight_decay master;  master = master
     param = master in the compute dtype
 
 params, grads: compute dtype   masters, exp_avgs, exp_avg_sqs: float32   lr, step, grad_scale, skip: 0-dim float32
-`masters` is empty where the parameters are fp32 themselves. Nothing is read back from the device.
+`masters` is empty where the parameters are fp32 themselves. Those of bf16 parameters may be int16: a bf16 is the upper
+half of an fp32 number, and such a master is what it leaves of one (split_master), so that both together take 4 bytes
+an element instead of 6 (after Kalamkar et al. 2020, "Optimizing deep learning recommender systems training on CPU
+cluster architectures", split SGD). Nothing is read back from the device.
 """
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from ._define import define
+
+
+def split_master(value: Tensor) -> tuple[Tensor, Tensor]:
+    """float32 -> bf16, to the nearest (ties away from zero), and the signed rest of its bits, int16."""
+    bits = value.view(torch.int32)
+    upper = (bits + 0x8000) >> 16
+    return upper.to(torch.int16).view(torch.bfloat16), (bits - (upper << 16)).to(torch.int16)
+
+
+def join_master(param: Tensor, rest: Tensor) -> Tensor:
+    """What `split_master` split, bit for bit."""
+    return ((param.view(torch.int16).int() << 16) + rest.int()).view(torch.float32)
+
+
+def values(params: Sequence[Tensor], masters: Sequence[Tensor]) -> list[Tensor]:
+    """The fp32 values of the parameters, to read."""
+    if masters and masters[0].dtype == torch.int16:
+        return [join_master(param, rest) for param, rest in zip(params, masters)]
+    return list(masters or params)
+
+
+def _targets(param, master, new):
+    """What holds a new value, and what becomes of it there; master: None without one."""
+    if master is None:
+        return [(param, new)]
+    if master.dtype == torch.int16:
+        return list(zip((param, master), split_master(new)))
+    return [(master, new), (param, new)]
+
+
+def set_values(params: Sequence[Tensor], masters: Sequence[Tensor], new: Sequence[Tensor]) -> None:
+    """Have parameters and masters hold these fp32 values."""
+    kept: Sequence[Tensor | None] = masters or [None] * len(params)
+    for param, master, value in zip(params, kept, new):
+        for target, part in _targets(param, master, value.float()):
+            target.copy_(part)
 
 
 def _moments(grad, exp_avg, exp_avg_sq, step, grad_scale, beta1, beta2, eps):
@@ -35,22 +76,24 @@ def _store(skip, *pairs):
 def _adamw_step(
     params, grads, masters, exp_avgs, exp_avg_sqs, lr, step, grad_scale, skip, beta1, beta2, eps, weight_decay
 ):
-    for param, grad, master, exp_avg, exp_avg_sq in zip(params, grads, masters or params, exp_avgs, exp_avg_sqs):
+    lists = params, grads, masters or [None] * len(params), values(params, masters), exp_avgs, exp_avg_sqs
+    for param, grad, master, value, exp_avg, exp_avg_sq in zip(*lists):
         m, v, u = _moments(grad, exp_avg, exp_avg_sq, step, grad_scale, beta1, beta2, eps)
-        new = master * (1 - lr * weight_decay) - lr * u
-        _store(skip, (exp_avg, m), (exp_avg_sq, v), (master, new), *([(param, new)] if masters else []))
+        new = value * (1 - lr * weight_decay) - lr * u
+        _store(skip, (exp_avg, m), (exp_avg_sq, v), *_targets(param, master, new))
 
 
 def _lamb_step(
     params, grads, masters, exp_avgs, exp_avg_sqs, lr, step, grad_scale, skip, beta1, beta2, eps, weight_decay
 ):
-    for param, grad, master, exp_avg, exp_avg_sq in zip(params, grads, masters or params, exp_avgs, exp_avg_sqs):
+    lists = params, grads, masters or [None] * len(params), values(params, masters), exp_avgs, exp_avg_sqs
+    for param, grad, master, value, exp_avg, exp_avg_sq in zip(*lists):
         m, v, u = _moments(grad, exp_avg, exp_avg_sq, step, grad_scale, beta1, beta2, eps)
-        u = u + weight_decay * master
-        size, length = master.norm(), u.norm()
+        u = u + weight_decay * value
+        size, length = value.norm(), u.norm()
         trust = torch.where((size > 0) & (length > 0), size / length, 1.0)  # as in the paper's code: 1 at zero
-        new = master - lr * trust * u
-        _store(skip, (exp_avg, m), (exp_avg_sq, v), (master, new), *([(param, new)] if masters else []))
+        new = value - lr * trust * u
+        _store(skip, (exp_avg, m), (exp_avg_sq, v), *_targets(param, master, new))
 
 
 def _grad_norm(grads):

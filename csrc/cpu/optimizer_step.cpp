@@ -67,28 +67,49 @@ inline F32 direction(const float* exp_avg, const float* exp_avg_sq, S size, cons
   return F32::load(exp_avg, size) * c.unbias1 / fma(sqrt(F32::load(exp_avg_sq, size)), c.unbias2, c.eps);
 }
 
-// param: the compute copy, or null where the parameter is its own master
-template <typename param_t, typename grad_t>
-void adamw_block(param_t* param, const grad_t* grad, float* master, float* exp_avg, float* exp_avg_sq, int64_t n,
+// A master is fp32, with a compute copy `param` or, where the parameter is its own master, null; or it is what a bf16
+// parameter leaves of 32 bits.
+template <typename param_t, typename S>
+inline F32 load_master(const param_t*, const float* master, S size) {
+  return F32::load(master, size);
+}
+template <typename S>
+inline F32 load_master(const c10::BFloat16* param, const int16_t* master, S size) {
+  return F32::join(param, master, size);
+}
+template <typename param_t, typename S>
+inline void store_master(F32 value, param_t* param, float* master, S size) {
+  value.store(master, size);
+  if (param) value.store(param, size);
+}
+template <typename S>
+inline void store_master(F32 value, c10::BFloat16* param, int16_t* master, S size) {
+  value.split(param, master, size);
+}
+template <typename T>
+inline T* advanced(T* p, int64_t n) {
+  return p ? p + n : p;
+}
+
+template <typename param_t, typename grad_t, typename master_t>
+void adamw_block(param_t* param, const grad_t* grad, master_t* master, float* exp_avg, float* exp_avg_sq, int64_t n,
                  const Coefficients& c) {
   for_columns(n, [&](int64_t j, auto size) {
     update_moments(grad + j, exp_avg + j, exp_avg_sq + j, size, c);
-    const F32 w = F32::load(master + j, size);
+    const F32 w = load_master(advanced(param, j), master + j, size);
     const F32 u = fma(c.weight_decay, w, direction(exp_avg + j, exp_avg_sq + j, size, c));
-    const F32 updated = fnma(c.lr, u, w);
-    updated.store(master + j, size);
-    if (param) updated.store(param + j, size);
+    store_master(fnma(c.lr, u, w), advanced(param, j), master + j, size);
   });
 }
 
 // LAMB's first pass: the moments, and |master|^2 and |u|^2 of the block for the trust ratio.
-template <typename grad_t>
-std::array<double, 2> lamb_norms(const grad_t* grad, const float* master, float* exp_avg, float* exp_avg_sq, int64_t n,
-                                 const Coefficients& c) {
+template <typename param_t, typename grad_t, typename master_t>
+std::array<double, 2> lamb_norms(const param_t* param, const grad_t* grad, const master_t* master, float* exp_avg,
+                                 float* exp_avg_sq, int64_t n, const Coefficients& c) {
   F32 master_sq, u_sq;
   for_columns(n, [&](int64_t j, auto size) {
     update_moments(grad + j, exp_avg + j, exp_avg_sq + j, size, c);
-    const F32 w = F32::load(master + j, size);
+    const F32 w = load_master(advanced(param, j), master + j, size);
     const F32 u = keep(size, fma(c.weight_decay, w, direction(exp_avg + j, exp_avg_sq + j, size, c)));
     master_sq = fma(w, w, master_sq);
     u_sq = fma(u, u, u_sq);
@@ -97,14 +118,13 @@ std::array<double, 2> lamb_norms(const grad_t* grad, const float* master, float*
 }
 
 // LAMB's second pass, with lr times the tensor's trust ratio.
-template <typename param_t>
-void lamb_block(param_t* param, float* master, const float* exp_avg, const float* exp_avg_sq, int64_t n, F32 lr,
+template <typename param_t, typename master_t>
+void lamb_block(param_t* param, master_t* master, const float* exp_avg, const float* exp_avg_sq, int64_t n, F32 lr,
                 const Coefficients& c) {
   for_columns(n, [&](int64_t j, auto size) {
-    const F32 w = F32::load(master + j, size);
+    const F32 w = load_master(advanced(param, j), master + j, size);
     const F32 updated = fnma(lr, fma(c.weight_decay, w, direction(exp_avg + j, exp_avg_sq + j, size, c)), w);
-    updated.store(master + j, size);
-    if (param) updated.store(param + j, size);
+    store_master(updated, advanced(param, j), master + j, size);
   });
 }
 
@@ -120,28 +140,43 @@ void check_dtype(const at::Tensor& t, const char* name) {
                               " on CPU must be float32 or bfloat16, not ", t.scalar_type());
 }
 
-float* fp32_data(const at::Tensor& t, const at::Tensor& param, const char* name) {
-  TORCH_CHECK(t.scalar_type() == at::kFloat && t.is_contiguous() && t.sizes() == param.sizes(), name,
-              " must be float32, contiguous and of the parameter's shape ", param.sizes(), ", got ", t.scalar_type(),
-              " ", t.sizes());
-  return t.mutable_data_ptr<float>();
+template <typename T>
+T* state_data(const at::Tensor& t, const at::Tensor& param, const char* name) {
+  TORCH_CHECK(t.scalar_type() == c10::CppTypeToScalarType<T>::value && t.is_contiguous() && t.sizes() == param.sizes(),
+              name, " must be ", c10::CppTypeToScalarType<T>::value, ", contiguous and of the parameter's shape ",
+              param.sizes(), ", got ", t.scalar_type(), " ", t.sizes());
+  return t.mutable_data_ptr<T>();
 }
 
-// The arguments of a step, checked; state[i]: master, exp_avg, exp_avg_sq of params[i].
+// The arguments of a step, checked; state[i]: exp_avg, exp_avg_sq of params[i].
 struct Step {
-  at::TensorList params;
+  at::TensorList params, masters;
   std::vector<at::Tensor> grads;
-  std::vector<std::array<float*, 3>> state;
-  bool has_masters;
+  std::vector<std::array<float*, 2>> state;
   Coefficients c;
 
-  Step(at::TensorList params_, at::TensorList grads_, at::TensorList masters, at::TensorList exp_avgs,
+  // Calls f with the data of parameter and master i from element `at` on; the first is null where there are no masters.
+  template <typename F>
+  auto with_master(int64_t i, int64_t at, F&& f) const {
+    const at::Tensor& param = params[i];
+    if (masters.empty()) {
+      return f(static_cast<float*>(nullptr), state_data<float>(param, param, "a parameter without a master") + at);
+    }
+    if (masters[i].scalar_type() == at::kShort) {
+      return f(state_data<c10::BFloat16>(param, param, "a parameter whose master is int16") + at,
+               state_data<int16_t>(masters[i], param, "masters") + at);
+    }
+    float* master = state_data<float>(masters[i], param, "masters") + at;
+    return with_data(param, at, [&](auto* p) { return f(p, master); });
+  }
+
+  Step(at::TensorList params_, at::TensorList grads_, at::TensorList masters_, at::TensorList exp_avgs,
        at::TensorList exp_avg_sqs, const at::Tensor& lr, const at::Tensor& step, const at::Tensor& grad_scale,
        double beta1, double beta2, double eps, double weight_decay)
-      : params(params_), has_masters(!masters.empty()) {
+      : params(params_), masters(masters_) {
     const size_t n = params.size();
     TORCH_CHECK_VALUE(grads_.size() == n && exp_avgs.size() == n && exp_avg_sqs.size() == n &&
-                          (!has_masters || masters.size() == n),
+                          (masters.empty() || masters.size() == n),
                       "params, grads, exp_avgs and exp_avg_sqs need the same length, masters as well or 0");
     for (size_t i = 0; i < n; i++) {
       const at::Tensor& param = params[i];
@@ -150,8 +185,9 @@ struct Step {
       TORCH_CHECK(param.is_contiguous() && grads_[i].sizes() == param.sizes(), "params must be contiguous and grads ",
                   "of their shape, got ", param.sizes(), " and ", grads_[i].sizes());
       grads.push_back(grads_[i].contiguous());
-      state.push_back({fp32_data(has_masters ? masters[i] : param, param, "a master (or a parameter without one)"),
-                       fp32_data(exp_avgs[i], param, "exp_avgs"), fp32_data(exp_avg_sqs[i], param, "exp_avg_sqs")});
+      with_master(i, 0, [](auto*, auto*) {});
+      state.push_back({state_data<float>(exp_avgs[i], param, "exp_avgs"),
+                       state_data<float>(exp_avg_sqs[i], param, "exp_avg_sqs")});
     }
     const double t = step.item().toDouble();
     c = {static_cast<float>(grad_scale.item().toDouble()),
@@ -165,16 +201,6 @@ struct Step {
          static_cast<float>(weight_decay),
          static_cast<float>(lr.item().toDouble())};
   }
-
-  // Calls f with the data of compute copy i from element `at` on, null where there are no masters.
-  template <typename F>
-  void with_copy(int64_t i, int64_t at, F&& f) const {
-    if (has_masters) {
-      with_data(params[i], at, f);
-    } else {
-      f(static_cast<float*>(nullptr));
-    }
-  }
 };
 
 void adamw_step_cpu(at::TensorList params, at::TensorList grads, at::TensorList masters, at::TensorList exp_avgs,
@@ -184,10 +210,10 @@ void adamw_step_cpu(at::TensorList params, at::TensorList grads, at::TensorList 
   const Step s(params, grads, masters, exp_avgs, exp_avg_sqs, lr, step, grad_scale, beta1, beta2, eps, weight_decay);
   if (skip.item().toDouble() != 0) return;
   Blocks(params).for_each([&](int64_t, int64_t i, int64_t begin, int64_t end) {
-    const auto [master, exp_avg, exp_avg_sq] = s.state[i];
-    s.with_copy(i, begin, [&](auto* param) {
+    const auto [exp_avg, exp_avg_sq] = s.state[i];
+    s.with_master(i, begin, [&](auto* param, auto* master) {
       with_data(s.grads[i], begin, [&](const auto* grad) {
-        adamw_block(param, grad, master + begin, exp_avg + begin, exp_avg_sq + begin, end - begin, s.c);
+        adamw_block(param, grad, master, exp_avg + begin, exp_avg_sq + begin, end - begin, s.c);
       });
     });
   });
@@ -202,9 +228,11 @@ void lamb_step_cpu(at::TensorList params, at::TensorList grads, at::TensorList m
   const Blocks blocks(params);
   std::vector<std::array<double, 2>> norms(blocks.count());
   blocks.for_each([&](int64_t block, int64_t i, int64_t begin, int64_t end) {
-    const auto [master, exp_avg, exp_avg_sq] = s.state[i];
-    norms[block] = with_data(s.grads[i], begin, [&](const auto* grad) {
-      return lamb_norms(grad, master + begin, exp_avg + begin, exp_avg_sq + begin, end - begin, s.c);
+    const auto [exp_avg, exp_avg_sq] = s.state[i];
+    norms[block] = s.with_master(i, begin, [&](auto* param, auto* master) {
+      return with_data(s.grads[i], begin, [&](const auto* grad) {
+        return lamb_norms(param, grad, master, exp_avg + begin, exp_avg_sq + begin, end - begin, s.c);
+      });
     });
   });
   std::vector<double> trust(params.size());
@@ -216,10 +244,10 @@ void lamb_step_cpu(at::TensorList params, at::TensorList grads, at::TensorList m
     trust[i] = master_sq > 0 && u_sq > 0 ? std::sqrt(master_sq / u_sq) : 1.0;
   }
   blocks.for_each([&](int64_t, int64_t i, int64_t begin, int64_t end) {
-    const auto [master, exp_avg, exp_avg_sq] = s.state[i];
+    const auto [exp_avg, exp_avg_sq] = s.state[i];
     const F32 lr_i(static_cast<float>(lr.item().toDouble() * trust[i]));
-    s.with_copy(i, begin, [&](auto* param) {
-      lamb_block(param, master + begin, exp_avg + begin, exp_avg_sq + begin, end - begin, lr_i, s.c);
+    s.with_master(i, begin, [&](auto* param, auto* master) {
+      lamb_block(param, master, exp_avg + begin, exp_avg_sq + begin, end - begin, lr_i, s.c);
     });
   });
 }

@@ -59,6 +59,31 @@ struct Vec<float> {
   void store(c10::BFloat16* p, Whole = {}) const { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), narrow()); }
   void store(c10::BFloat16* p, Tail t) const { _mm256_mask_storeu_epi16(p, t.mask(), narrow()); }
 
+  // Of 32 bits the upper 16, a bf16, and the signed rest: exact, where a bf16 alone is rounded.
+  static Vec join(const c10::BFloat16* upper, const int16_t* rest, Whole = {}) {
+    return join(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(upper)),
+                _mm256_loadu_si256(reinterpret_cast<const __m256i*>(rest)));
+  }
+  static Vec join(const c10::BFloat16* upper, const int16_t* rest, Tail t) {
+    return join(_mm256_maskz_loadu_epi16(t.mask(), upper), _mm256_maskz_loadu_epi16(t.mask(), rest));
+  }
+  static Vec join(__m256i upper, __m256i rest) {
+    const __m512i bits = _mm512_slli_epi32(_mm512_cvtepu16_epi32(upper), 16);
+    return _mm512_castsi512_ps(_mm512_add_epi32(bits, _mm512_cvtepi16_epi32(rest)));
+  }
+  template <typename S>
+  void split(c10::BFloat16* upper, int16_t* rest, S size) const {  // to the nearest, ties away from zero
+    const __m512i bits = _mm512_castps_si512(v);
+    const __m512i rounded = _mm512_srai_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x8000)), 16);
+    const __m512i left = _mm512_sub_epi32(bits, _mm512_slli_epi32(rounded, 16));
+    const Mask mask = [&] {
+      if constexpr (std::is_same_v<S, Tail>) return size.mask();
+      return static_cast<Mask>(0xffff);
+    }();
+    _mm256_mask_storeu_epi16(upper, mask, _mm512_cvtepi32_epi16(rounded));
+    _mm256_mask_storeu_epi16(rest, mask, _mm512_cvtepi32_epi16(left));
+  }
+
   static Vec widen(__m256i a) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(a), 16)); }
   __m256i narrow() const {  // to the nearest, ties to even
 #if defined(__AVX512BF16__)
@@ -131,6 +156,44 @@ struct Vec<float> {
     scalar_t block[LANES];
     store(block);
     std::memcpy(p, block, t.n * sizeof(scalar_t));
+  }
+
+  // Of 32 bits the upper 16, a bf16, and the signed rest: exact, where a bf16 alone is rounded.
+  static Vec join(const c10::BFloat16* upper, const int16_t* rest, Whole = {}) {
+    const auto half = [&](int which) {
+      const __m128i low = _mm_loadu_si128(reinterpret_cast<const __m128i*>(rest) + which);
+      const __m256i high = _mm256_castps_si256(widen(_mm_loadu_si128(reinterpret_cast<const __m128i*>(upper) + which)));
+      return _mm256_castsi256_ps(_mm256_add_epi32(high, _mm256_cvtepi16_epi32(low)));
+    };
+    return {half(0), half(1)};
+  }
+  static Vec join(const c10::BFloat16* upper, const int16_t* rest, Tail t) {
+    c10::BFloat16 a[LANES] = {};
+    int16_t b[LANES] = {};
+    std::memcpy(a, upper, t.n * sizeof(*a));
+    std::memcpy(b, rest, t.n * sizeof(*b));
+    return join(a, b);
+  }
+  void split(c10::BFloat16* upper, int16_t* rest, Whole = {}) const {  // to the nearest, ties away from zero
+    __m256i rounded[2], left[2];
+    for (int i = 0; i < 2; i++) {
+      const __m256i bits = _mm256_castps_si256(i ? hi : lo);
+      rounded[i] = _mm256_srai_epi32(_mm256_add_epi32(bits, _mm256_set1_epi32(0x8000)), 16);
+      left[i] = _mm256_sub_epi32(bits, _mm256_slli_epi32(rounded[i], 16));
+    }
+    const auto store = [](void* p, const __m256i* a) {  // packs within 128-bit halves
+      const __m256i packed = _mm256_permute4x64_epi64(_mm256_packs_epi32(a[0], a[1]), 0b11011000);
+      _mm256_storeu_si256(static_cast<__m256i*>(p), packed);
+    };
+    store(upper, rounded);
+    store(rest, left);
+  }
+  void split(c10::BFloat16* upper, int16_t* rest, Tail t) const {
+    c10::BFloat16 a[LANES];
+    int16_t b[LANES];
+    split(a, b);
+    std::memcpy(upper, a, t.n * sizeof(*a));
+    std::memcpy(rest, b, t.n * sizeof(*b));
   }
 
   static __m256 widen(__m128i a) { return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(a), 16)); }

@@ -105,6 +105,7 @@ MUTANTS = [
     ("optimizer_step", "(firsts <= tl.program_id(0))", "(firsts < tl.program_id(0))"),
     ("optimizer_step", "value * (1.0 - lr * weight_decay) - lr * u", "value - lr * u"),
     ("optimizer_step", "tl.sqrt(v / correction2)", "tl.sqrt(v)"),
+    ("optimizer_step", "(bits + 0x8000) >> 16", "bits >> 16"),
     ("optimizer_step", "tl.sqrt_rn(tl.sum(total, 0))", "tl.sum(total, 0)"),
 ]  # fmt: skip
 

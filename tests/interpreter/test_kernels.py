@@ -177,7 +177,9 @@ def test_optimizer_step_and_grad_norm(kind, dtype):
         masters = [torch.randn(s) for s in shapes]
         masters[-1].zero_()  # LAMB's trust ratio is 1 there
         side += [[m.to(dtype) for m in masters], [torch.randn(s).to(dtype) for s in shapes]]
-        side += [masters if dtype != torch.float32 else []]
+        side += [[] if dtype == torch.float32 else masters]
+        if dtype == torch.bfloat16:  # the masters' halves
+            side[0], side[2] = map(list, zip(*map(optimizer_reference.split_master, masters)))
         side += [[torch.randn(s) for s in shapes], [torch.rand(s) for s in shapes]]
     norm = optimizer_kernels.grad_norm(kernels[1])
     torch.testing.assert_close(norm, torch.cat([g.double().flatten() for g in kernels[1]]).norm().float())
@@ -186,8 +188,9 @@ def test_optimizer_step_and_grad_norm(kind, dtype):
         for side, where in ((kernels, optimizer_kernels), (references, optimizer_reference)):
             call = getattr(where, f"{kind}_step" if where is optimizer_kernels else f"_{kind}_step")
             call(*side, *scalars, 0.9, 0.999, 1e-6, 0.1)
-        for ours, theirs in zip(kernels, references):
+        compared = ([*s[:2], optimizer_reference.values(s[0], s[2]), *s[3:]] for s in (kernels, references))
+        for ours, theirs in zip(*compared):
             for a, b in zip(ours, theirs):
                 torch.testing.assert_close(a, b, rtol=2e-6 if a.dtype == torch.float32 else 1e-2, atol=1e-6)
-    for param, master in zip(kernels[0], kernels[2]):
+    for param, master in zip(kernels[0], optimizer_reference.values(kernels[0], kernels[2])):
         assert torch.equal(param, master.to(dtype))
