@@ -149,7 +149,7 @@ def bertfast(checkpoint: str, batches: dict, precision: str, replayed: bool = Tr
         norm = graph([packed[i]], [step_seed(1, i)], LR, *counts[i])
         return graph.outputs[0].loss.detach(), norm
 
-    yield from _train(model, step, packed, before, **turns)
+    yield from _train(model, step, packed, before, **turns, state=14 if precision == "bf16" else 16)
 
 
 def hugging_face(checkpoint: str, batches: dict, attention: str, bf16: bool, compiled: bool,
@@ -198,10 +198,11 @@ def plain_torch(checkpoint: str, batches: dict, precision: str, compiled: bool, 
 
 
 def _train(model, step: Callable, batches: list[PackedBatch], before: int, turn_steps: int,
-           memory: bool = False) -> Iterator[dict]:
+           memory: bool = False, state: int = 16) -> Iterator[dict]:
     """Two steps with dropout off, a warm-up, then turns: a step to warm the caches again, and the timed ones.
 
-    memory: turns are one step each after freed pages went back to the system; they yield the step's peak.
+    memory: turns are one step each after freed pages went back to the system; they yield the step's peak. state: bytes
+    of parameter, gradient and optimiser an element.
     """
     device = next(model.parameters()).device
     model.eval()
@@ -216,7 +217,7 @@ def _train(model, step: Callable, batches: list[PackedBatch], before: int, turn_
         if memory:
             _reset_peak()
             step(done % len(batches))
-            yield {"peak": _peak() - before, "activations": _peak() - before - 16 * parameters}
+            yield {"peak": _peak() - before, "activations": _peak() - before - state * parameters}
         else:
             step(done % len(batches))
             chosen = [(done + 1 + j) % len(batches) for j in range(turn_steps)]
