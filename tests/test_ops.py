@@ -365,6 +365,28 @@ def test_adamw_equals_torch(dtype, kept):
         assert torch.equal(p, value.to(dtype))
 
 
+def test_a_split_master_is_whole_again():
+    value = torch.cat([torch.randn(1000), torch.tensor([0.0, -0.0, 1.00390625, -1.00390625, 3e38, 1e-40, -1e-40])])
+    param, rest = optimizer_step.split_master(value)
+    assert torch.equal(optimizer_step.join_master(param, rest).view(torch.int32), value.view(torch.int32))
+    assert torch.equal(param[:1000], value[:1000].bfloat16()) and param[1002] == 1.0078125  # a tie, away from zero
+
+
+def test_lamb_of_split_masters():
+    sides = []
+    for _ in range(2):
+        torch.manual_seed(3)
+        shapes = (70, 65), (5,), (1,)
+        params, masters = map(list, zip(*(optimizer_step.split_master(torch.randn(s)) for s in shapes)))
+        sides.append([params, [torch.randn(s).bfloat16() for s in shapes], masters,
+                      [torch.randn(s) for s in shapes], [torch.rand(s) for s in shapes]])
+    scalars = [torch.tensor(x) for x in (1e-2, 3.0, 0.5, 0.0)]
+    ops.lamb_step(*sides[0], *scalars, weight_decay=0.1)
+    optimizer_step._lamb_step(*sides[1], *scalars, 0.9, 0.999, 1e-6, 0.1)
+    for got, wanted in zip(*(optimizer_step.values(side[0], side[2]) for side in sides)):
+        torch.testing.assert_close(got, wanted, rtol=2e-6, atol=1e-6)
+
+
 def test_lamb_equals_its_definition():
     torch.manual_seed(2)
     p, g = torch.randn(8, 4), torch.randn(8, 4)
