@@ -30,13 +30,16 @@ from bertfast.optim import Optimizer
 from bertfast.step_graph import StepGraph
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-ULPS = {torch.float32: 8, torch.bfloat16: 2, torch.float16: 2}  # in fp32, of sums of a hundred terms in another order
+ULPS = {torch.float32: 4, torch.bfloat16: 2, torch.float16: 2}
 LR = 1e-3
 DEVICE = "cuda"
 
 
-def op_parity(case: Case, shape, dtype: torch.dtype, p: float) -> list[str]:
-    """What does not hold for one op: a name per output that is further from the truth than eager, or not repeatable."""
+def op_parity(case: Case, shape, dtype: torch.dtype, p: float, ulps: int) -> list[str]:
+    """What does not hold for one op: a name per output that is further from the truth than eager, or not repeatable.
+
+    ulps: of the largest value, by which it may be further.
+    """
     truth = run(case.eager, case, case.inputs(shape, torch.float64), p)
     tensors = {name: t.to(DEVICE) for name, t in case.inputs(shape, dtype).items()}
     eager = run(case.eager, case, tensors, p)
@@ -48,7 +51,7 @@ def op_parity(case: Case, shape, dtype: torch.dtype, p: float) -> list[str]:
         if truth[name].numel():
             error = (first[name].cpu().double() - truth[name]).abs().max().item()
             allowed = (eager[name].cpu().double() - truth[name]).abs().max().item()
-            allowed += ULPS[dtype] * torch.finfo(dtype).eps * truth[name].abs().max().item() + 1e-30
+            allowed += ulps * torch.finfo(dtype).eps * truth[name].abs().max().item() + 1e-30
             if not error <= allowed:
                 faults.append(f"{name} is off by {error:.3g}, allowed {allowed:.3g}")
     return faults
@@ -68,10 +71,12 @@ def parity_checks() -> Iterator[tuple[str, tuple, str, float, bool]]:
 def parity_check(check: tuple[str, tuple, str, float, bool]) -> list[str]:
     """One of `parity_checks`: what does not hold, in words."""
     op, shape, dtype, p, without_logits = check
-    limit = masked_vocab_projection.LOGITS_LIMIT
+    limit, ulps = masked_vocab_projection.LOGITS_LIMIT, ULPS[DTYPES[dtype]]
+    if without_logits and dtype == "fp32":
+        ulps *= 2  # it sums a hundred terms in another order than cuBLAS
     try:
         masked_vocab_projection.LOGITS_LIMIT = 0 if without_logits else limit
-        found = op_parity(CASES[op], shape, DTYPES[dtype], p)
+        found = op_parity(CASES[op], shape, DTYPES[dtype], p, ulps)
     finally:
         masked_vocab_projection.LOGITS_LIMIT = limit
     how = " without logits" if without_logits else ""

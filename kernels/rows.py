@@ -79,7 +79,7 @@ def row_tile(kernel: str, n_columns: int, per_thread: int) -> tuple[int, int, in
     """Rows, columns and warps of a tile of whole rows with `per_thread` elements a thread; narrow rows share a warp.
 
     32 suit a forward pass (at most 1024 columns need no barrier), 16 one that keeps more in registers: column sums, or
-    what erf needs. What was measured on this GPU goes before that.
+    what GELU needs. What was measured on this GPU goes before that.
     """
     per_thread = tuned(f"{kernel} H{n_columns}", per_thread)
     columns = max(64, triton.next_power_of_2(n_columns))

@@ -185,7 +185,7 @@ struct Step {
       TORCH_CHECK(param.is_contiguous() && grads_[i].sizes() == param.sizes(), "params must be contiguous and grads ",
                   "of their shape, got ", param.sizes(), " and ", grads_[i].sizes());
       grads.push_back(grads_[i].contiguous());
-      with_master(i, 0, [](auto*, auto*) {});
+      with_master(i, 0, [](auto*, auto*) {});  // checks both
       state.push_back({state_data<float>(exp_avgs[i], param, "exp_avgs"),
                        state_data<float>(exp_avg_sqs[i], param, "exp_avg_sqs")});
     }
