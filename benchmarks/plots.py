@@ -74,8 +74,10 @@ def _roofline(result: dict):
     """Our ops: share of the machine's peak (copy bandwidth or GEMM rate) over the bytes they move."""
     rows = [r for r in tables.measured(result) if r["contender"] == "bertfast"]
     kinds = list(dict.fromkeys(r["op"] for r in rows))
-    figure, panels = plt.subplots(1, 2, figsize=(11, 5), layout="constrained", sharey=True)
-    for axes, dtype in zip(panels, ("fp32", "bf16")):
+    dtypes = list(dict.fromkeys(r["dtype"] for r in rows))
+    size = 3 + 4 * len(dtypes), 5
+    figure, (panels,) = plt.subplots(1, len(dtypes), figsize=size, layout="constrained", sharey=True, squeeze=False)
+    for axes, dtype in zip(panels, dtypes):
         for kind, shade in zip(kinds, SHADES):
             for direction, marker in MARKERS.items():
                 chosen = [r for r in rows if (r["op"], r["dtype"], r["direction"]) == (kind, dtype, direction)]
@@ -85,10 +87,11 @@ def _roofline(result: dict):
                                  label=f"{kind} {direction}")
         axes.axhline(100, color="black", linewidth=0.8, linestyle="--")
         axes.set_xscale("log")
-        axes.set_ylim(bottom=0)
+        axes.xaxis.set_minor_formatter("")
         axes.set_xlabel("MB that must move")
         axes.set_title(dtype, loc="left", fontsize=11)
         axes.spines[["top", "right"]].set_visible(False)
+    panels[0].set_ylim(bottom=0)  # of all panels, and only now: it ends the search for their limits
     panels[0].set_ylabel("% of the machine's peak:\na copy of as many bytes, or the GEMM rate")
     handles, labels = panels[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside right upper", fontsize=8, frameon=False)
