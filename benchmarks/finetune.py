@@ -36,7 +36,7 @@ class Peer:
         import transformers
 
         torch.manual_seed(work.settings.seed)
-        self.work, self.task, self.bf16 = work, work.task, bf16
+        self.work, self.task, self.device, self.bf16 = work, work.task, work.device, bf16
         self.pad = work.tokenizer.pad_id
         cls = getattr(transformers, PEERS[work.settings.task])
         start = work.settings.model
@@ -54,7 +54,7 @@ class Peer:
             for module in self.model.modules():
                 if isinstance(module, torch.nn.Dropout):
                     module.p = work.settings.dropout
-        self.model.train()
+        self.model.to(self.device).train()
         decay = [p for p in self.model.parameters() if p.dim() > 1]
         other = [p for p in self.model.parameters() if p.dim() <= 1]
         self.optimizer = torch.optim.AdamW(
@@ -80,26 +80,26 @@ class Peer:
                 batch["labels"] = self._padded([item.target for item in items], -100)
                 del batch["token_type_ids"]
             elif task == "qa":
-                begin, end = torch.tensor([item.target for item in items]).unbind(1)
+                begin, end = torch.tensor([item.target for item in items], device=self.device).unbind(1)
                 batch.update(start_positions=begin, end_positions=end)
             else:
-                batch["labels"] = torch.from_numpy(np.array([item.target for item in items]))
+                batch["labels"] = torch.from_numpy(np.array([item.target for item in items])).to(self.device)
         return batch
 
     def _padded(self, rows: list, value: int) -> torch.Tensor:
         tensors = [torch.from_numpy(np.asarray(row, np.int64)) for row in rows]
-        return torch.nn.utils.rnn.pad_sequence(tensors, batch_first=True, padding_value=value)
+        return torch.nn.utils.rnn.pad_sequence(tensors, batch_first=True, padding_value=value).to(self.device)
 
-    def step(self, items: list[Item], lr: float) -> float:
+    def step(self, items: list[Item], lr: float) -> torch.Tensor:
         for group in self.optimizer.param_groups:
             group["lr"] = lr
-        with torch.autocast("cpu", torch.bfloat16, enabled=self.bf16):
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
             loss = self.model(**self.inputs(items)).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.work.settings.max_grad_norm)
         self.optimizer.step()
         self.optimizer.zero_grad()
-        return float(loss.detach())
+        return loss.detach()
 
     @torch.no_grad()
     def evaluate(self) -> dict[str, float]:
@@ -115,13 +115,13 @@ class Peer:
                 continue
             out = self.model(**inputs)
             if work.settings.task == "tagging":
-                rows = out.logits.argmax(-1).numpy()
+                rows = out.logits.argmax(-1).cpu().numpy()
                 outputs += [row[item.sequences[0].reads] for row, item in zip(rows, items)]
             elif work.settings.task == "qa":
-                rows = torch.stack([out.start_logits, out.end_logits], 2).numpy()
+                rows = torch.stack([out.start_logits, out.end_logits], 2).cpu().numpy()
                 outputs += [row[: item.n_tokens] for row, item in zip(rows, items)]
             else:
-                outputs += list(out.logits.numpy())
+                outputs += list(out.logits.cpu().numpy())
         return task.score(work.dev_examples, task.predictions(work.dev_examples, work.dev_items, outputs))
 
 
@@ -149,7 +149,7 @@ def trainable(contender: str, settings: Settings, folder: Path) -> tuple[FineTun
     def ours(items: list[Item], step: int) -> tuple[float, float]:
         window = Window()
         work._step(model, optimizer, items, settings.seed, step, window)
-        return float(window.loss), window.flops
+        return window.loss, window.flops
 
     return work, ours
 
@@ -162,7 +162,7 @@ def training(contender: str, settings: dict, window: float) -> Iterator[dict]:
         length, _ = Counter(work.lengths.tolist()).most_common(1)[0]
         # of one length: transformers lets padding take part in the softmax of question answering
         alike = [item for item in work.train_items if item.n_tokens == length][:CHECKED]
-        losses = [step(alike, number)[0] for number in (1, 2)]
+        losses = [float(step(alike, number)[0]) for number in (1, 2)]
         yield {} if contender == FEATURES else {"losses": losses}
         work, step = trainable(contender, chosen, Path(folder))
         batches = work._batches(chosen.seed)
@@ -172,8 +172,9 @@ def training(contender: str, settings: dict, window: float) -> Iterator[dict]:
             began, samples, flops = time.perf_counter(), 0, 0.0
             while time.perf_counter() - began < window:
                 items = next(batches)
-                flops += step(items, next(steps))[1]
-                samples += len(items)
+                loss, done = step(items, next(steps))
+                flops, samples = flops + done, samples + len(items)
+            float(loss)  # a GPU is done with what was asked of it
             yield {"seconds": (time.perf_counter() - began) / samples, "flops": flops / samples}
 
 

@@ -151,13 +151,13 @@ def speed(name: str, settings: Settings, args) -> list[dict]:
     return found
 
 
-def quality(name: str, settings: Settings, seeds: int, work: Path, threads: int) -> Iterator[tuple[dict, Any]]:
+def quality(name: str, settings: Settings, seeds: int, work: Path, args) -> Iterator[tuple[dict, Any]]:
     """(what names the row, how to get the rest)."""
     for seed in range(1, seeds + 1):
-        for contender in ("bertfast", "transformers"):
+        for contender in args.contenders.split(","):
             chosen = replace(settings, seed=seed)
             yield ({"key": name, "contender": contender, "seed": seed, "asked": settings.steps or 0},
-                   lambda c=contender, s=chosen: [in_a_process(c, s, work / "run", threads)])
+                   lambda c=contender, s=chosen: [in_a_process(c, s, work / "run", args.threads)])
 
 
 def transfer(name: str, settings: Settings, seeds: int, work: Path, threads: int) -> Iterator[tuple[dict, Any]]:
@@ -179,6 +179,7 @@ def main() -> None:
     parser.add_argument("--cases", help="names, with commas between; by default all")
     parser.add_argument("--seeds", type=int, help="instead of each case's own")
     parser.add_argument("--steps", type=int, help="instead of each case's own")
+    parser.add_argument("--contenders", default="bertfast,transformers", help="whose quality is wanted")
     parser.add_argument("--precision", choices=["fp32", "bf16"], default="fp32", help="of both contenders' training")
     parser.add_argument("--window", type=float, default=60.0)
     parser.add_argument("--rounds", type=int, default=3)
@@ -199,7 +200,7 @@ def main() -> None:
             elif args.what == "transfer":
                 wanted = transfer(name, chosen, args.seeds or TRANSFER_SEEDS, work, args.threads)
             else:
-                wanted = quality(name, chosen, args.seeds or CASES[name][4], work, args.threads)
+                wanted = quality(name, chosen, args.seeds or CASES[name][4], work, args)
             for naming, get in wanted:
                 if not any(naming.items() <= row.items() for row in found):
                     found += [{**naming, **row} for row in get()]

@@ -19,6 +19,14 @@ from .optim import _COUNTERS, Optimizer
 WARMUP = 3  # steps that compile kernels and fill caches before the capture
 
 
+def _detach(out: ModelOutput) -> ModelOutput:
+    """Rid it of autograd's graph: its gradient accumulators would live on, and bind a later capture to their stream."""
+    for field in fields(out):
+        if isinstance(value := getattr(out, field.name), Tensor):
+            setattr(out, field.name, value.detach())
+    return out
+
+
 class StepGraph:
     """One step of `model` and `optimizer` on `len(micro)` packed batches; call it for each step of a phase.
 
@@ -68,7 +76,7 @@ class StepGraph:
             out.loss.backward()
             if len(self.micro) > 1:
                 self.optimizer.accumulate()
-            self.outputs.append(out)
+            self.outputs.append(_detach(out))
         self.norm = self.optimizer.step(self.lr)
 
     def load(self, micro: list[PackedBatch], seeds: list[int], lr: float, masked: int, pairs: int) -> None:

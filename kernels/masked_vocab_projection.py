@@ -81,6 +81,14 @@ def cross_entropy_kernel(
 
 
 @triton.jit
+def add_product(total, a, b):
+    """total + a @ b; in fp32 each product is summed by itself first: an error that grows with shorter chains."""
+    if a.dtype == tl.float32:
+        return tl.fma(tl.dot(a, b, input_precision="ieee"), tl.full(total.shape, 1.0, tl.float32), total)
+    return tl.dot(a, b, total)
+
+
+@triton.jit
 def logits_tile(
     hidden_ptr, weight_ptr, bias_ptr, rows, columns, n_rows, n_columns, width,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
@@ -94,7 +102,7 @@ def logits_tile(
         inside = (first + k < width)[None, :]
         x = tl.load(hidden_ptrs + first, mask=(rows < n_rows)[:, None] & inside, other=0.0)
         w = tl.load(weight_ptrs + first, mask=(columns < n_columns)[:, None] & inside, other=0.0)
-        logits = tl.dot(x, tl.trans(w), logits, input_precision="ieee")
+        logits = add_product(logits, x, tl.trans(w))
     bias = tl.load(bias_ptr + columns, mask=columns < n_columns, other=0.0).to(tl.float32)
     return tl.where((columns < n_columns)[None, :], logits + bias[None, :], float("-inf"))
 
@@ -204,7 +212,7 @@ def add_product_kernel(
         x = tl.load(dlogits_ptr + rows[:, None] * n_block + k[None, :], mask=(rows < n_rows)[:, None], other=0.0)
         of_weight = (k < n_columns)[:, None] & (columns < width)[None, :]
         w = tl.load(weight_ptr + k.to(tl.int64)[:, None] * width + columns[None, :], mask=of_weight, other=0.0)
-        total = tl.dot(x, w, total, input_precision="ieee")
+        total = add_product(total, x, w)
     tl.store(out_ptr + rows[:, None] * width + columns[None, :], total, mask=inside)
 
 

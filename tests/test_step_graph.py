@@ -64,6 +64,7 @@ def test_a_step_and_its_preparation(n_micro):
         norm = optimizer.step(lr)
         assert torch.equal(graph(micro, seeds, lr, 6 * n_micro, 3 * n_micro), norm)
         assert torch.equal(graph.outputs[-1].loss, out.loss)
+        assert graph.outputs[-1].loss.grad_fn is None  # or autograd's nodes would outlive the step, see step_graph.py
     for a, b in zip(model.parameters(), own_model.parameters()):
         assert torch.equal(a, b)
 
