@@ -119,6 +119,7 @@ def statistics_kernel(
     labels = tl.load(labels_ptr + rows, mask=rows < n_rows, other=IGNORE_INDEX)
     peak = tl.full((ROWS,), float("-inf"), tl.float32)
     total = tl.zeros((ROWS,), tl.float32)
+    excess = tl.zeros((ROWS,), tl.float32)  # what rounding added to the total so far (Kahan 1965)
     of_label = tl.full((ROWS,), float("-inf"), tl.float32)  # where the label is not in this share
     best = tl.zeros((ROWS,), tl.int32)
     for tile in tl.range(tl.program_id(1) * n_tiles, (tl.program_id(1) + 1) * n_tiles):
@@ -131,7 +132,10 @@ def statistics_kernel(
             tile_best = tl.min(tl.where(x == tile_peak[:, None], columns[None, :], 2147483647), 1)
             best = tl.where(tile_peak > peak, tile_best, best)
             new_peak = tl.maximum(peak, tile_peak)
-            total = total * tl.exp(peak - new_peak) + tl.sum(tl.exp(x - new_peak[:, None]), 1)
+            shrink = tl.exp(peak - new_peak)
+            before, more = total * shrink, tl.sum(tl.exp(x - new_peak[:, None]), 1) - excess * shrink
+            total = before + more
+            excess = (total - before) - more
             at_label = tl.where(columns[None, :] == labels[:, None], x, float("-inf"))
             of_label = tl.maximum(of_label, tl.max(at_label, 1))
             peak = new_peak

@@ -209,7 +209,7 @@ def address_table(addresses: tuple[int, ...], sizes: tuple[int, ...], device: to
 
     Kept: the addresses repeat from step to step, and a captured CUDA graph reads the pinned copy again.
     """
-    programs = [triton.cdiv(n, CHUNK) for n in sizes]
+    programs = [-(-n // CHUNK) for n in sizes]  # cdiv is slow: a constexpr function
     firsts = [0, *accumulate(programs)]
     host = [torch.tensor(list(t), dtype=d) for t, d in
             ((addresses, torch.int64), (sizes, torch.int64), (firsts, torch.int32))]  # fmt: skip

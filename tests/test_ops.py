@@ -8,12 +8,13 @@ import torch
 import torch.nn.functional as F
 from bertfast.benchmarks.cases import CASES, SEED, STREAM, run
 
-from bertfast import ops
-from bertfast.ops import optimizer_step
+from bertfast import BertConfig, BertForPreTraining, ops
+from bertfast.ops import _define, optimizer_step
 from bertfast.ops.dropout import keep_mask, keep_scale, philox, threshold
 from bertfast.ops.few_rows_linear import MOST_ROWS, takes
 from bertfast.ops.gemm import suits
 from bertfast.ops.linear import joined_linear, linear
+from bertfast.optim import Optimizer
 
 ALL = [(c, shape, p) for c in CASES.values() for shape in c.shapes for p in ([0.0, 0.1] if c.dropout else [0.0])]
 IDS = [f"{case.name}-{shape}-p{p}".replace(" ", "") for case, shape, p in ALL]
@@ -268,6 +269,40 @@ def opcheck_samples():
     for add in (False, True):
         projected = (x, tables[0], torch.randn(5), labels, torch.tensor(0.25), into, add)
         yield "masked_vocab_projection_fwd_into", projected
+
+
+@pytest.mark.skipif(not _define._nodes, reason="the C++ extension is not loaded")
+@pytest.mark.parametrize("laid_out", [False, True], ids=["apart", "adjacent"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_autograd_nodes_in_cpp_and_in_python(dtype, laid_out, monkeypatch):
+    """A small BERT with dropout, some of it frozen: the same loss and gradients, bit for bit."""
+    config = BertConfig(vocab_size=99, hidden_size=64, num_hidden_layers=2, num_attention_heads=2,
+                        intermediate_size=128, max_position_embeddings=16)  # fmt: skip
+    ids = torch.arange(40).view(4, 10) + 3
+    found = []
+    for nodes in (_define._nodes, {}):
+        monkeypatch.setattr(_define, "_nodes", nodes)
+        torch.manual_seed(0)
+        model = BertForPreTraining(config).to(dtype).train()
+        frozen = model.bert.encoder["layer"][0]
+        frozen.attention["self"].requires_grad_(False)
+        frozen.attention["output"].dense.bias.requires_grad_(False)
+        if laid_out:
+            Optimizer(model, dtype)
+        loss = model(ids, labels=ids, next_sentence_label=ids[:, 0] % 2, seed=torch.tensor([7])).loss
+        loss.backward()
+        found.append([loss, *(p.grad for p in model.parameters())])
+    for in_cpp, in_python in zip(*found):
+        assert (in_cpp is None) == (in_python is None)
+        assert in_cpp is None or torch.equal(in_cpp, in_python)
+
+
+@pytest.mark.skipif(not _define._nodes, reason="the C++ extension is not loaded")
+def test_a_second_derivative_is_refused():
+    x = torch.randn(4, 64, requires_grad=True)
+    y = ops.add_layer_norm(x, None, x, torch.ones(64), torch.zeros(64))
+    with pytest.raises(RuntimeError, match="no second derivative"):
+        torch.autograd.grad(y.sum(), x, create_graph=True)
 
 
 def test_opcheck_covers_every_op():

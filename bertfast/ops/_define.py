@@ -4,6 +4,7 @@ One schema, and up to three implementations under it:
   CompositeExplicitAutograd   the pure-torch reference: last resort, fake kernel and oracle of the tests
   CPU                         C++, registered by csrc/cpu/<op>.cpp when its shared object is loaded
   CUDA                        the Triton launcher of the same name in kernels/<op>.py, or csrc/cuda/<op>.cu
+What autograd sees is a torch.autograd.Function or, for the ops a step calls most often, its twin in C++ (`node`).
 """
 
 import functools
@@ -24,6 +25,8 @@ OPS: list[str] = []  # every defined op, in order of definition
 _library = torch.library.Library("bertfast", "DEF")
 _launchers: dict[str, str] = {}  # op -> module under bertfast.kernels that holds its launcher
 _cpu_only: set[str] = set()
+NODES = "linear", "gelu_linear", "add_layer_norm", "attention_packed"  # that csrc/cpu/autograd.cpp has
+_nodes: dict[str, Callable] = {}  # those, where it is loaded
 
 
 def define(schema: str, reference: Callable, fake: Callable | None = None, kernels: str | None = None,
@@ -51,6 +54,20 @@ def define(schema: str, reference: Callable, fake: Callable | None = None, kerne
                 _warn_of_fp16()
             return reference(*args)
         return overload(*args)
+
+    return call
+
+
+def node(name: str, in_python: Callable) -> Callable:
+    """The differentiable op `name`: the autograd node of csrc/cpu/autograd.cpp, where it is there, or `in_python`.
+
+    Both take the same arguments; the first is a tensor, whose dtype decides.
+    """
+    def call(x: torch.Tensor, *args):
+        in_cpp = _nodes.get(name)
+        if in_cpp is None or torch.compiler.is_compiling() or x.dtype == torch.float16 and x.device.type == "cpu":
+            return in_python(x, *args)
+        return in_cpp(x, *args)
 
     return call
 
@@ -102,6 +119,7 @@ def _load_extension() -> str:
                     torch.ops.load_library(path)
                 except OSError as error:  # built against another torch
                     return f"reference: {path.name} does not load ({str(error).splitlines()[0]}); rebuild it"
+                _nodes.update({name: getattr(torch.ops.bertfast, name).default for name in NODES})
                 return f"C++ ({isa})"
     return "reference: the C++ extension is not built (make install)"
 

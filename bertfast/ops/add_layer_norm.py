@@ -11,7 +11,7 @@ backward (c1, c2 are row means):
 import torch
 from torch import Tensor
 
-from ._define import define
+from ._define import define, node
 from .bias_gelu import accumulate_dtype
 from .dropout import dropout_scale
 
@@ -81,6 +81,9 @@ class _AddLayerNorm(torch.autograd.Function):
         return dx, dbias if ctx.has_bias else None, dz, dweight, dln_bias, None, None, None, None, None
 
 
+_differentiable = node("add_layer_norm", _AddLayerNorm.apply)
+
+
 def add_layer_norm(x, bias, residual, weight, ln_bias, eps=1e-12, p=0.0, seed=None, row_key=None, stream=0) -> Tensor:
     """`F.layer_norm(F.dropout(x + bias, p) + residual, (H,), weight, ln_bias, eps)` in one pass.
 
@@ -88,4 +91,4 @@ def add_layer_norm(x, bias, residual, weight, ln_bias, eps=1e-12, p=0.0, seed=No
     p, seed, row_key, stream: see bertfast.ops.dropout; row_key None counts rows. Raises ValueError for p outside
     [0, 1) or p > 0 without a seed.
     """
-    return _AddLayerNorm.apply(x, bias, residual, weight, ln_bias, eps, p, seed, row_key, stream)
+    return _differentiable(x, bias, residual, weight, ln_bias, eps, p, seed, row_key, stream)

@@ -18,7 +18,7 @@ import math
 import torch
 from torch import Tensor
 
-from ._define import define
+from ._define import define, node
 from .bias_gelu import accumulate_dtype
 from .dropout import keep_mask, keep_scale, require_seed
 
@@ -178,6 +178,9 @@ class _AttentionPacked(torch.autograd.Function):
         return dqkv, *(None,) * 9
 
 
+_differentiable_packed = node("attention_packed", _AttentionPacked.apply)
+
+
 def attention(
     q, k, v, cu_seqlens_q, cu_seqlens_k, max_q, max_k, *, scale=None, mask_mode="full", prefix_lens=None, p=0.0,
     seed=None, q_row_key=None, stream=0,
@@ -203,7 +206,7 @@ def attention_packed(
     Otherwise as `attention`. Returns (T, N, D).
     """
     mode, scale = _check(mask_mode, prefix_lens, scale, qkv.shape[-1], p, seed)
-    return _AttentionPacked.apply(qkv, cu_seqlens, max_seqlen, scale, mode, prefix_lens, p, seed, row_key, stream)
+    return _differentiable_packed(qkv, cu_seqlens, max_seqlen, scale, mode, prefix_lens, p, seed, row_key, stream)
 
 
 def _check(mask_mode, prefix_lens, scale, head_dim, p, seed) -> tuple[int, float]:

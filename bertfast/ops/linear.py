@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ._define import node
 from .bias_gelu import bias_gelu, bias_gelu_bwd, bias_gelu_fwd
 from .few_rows_linear import few_rows_linear, takes
 from .gemm import gemm, gemm_of_pytorch, suits
@@ -47,13 +48,13 @@ def _gemm(own: bool) -> Callable[..., Tensor]:
 
 
 class _Linear(torch.autograd.Function):
-    """n Linear layers of x: their weights, then their biases or none."""
+    """n Linear layers of x: their weights, then their biases or none. own: by `gemm`."""
 
     @staticmethod
-    def forward(ctx, x, n, *parameters):
+    def forward(ctx, x, own, n, *parameters):
         weights, biases = list(parameters[:n]), list(parameters[n:])
         ctx.save_for_backward(x, *weights)
-        ctx.has_bias, ctx.own = bool(biases), suits(x, weights[0])
+        ctx.has_bias, ctx.own = bool(biases), own
         return _gemm(ctx.own)(x, _joined(weights), _joined(biases) if biases else None, False, True)
 
     @staticmethod
@@ -65,19 +66,19 @@ class _Linear(torch.autograd.Function):
         dweight: tuple[Tensor | None, ...] = (None,) * n
         if ctx.needs_input_grad[0]:
             dx = multiply(dy, _joined(weights), None, False, False)
-        if any(ctx.needs_input_grad[2 : 2 + n]):
+        if any(ctx.needs_input_grad[3 : 3 + n]):
             dweight = multiply(dy, x, None, True, False).chunk(n)
         dbias = dy.sum(0).chunk(n) if ctx.has_bias else ()
-        return dx, None, *dweight, *dbias
+        return dx, None, None, *dweight, *dbias
 
 
 class _GeluLinear(torch.autograd.Function):
     """A Linear layer of GELU(x + bias), without a bias of its own, that keeps x alone."""
 
     @staticmethod
-    def forward(ctx, x, bias, weight):
+    def forward(ctx, x, bias, weight, own):
         ctx.save_for_backward(x, bias, weight)
-        ctx.own = suits(x, weight)
+        ctx.own = own
         return _gemm(ctx.own)(bias_gelu_fwd(x, bias), weight, None, False, True)
 
     @staticmethod
@@ -86,7 +87,11 @@ class _GeluLinear(torch.autograd.Function):
         x, bias, weight = ctx.saved_tensors
         multiply, dy = _gemm(ctx.own), dy.contiguous() if ctx.own else dy
         dweight = multiply(dy, bias_gelu_fwd(x, bias), None, True, False)
-        return *bias_gelu_bwd(multiply(dy, weight, None, False, False), x, bias), dweight
+        return *bias_gelu_bwd(multiply(dy, weight, None, False, False), x, bias), dweight, None
+
+
+_linear = node("linear", lambda x, weights, biases, own: _Linear.apply(x, own, len(weights), *weights, *biases))
+_gelu_linear = node("gelu_linear", _GeluLinear.apply)
 
 
 def _forms_again(x: Tensor, module: nn.Linear) -> bool:
@@ -104,11 +109,11 @@ def linear(x: Tensor, module: nn.Linear, gelu_bias: Tensor | None = None) -> Ten
     """
     if gelu_bias is not None:
         if _forms_again(x, module):
-            return _GeluLinear.apply(x, gelu_bias, module.weight)
+            return _gelu_linear(x, gelu_bias, module.weight, suits(x, module.weight))
         x = bias_gelu(x, gelu_bias)
     if takes(x, module):
         return few_rows_linear(x, [module.weight], [])
-    return _Linear.apply(x, 1, module.weight) if suits(x, module.weight) else F.linear(x, module.weight)
+    return _linear(x, [module.weight], [], True) if suits(x, module.weight) else F.linear(x, module.weight)
 
 
 def joined_linear(x: Tensor, *linears: nn.Linear) -> Tensor:
@@ -119,4 +124,4 @@ def joined_linear(x: Tensor, *linears: nn.Linear) -> Tensor:
     if not (torch.is_grad_enabled() or torch.compiler.is_compiling()):  # a traced length must not decide anything
         if 2 * len(x) < x.shape[1] and not _adjacent(weights):
             return torch.cat([torch.addmm(b, x, w.t()) for w, b in zip(weights, biases)], 1)
-    return _Linear.apply(x, len(weights), *weights, *biases)
+    return _linear(x, weights, biases, suits(x, weights[0]))

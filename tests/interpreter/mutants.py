@@ -90,6 +90,7 @@ MUTANTS = [
     ("masked_vocab_projection", "tl.store(row_ptr + columns, zeros", "tl.store(row_ptr + columns - first, zeros"),
     ("masked_vocab_projection", "(of_label == peak) & (peak_before < peak)", "of_label == peak"),
     ("masked_vocab_projection", "triton.cdiv(n_columns, 64) * 64", "n_columns // 64 * 64"),
+    ("masked_vocab_projection", "excess = (total - before) - more", "excess = excess"),
     ("masked_vocab_projection", "tl.where(tile_peak > peak,", "tl.where(tile_peak >= peak,"),
     ("masked_vocab_projection", "split_total * tl.exp(split_peak - new_peak)", "split_total"),
     ("masked_vocab_projection", "columns = first_column + in_block", "columns = in_block"),

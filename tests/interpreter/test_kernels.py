@@ -153,6 +153,19 @@ def test_projection_without_logits(shape, dtype, monkeypatch):
     check(CASES["masked_vocab_projection"], shape, 0.0, dtype)
 
 
+def test_a_projection_on_many_words_without_logits(monkeypatch):
+    """Its total is summed tile by tile, and must not lose what a tile adds to it: gradients as good as from logits."""
+    case, shape = CASES["masked_vocab_projection"], (70, 100, 4099)
+    truth = run(case.eager, case, case.inputs(shape, torch.float64), 0.0)
+    found = []
+    for limit in (1 << 29, 0):
+        monkeypatch.setattr(projection_kernels, "LOGITS_LIMIT", limit)
+        found.append(run(case.fused, case, case.inputs(shape, torch.float32), 0.0))
+    for name in ("dhidden", "dweight", "dbias"):
+        with_logits, without = ((out[name].double() - truth[name]).abs().max() for out in found)
+        assert without <= with_logits
+
+
 @pytest.mark.parametrize("accumulate", [False, True])
 @pytest.mark.parametrize("sink", [torch.bfloat16, torch.float32])
 def test_gradient_into_a_sink(sink, accumulate, way):
