@@ -265,12 +265,12 @@ def contenders(quick: bool, arguments: dict, memory: bool = False, bf16: bool = 
         "plain bf16": (plain_torch, {"precision": "bf16", "compiled": False}),
         "plain compiled fp32": (plain_torch, {"precision": "fp32", "compiled": True}),
         "plain compiled bf16": (plain_torch, {"precision": "bf16", "compiled": True}),
-        "HF as it comes": (hugging_face, {**SETUPS["HF sdpa fp32"], "fused": False}),
     }
-    if memory:
-        del entries["HF as it comes"]
+    if not memory:  # and two with nothing else chosen than the attention
+        entries["HF as it comes"] = hugging_face, {**SETUPS["HF sdpa fp32"], "fused": False}
+        entries["HF eager as it comes"] = hugging_face, {**SETUPS[REFERENCE], "fused": False}
     return [
-        Contender(name, make, {**arguments, **more}, keep_pages=not memory and name != "HF as it comes")
+        Contender(name, make, {**arguments, **more}, keep_pages=not memory and not name.endswith("as it comes"))
         for name, (make, more) in entries.items()
         if not (quick and "compiled" in name) and (not bf16 or "bf16" in name or name == REFERENCE)
     ]
