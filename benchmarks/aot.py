@@ -36,6 +36,7 @@ from bertfast.kernels import (
     add_layer_norm,
     attention,
     bias_gelu,
+    dropout,
     gelu_layer_norm,
     masked_vocab_projection,
     optimizer_step,
@@ -138,6 +139,8 @@ def attention_cases(dtype, d, dropouts, masks=(0,)):
 
 def other_cases(dtype):
     x, w = torch.zeros(64, 3072, dtype=dtype), torch.zeros(3072, dtype=dtype)
+    seed, key = (torch.zeros(n, dtype=torch.int64) for n in (1, 64))
+    yield "H3072", partial(dropout.dropout, x, 0.1, seed, key, 3)
     yield "I3072", partial(bias_gelu.bias_gelu_fwd, x, w)
     yield "I3072", partial(bias_gelu.bias_gelu_bwd, x, x, w)
     hidden, table, bias = (torch.zeros(s, dtype=dtype) for s in ((16, 64), (30522, 64), (30522,)))

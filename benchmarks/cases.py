@@ -239,6 +239,12 @@ CASES = {
             _rows, ROW_SHAPES,
         ),
         Case(
+            "dropout", _row_inputs,
+            lambda t, p: ops.dropout(t["x"], p, t["seed"], t["row_key"], STREAM),
+            lambda t, p: _drop(t["x"], p, t["seed"], t["row_key"]),
+            ("x",), ROW_SHAPES,
+        ),
+        Case(
             "bias_gelu", _row_inputs,
             lambda t, p: ops.bias_gelu(t["x"], t["bias"]),
             lambda t, p: F.gelu(t["x"] + t["bias"]),

@@ -18,7 +18,7 @@ from .batch import PackedBatch
 from .checkpoint import Checkpointed
 from .config import BertConfig
 from .model import BertModel, _initialise, _packed
-from .ops.dropout import dropout_scale
+from .ops import dropout
 from .ops.masked_vocab_projection import IGNORE_INDEX
 
 
@@ -90,7 +90,7 @@ class Headed(Checkpointed):
         return len(config.extra.get("id2label") or "01")  # transformers' default is two labels
 
     def _dropped(self, x: Tensor, row_key: Tensor, seed: Tensor | None) -> Tensor:
-        return x if seed is None else dropout_scale(x, self.p, seed, row_key, self.stream)
+        return x if seed is None else dropout(x, self.p, seed, row_key, self.stream)
 
     def _seed(self, seed: Tensor | None, device: torch.device) -> Tensor | None:
         """The step's dropout key, which encoder and head share; None where nothing is dropped."""

@@ -11,20 +11,10 @@ import triton.language as tl
 
 from bertfast.ops.dropout import keep_scale
 
-from .dropout import keep_mask, signed_threshold
+from .dropout import keep_mask, row_counters, signed_threshold
 from .hardware import backward_programs
 from .layer_norm import KEPT, layer_norm_gradient, load_row, store_layer_norm, tile_of_rows
 from .rows import STAGES, column_sum, row_tile, store_partial, sum_partials
-
-
-@triton.jit
-def row_counters(row_key_ptr, rows, inside, HAS_ROW_KEY: tl.constexpr):
-    """Position and sequence index (rows, 1), the dropout counters c1 and c2; without keys the row itself counts."""
-    if HAS_ROW_KEY:
-        key = tl.load(row_key_ptr + rows, mask=inside, other=0)[:, None]
-        return key.to(tl.uint32), (key >> 32).to(tl.uint32)
-    else:
-        return rows[:, None].to(tl.uint32), 0
 
 
 @triton.jit(do_not_specialize=["n_rows", "threshold", "stream"])

@@ -236,6 +236,7 @@ def opcheck_samples():
     yield "gemm", (matrices[0], matrices[2], torch.randn(64).bfloat16(), False, True)
     yield "gemm", (matrices[0], matrices[2], None, False, False)
     yield "gemm", (matrices[0], matrices[1], None, True, False)
+    yield "dropout", (x, *drop)
     yield "bias_gelu_fwd", (x, b)
     yield "bias_gelu_bwd", (dy, x, b)
     yield "add_layer_norm_fwd", (x, b, r, w, lb, 1e-12, *drop)

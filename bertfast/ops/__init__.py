@@ -4,6 +4,7 @@ from ._define import OPS, implementation, load_backends
 from .add_layer_norm import add_layer_norm
 from .attention import attention, attention_packed
 from .bias_gelu import bias_gelu
+from .dropout import dropout
 from .embedding_sum import embedding_sum
 from .few_rows_linear import few_rows_linear
 from .gelu_layer_norm import gelu_layer_norm
@@ -18,6 +19,7 @@ __all__ = [
     "attention_packed",
     "backends",
     "bias_gelu",
+    "dropout",
     "embedding_sum",
     "few_rows_linear",
     "gelu_layer_norm",

@@ -10,10 +10,15 @@ that pass BigCrush). One call serves four column blocks of 16, so that in each g
 An element is kept where its word >= threshold. `row_key` (rows,) int64 = sequence index << 32 | position, so a
 mask does not depend on packing, padding, micro-batching, ranks or tiling, and recomputing draws it again.
 `stream` is a constant of layer and site.
+
+The fused ops draw it themselves; `dropout` is for where there is nothing to fuse it with (the heads of fine-tuning).
 """
 
 import torch
 from torch import Tensor
+
+from ._define import define
+from .bias_gelu import accumulate_dtype
 
 MULTIPLIERS = 0xD2511F53, 0xCD9E8D57
 KEY_STEPS = 0x9E3779B9, 0xBB67AE85
@@ -81,3 +86,33 @@ def require_seed(seed: Tensor | None) -> Tensor:
     if seed is None:
         raise ValueError("dropout (p > 0) needs a seed: an int64 tensor with one element")
     return seed
+
+
+def _reference(x, p, seed, row_key, stream):
+    return dropout_scale(x.to(accumulate_dtype(x)), p, seed, row_key, stream).to(x.dtype)
+
+
+_op = define("dropout(Tensor x, float p, Tensor? seed, Tensor? row_key, int stream) -> Tensor", _reference,
+             kernels="dropout")  # p > 0: an op may not return what it was given
+
+
+class _Dropout(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, p, seed, row_key, stream):
+        ctx.save_for_backward(seed, row_key)
+        ctx.p, ctx.stream = p, stream
+        return _op(x, p, seed, row_key, stream)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, dy):
+        seed, row_key = ctx.saved_tensors
+        return _op(dy, ctx.p, seed, row_key, ctx.stream), None, None, None, None
+
+
+def dropout(x: Tensor, p: float, seed: Tensor | None = None, row_key: Tensor | None = None, stream: int = 0) -> Tensor:
+    """`F.dropout(x, p)` with the mask defined here. x: (T, H), row_key: (T,) or None, which counts rows.
+
+    Raises ValueError for p outside [0, 1) or p > 0 without a seed.
+    """
+    return x if p == 0.0 else _Dropout.apply(x, p, seed, row_key, stream)

@@ -18,7 +18,7 @@ import bertfast.ops  # noqa: F401 - imported here, once, for all the forked chil
 HERE = Path(__file__).parent
 KERNELS = HERE.parent.parent / "kernels"
 TESTS = {  # which core tests can see a bug in which file
-    "dropout": "add_layer_norm or attention",
+    "dropout": "add_layer_norm or attention or dropout",
     "rows": "bias_gelu or second_stage or projection",
     "add_layer_norm": "add_layer_norm or epsilon",
     "layer_norm": "layer_norm or epsilon",
@@ -29,6 +29,8 @@ TESTS = {  # which core tests can see a bug in which file
     "optimizer_step": "optimizer",
 }
 MUTANTS = [
+    ("dropout", "first = tl.program_id(1) * COLUMNS", "first = tl.program_id(1)"),
+    ("dropout", "other=0.0).to(tl.float32) * kept_scale", "other=0.0).to(tl.float32)"),
     ("dropout", "tl.join(tl.join(k0, k2), tl.join(k1, k3))", "tl.join(tl.join(k0, k1), tl.join(k2, k3))"),
     ("dropout", "column0 // 4 + tl.arange", "column0 // 2 + tl.arange"),
     ("dropout", "sequence, c3, 7)", "sequence, c3, 6)"),
