@@ -119,7 +119,8 @@ def _load_extension() -> str:
                     torch.ops.load_library(path)
                 except OSError as error:  # built against another torch
                     return f"reference: {path.name} does not load ({str(error).splitlines()[0]}); rebuild it"
-                _nodes.update({name: getattr(torch.ops.bertfast, name).default for name in NODES})
+                there = [name for name in NODES if hasattr(torch.ops.bertfast, name)]  # not where an old build lies
+                _nodes.update({name: getattr(torch.ops.bertfast, name).default for name in there})
                 return f"C++ ({isa})"
     return "reference: the C++ extension is not built (make install)"
 
