@@ -146,7 +146,7 @@ def trainable(contender: str, settings: Settings, folder: Path) -> tuple[FineTun
         return work, lambda items, step: (peer.step(items, work.learning_rate(step)), 0.0)
     optimizer = work.optimizer_for(model)
 
-    def ours(items: list[Item], step: int) -> tuple[float, float]:
+    def ours(items: list[Item], step: int) -> tuple[torch.Tensor | float, float]:
         window = Window()
         work._step(model, optimizer, items, settings.seed, step, window)
         return window.loss, window.flops
@@ -172,9 +172,10 @@ def training(contender: str, settings: dict, window: float) -> Iterator[dict]:
             began, samples, flops = time.perf_counter(), 0, 0.0
             while time.perf_counter() - began < window:
                 items = next(batches)
-                loss, done = step(items, next(steps))
-                flops, samples = flops + done, samples + len(items)
-            float(loss)  # a GPU is done with what was asked of it
+                flops += step(items, next(steps))[1]
+                samples += len(items)
+            if work.device.type == "cuda":
+                torch.cuda.synchronize()
             yield {"seconds": (time.perf_counter() - began) / samples, "flops": flops / samples}
 
 

@@ -16,6 +16,8 @@ from bertfast.ops.gemm import suits
 from bertfast.ops.linear import joined_linear, linear
 from bertfast.optim import Optimizer
 
+needs_extension = pytest.mark.skipif(not ops.backends()["add_layer_norm_fwd"]["cpu"].startswith("C++"),
+                                     reason="the C++ extension is not loaded")
 ALL = [(c, shape, p) for c in CASES.values() for shape in c.shapes for p in ([0.0, 0.1] if c.dropout else [0.0])]
 IDS = [f"{case.name}-{shape}-p{p}".replace(" ", "") for case, shape, p in ALL]
 
@@ -272,11 +274,12 @@ def opcheck_samples():
         yield "masked_vocab_projection_fwd_into", projected
 
 
-@pytest.mark.skipif(not _define._nodes, reason="the C++ extension is not loaded")
+@needs_extension
 @pytest.mark.parametrize("laid_out", [False, True], ids=["apart", "adjacent"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 def test_autograd_nodes_in_cpp_and_in_python(dtype, laid_out, monkeypatch):
     """A small BERT with dropout, some of it frozen: the same loss and gradients, bit for bit."""
+    assert set(_define._nodes) == set(_define.NODES)
     config = BertConfig(vocab_size=99, hidden_size=64, num_hidden_layers=2, num_attention_heads=2,
                         intermediate_size=128, max_position_embeddings=16)  # fmt: skip
     ids = torch.arange(40).view(4, 10) + 3
@@ -298,7 +301,7 @@ def test_autograd_nodes_in_cpp_and_in_python(dtype, laid_out, monkeypatch):
         assert in_cpp is None or torch.equal(in_cpp, in_python)
 
 
-@pytest.mark.skipif(not _define._nodes, reason="the C++ extension is not loaded")
+@needs_extension
 def test_a_second_derivative_is_refused():
     x = torch.randn(4, 64, requires_grad=True)
     y = ops.add_layer_norm(x, None, x, torch.ones(64), torch.zeros(64))

@@ -119,8 +119,11 @@ def _load_extension() -> str:
                     torch.ops.load_library(path)
                 except OSError as error:  # built against another torch
                     return f"reference: {path.name} does not load ({str(error).splitlines()[0]}); rebuild it"
-                there = [name for name in NODES if hasattr(torch.ops.bertfast, name)]  # not where an old build lies
-                _nodes.update({name: getattr(torch.ops.bertfast, name).default for name in there})
+                if hasattr(torch.ops.bertfast, NODES[-1]):
+                    _nodes.update({name: getattr(torch.ops.bertfast, name).default for name in NODES})
+                else:
+                    warnings.warn(f"bertfast: {path.name} is an old build, without autograd nodes; rebuild it (make "
+                                  "install)", stacklevel=2)
                 return f"C++ ({isa})"
     return "reference: the C++ extension is not built (make install)"
 

@@ -115,4 +115,4 @@ def dropout(x: Tensor, p: float, seed: Tensor | None = None, row_key: Tensor | N
 
     Raises ValueError for p outside [0, 1) or p > 0 without a seed.
     """
-    return x if p == 0.0 else _Dropout.apply(x, p, seed, row_key, stream)
+    return x if p == 0.0 else _Dropout.apply(x, p, require_seed(seed), row_key, stream)
