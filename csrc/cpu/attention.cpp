@@ -108,21 +108,6 @@ void for_tasks(const Problem& p, int64_t parts, F&& f) {
   });
 }
 
-// for_columns over n columns of a row of `head`, with the mask of kept lanes.
-template <bool DROP, typename F>
-inline void for_kept(int64_t n, const Dropout& dropout, int64_t row_key, int64_t head, F&& f) {
-  for (int64_t j = 0; j < n; j += 64) {
-    std::array<Mask, 4> kept{0xffff, 0xffff, 0xffff, 0xffff};
-    if constexpr (DROP) kept = dropout.keep(row_key, j / 64, static_cast<uint32_t>(head));
-    if (j + 64 <= n) {
-#pragma GCC unroll 4
-      for (int64_t k = 0; k < 4; k++) f(j + LANES * k, Whole{}, kept[k]);
-    } else {
-      for_columns(n - j, [&](int64_t k, auto size) { f(j + k, size, kept[k / LANES]); });
-    }
-  }
-}
-
 template <typename T, typename acc>
 void zero_columns(T* row, int64_t from, int64_t to) {
   for (int64_t j = round_up(from, LANES); j < to; j += LANES) Vec<acc>().store(row + j);
@@ -146,11 +131,11 @@ acc exponentiate(acc* scores, int64_t n, int64_t width, acc scale, acc max, cons
   const Vec<acc> factor(scale), minus_max(-max);
   Vec<acc> total;
   auto* out = reinterpret_cast<element_t<Word>*>(scores);  // never ahead of what is still to be read
-  for_kept<DROP>(n, dropout, row_key, head, [&](int64_t j, auto size, Mask kept) {
+  for_columns_dropped<DROP>(n, dropout, row_key, [&](int64_t j, auto size, Mask kept) {
     const Vec<acc> e = keep(size, exp2(fma(Vec<acc>::load(scores + j), factor, minus_max)));
     total += e;
     (DROP ? keep(kept, e) : e).store(out + j);
-  });
+  }, head);
   zero_columns<element_t<Word>, acc>(out, n, width);
   return sum(total);
 }
@@ -163,13 +148,13 @@ void softmax_gradient_row(const Problem& p, acc* scores, acc* dp, int64_t n, int
   const Vec<acc> minus_lse(-lse2), minus_delta(-delta);
   auto* out = reinterpret_cast<element_t<Word>*>(scores);
   auto* ds_out = reinterpret_cast<element_t<Word>*>(dp);
-  for_kept<DROP>(n, p.dropout, row_key, head, [&](int64_t j, auto size, Mask kept) {
+  for_columns_dropped<DROP>(n, p.dropout, row_key, [&](int64_t j, auto size, Mask kept) {
     const Vec<acc> e = keep(size, exp2(fma(Vec<acc>::load(scores + j), scale, minus_lse)));
     const Vec<acc> g = keep(size, Vec<acc>::load(dp + j));
     const Vec<acc> ds = e * (DROP ? fma(keep(kept, g), keep_scale, minus_delta) : g + minus_delta);
     (DROP ? keep(kept, e) : e).store(out + j);
     ds.store(ds_out + j);
-  });
+  }, head);
   zero_columns<element_t<Word>, acc>(out, n, width);
   zero_columns<element_t<Word>, acc>(ds_out, n, width);
 }

@@ -12,6 +12,7 @@ namespace bertfast {
 
 constexpr uint32_t PHILOX_M0 = 0xD2511F53, PHILOX_M1 = 0xCD9E8D57, PHILOX_W0 = 0x9E3779B9, PHILOX_W1 = 0xBB67AE85;
 constexpr int PHILOX_ROUNDS = 7;
+constexpr int GROUPS_AT_ONCE = 2;  // of 64 columns: the rounds of one, each waiting for the last, fill the gaps of the other
 
 #if defined(__AVX512F__)
 
@@ -88,47 +89,71 @@ struct Dropout {
     active = true;
   }
 
-  // Kept elements of columns 64 group .. 64 group + 63 of a row: mask k is columns 16 k .. 16 k + 15 of them.
-  std::array<Mask, 4> keep(int64_t row_key, int64_t group, uint32_t head = 0) const {
+  // Kept elements of columns 64 group .. 64 (group + GROUPS) - 1 of a row: mask k is columns 16 k .. 16 k + 15 of them.
+  template <int GROUPS>
+  std::array<Mask, 4 * GROUPS> keep(int64_t row_key, int64_t group, uint32_t head) const {
+    struct Counters {
+      U32 c0 = 0u, c1 = 0u, c2 = 0u, c3 = 0u;
+    } s[GROUPS];
     const uint64_t row = static_cast<uint64_t>(row_key);
     uint32_t k0 = key0, k1 = key1;
     // only c0 differs between lanes: half of the first two rounds is scalar
     const uint64_t product1 = (row >> 32) * PHILOX_M1;
-    U32 c0(0u), c1(0u), c2(0u), c3(0u), high(0u), low(0u);
-    multiply(counting_from(static_cast<uint32_t>(16 * group)), PHILOX_M0, high, c3);
-    c2 = xor3(high, U32(stream << 8 | head), U32(k1));
-    const uint64_t first = static_cast<uint32_t>(product1 >> 32) ^ static_cast<uint32_t>(row) ^ k0;
+    const uint64_t product0 = (static_cast<uint32_t>(product1 >> 32) ^ static_cast<uint32_t>(row) ^ k0) * uint64_t{PHILOX_M0};
+    U32 high(0u), low(0u), high1(0u), low1(0u);
+#pragma GCC unroll 4
+    for (int g = 0; g < GROUPS; g++) {
+      multiply(counting_from(static_cast<uint32_t>(16 * (group + g))), PHILOX_M0, high, s[g].c3);
+      s[g].c2 = xor3(high, U32(stream << 8 | head), U32(k1));
+    }
     k0 += PHILOX_W0, k1 += PHILOX_W1;
-    const uint64_t product0 = first * PHILOX_M0;
-    multiply(c2, PHILOX_M1, high, c1);
-    c0 = xor3(high, U32(static_cast<uint32_t>(product1)), U32(k0));
-    c2 = xor3(U32(static_cast<uint32_t>(product0 >> 32)), c3, U32(k1));
-    c3 = U32(static_cast<uint32_t>(product0));
+#pragma GCC unroll 4
+    for (auto& [c0, c1, c2, c3] : s) {
+      multiply(c2, PHILOX_M1, high, c1);
+      c0 = xor3(high, U32(static_cast<uint32_t>(product1)), U32(k0));
+      c2 = xor3(U32(static_cast<uint32_t>(product0 >> 32)), c3, U32(k1));
+      c3 = U32(static_cast<uint32_t>(product0));
+    }
+#pragma GCC unroll 8
     for (int round = 2; round < PHILOX_ROUNDS; round++) {
       k0 += PHILOX_W0, k1 += PHILOX_W1;
-      U32 high1(0u), low1(0u);
-      multiply(c0, PHILOX_M0, high, low);
-      multiply(c2, PHILOX_M1, high1, low1);
-      c0 = xor3(high1, c1, U32(k0)), c2 = xor3(high, c3, U32(k1));
-      c1 = low1, c3 = low;
+#pragma GCC unroll 4
+      for (auto& [c0, c1, c2, c3] : s) {
+        multiply(c0, PHILOX_M0, high, low);
+        multiply(c2, PHILOX_M1, high1, low1);
+        c0 = xor3(high1, c1, U32(k0)), c2 = xor3(high, c3, U32(k1));
+        c1 = low1, c3 = low;
+      }
     }
-    return {at_least(c0, threshold), at_least(c1, threshold), at_least(c2, threshold), at_least(c3, threshold)};
+    std::array<Mask, 4 * GROUPS> kept;
+#pragma GCC unroll 4
+    for (int g = 0; g < GROUPS; g++) {
+      const U32 words[] = {s[g].c0, s[g].c1, s[g].c2, s[g].c3};
+#pragma GCC unroll 4
+      for (int k = 0; k < 4; k++) kept[4 * g + k] = at_least(words[k], threshold);
+    }
+    return kept;
   }
 };
 
 // for_columns with the mask of kept lanes: f(column, Whole or Tail, Mask). DROP = false draws nothing.
 template <bool DROP, typename F>
-inline void for_columns_dropped(int64_t n, const Dropout& dropout, int64_t row_key, F&& f) {
+inline void for_columns_dropped(int64_t n, const Dropout& dropout, int64_t row_key, F&& f, uint32_t head = 0) {
   if constexpr (!DROP) {
     for_columns(n, [&](int64_t j, auto size) { f(j, size, Mask(0xffff)); });
   } else {
     int64_t j = 0;
-    for (; j + 64 <= n; j += 64) {
-      const auto kept = dropout.keep(row_key, j / 64);
-      for (int64_t k = 0; k < 4; k++) f(j + 16 * k, Whole{}, kept[k]);
-    }
+    const auto draw = [&]<int GROUPS>(std::integral_constant<int, GROUPS>) {
+      for (; j + 64 * GROUPS <= n; j += 64 * GROUPS) {
+        const auto kept = dropout.keep<GROUPS>(row_key, j / 64, head);
+#pragma GCC unroll 16
+        for (int64_t k = 0; k < 4 * GROUPS; k++) f(j + 16 * k, Whole{}, kept[k]);
+      }
+    };
+    draw(std::integral_constant<int, GROUPS_AT_ONCE>());
+    draw(std::integral_constant<int, 1>());
     if (j < n) {
-      const auto kept = dropout.keep(row_key, j / 64);
+      const auto kept = dropout.keep<1>(row_key, j / 64, head);
       for_columns(n - j, [&](int64_t k, auto size) { f(j + k, size, kept[k / 16]); });
     }
   }
