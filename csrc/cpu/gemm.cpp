@@ -16,7 +16,7 @@ namespace {
 
 using BF16 = c10::BFloat16;
 constexpr int64_t TILE = 6, VECTORS = PANEL<Pair> / LANES;
-constexpr int64_t GROUP_BYTES = 640 << 10;  // of packed B: measured 256 to 900 KiB on an L2 of 1 MiB
+constexpr int64_t GROUP_BYTES = 400 << 10;  // of packed B: the best of 200 to 640 KiB on an L2 of 1 MiB
 constexpr int64_t WOVEN = 96;               // rows of a transposed A that are woven at a time
 
 struct Product {
@@ -27,6 +27,7 @@ struct Product {
   const BF16* bias;  // of the columns, or nullptr
   BF16* c;
   int64_t c_row;
+  const Pair* next = nullptr;  // the rows of A that come after these, to be on their way meanwhile
 };
 
 template <int M>
@@ -34,15 +35,20 @@ void tile(const Product& o) {
   using T = Tile<Pair>;
   T::Register sums[M][VECTORS] = {};
   const Pair *a = o.a, *b = o.b;
-  for (int64_t step = 0; step < o.steps; step++, a += o.a_step, b += PANEL<Pair>) {
-    T::Register columns[VECTORS];
+  constexpr int64_t LINE = 64 / sizeof(Pair);  // of the cache
+  for (int64_t first = 0; first < o.steps; first += LINE) {
+    if (o.next)
+      for (int i = 0; i < M; i++) __builtin_prefetch(o.next + i * o.a_row + first, 0, 2);
+    for (int64_t n = std::min(LINE, o.steps - first); n > 0; n--, a += o.a_step, b += PANEL<Pair>) {
+      T::Register columns[VECTORS];
 #pragma GCC unroll 8
-    for (int v = 0; v < VECTORS; v++) columns[v] = load_register<Pair>(b + v * LANES);
+      for (int v = 0; v < VECTORS; v++) columns[v] = load_register<Pair>(b + v * LANES);
 #pragma GCC unroll 8
-    for (int i = 0; i < M; i++) {
-      const auto row = T::broadcast(a[i * o.a_row]);
+      for (int i = 0; i < M; i++) {
+        const auto row = T::broadcast(a[i * o.a_row]);
 #pragma GCC unroll 8
-      for (int v = 0; v < VECTORS; v++) sums[i][v] = T::multiply_add(row, columns[v], sums[i][v]);
+        for (int v = 0; v < VECTORS; v++) sums[i][v] = T::multiply_add(row, columns[v], sums[i][v]);
+      }
     }
   }
 #pragma GCC unroll 8
@@ -64,6 +70,7 @@ void multiply_group(Product o, int64_t m, int64_t panels) {
   for (; m > 0; m -= TILE, o.a += TILE * o.a_row, o.c += TILE * o.c_row) {
     Product t = o;
     for (int64_t p = 0; p < panels; p++, t.b += t.steps * PANEL<Pair>, t.c += PANEL<Pair>) {
+      if (p == panels - 1 && o.a_step == 1 && m >= 2 * TILE) t.next = o.a + TILE * o.a_row;
       tile_of(m, t);
       if (t.bias) t.bias += PANEL<Pair>;
     }
