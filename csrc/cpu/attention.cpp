@@ -170,16 +170,6 @@ void zero_rows(Heads<scalar_t> x, const Problem& p, int64_t from, int64_t to) {
     for (int64_t head = 0; head < p.n_heads; head++) std::fill_n(x.at(i, head).data, p.head_dim, scalar_t(0));
 }
 
-// Brings n rows of a head into the caches. They lie a model's width apart, where no prefetcher follows; loads all at once
-// wait for memory together, not one row's arithmetic after the other. (Of prefetches so close Zen 4 drops two in three.)
-template <typename T>
-void touch(Rows<T> x, int64_t n, int64_t dim) {
-  uint8_t bytes = 0;
-  for (int64_t i = 0; i < n; i++)
-    for (int64_t j = 0; j < dim; j += 64 / static_cast<int64_t>(sizeof(T))) bytes |= *reinterpret_cast<const uint8_t*>(x[i] + j);
-  asm volatile("" : : "r"(bytes));
-}
-
 // Carves the buffers of a task out of the thread's scratch.
 struct Carver {
   char* base = nullptr;

@@ -161,6 +161,7 @@ struct Chunk {
       acc* tile_bias = scratch<acc, 6>(tile);
       for (int64_t t = first; t < last; t++) {
         const int64_t v0 = t * tile, n_vocab = std::min(tile, V - v0);
+        touch(RowsOf<scalar_t>{weight + v0 * H, H}, n_vocab, H);
         if (copies) copy_rows<Word>(RowsOf<scalar_t>{weight + v0 * H, H}, n_vocab, H, copy, h_steps);
         const Word* left = copies ? copy : reinterpret_cast<const Word*>(weight + v0 * H);
         std::copy_n(bias + v0, n_vocab, tile_bias);
@@ -290,6 +291,7 @@ struct Chunk {
       Word* panel = scratch<Word, 9>(tile_steps * h_width);
       for (int64_t t = first; t < last; t++) {
         const int64_t v0 = t * tile, n_vocab = std::min(tile, V - v0), v_steps = steps_of<Word>(n_vocab);
+        touch(RowsOf<scalar_t>{weight + v0 * H, H}, n_vocab, H);
         form_dlogits(t, kept, scale, factor, reinterpret_cast<Element*>(by_vocab), woven, dbias);
         for (int64_t h = 0; h < columns; h += h_width) {
           const int64_t n = std::min(h_width, H - h), at = v0 * H + h;
