@@ -55,6 +55,7 @@ struct Problem {
   const int32_t* prefix_lens;  // or nullptr
   const int64_t* row_keys;     // or nullptr: counted from the sequence's start
   Dropout dropout;
+  bool from_memory;  // where q, k, v are larger than the caches
 
   int64_t queries(int64_t b) const { return cu_q[b + 1] - cu_q[b]; }
   int64_t keys(int64_t b) const { return cu_k[b + 1] - cu_k[b]; }
@@ -218,15 +219,15 @@ void forward_task(const Problem& p, const Task& task, Heads<const scalar_t> q, H
   const int64_t b = task.b, head = task.head, n_keys = p.keys(b), dim = p.head_dim;
   const auto buffers = carve<ForwardBuffers<Word>>(p, n_keys);
   const int64_t steps = steps_of<Word>(dim), key_width = panel_width<Word>(n_keys), dim_width = panel_width<Word>(dim);
-  touch(k.at(p.cu_k[b], head), n_keys, dim);
-  touch(v.at(p.cu_k[b], head), n_keys, dim);
-  pack_columns<Word>(k.at(p.cu_k[b], head), n_keys, dim, buffers.keys, key_width, buffers.block);
-  pack_rows<Word>(v.at(p.cu_k[b], head), n_keys, dim, buffers.values, dim_width);
+  const auto keys = k.at(p.cu_k[b], head), values = v.at(p.cu_k[b], head);
+  if (p.from_memory) touch(keys, n_keys, dim), touch(values, n_keys, dim);
+  pack_columns<Word>(keys, n_keys, dim, buffers.keys, key_width, buffers.block);
+  pack_rows<Word>(values, n_keys, dim, buffers.values, dim_width);
   task.for_blocks(p, [&](int64_t first, int64_t rows) {
     const int64_t row = p.cu_q[b] + first;
     int64_t seen = 0;
     for (int64_t i = 0; i < rows; i++) seen = std::max(seen, p.visible(b, first + i));
-    touch(q.at(row, head), rows, dim);
+    if (p.from_memory) touch(q.at(row, head), rows, dim);
     copy_rows<Word>(q.at(row, head), rows, dim, buffers.queries, buffers.steps);
     multiply<Word>(buffers.queries, buffers.steps, 1, buffers.keys, key_width, steps, steps, buffers.scores,
                    buffers.score_stride, rows, seen, false);
@@ -327,8 +328,7 @@ void backward_task(const Problem& p, const Task& task, const Saved<scalar_t>& s,
   const int64_t steps = steps_of<Word>(dim), key_width = panel_width<Word>(n_keys), dim_width = panel_width<Word>(dim);
   acc *dk = dkv, *dv = dkv + n_keys * buffers.dim;
   const auto k = s.k.at(p.cu_k[b], head), v = s.v.at(p.cu_k[b], head);
-  touch(k, n_keys, dim);
-  touch(v, n_keys, dim);
+  if (p.from_memory) touch(k, n_keys, dim), touch(v, n_keys, dim);
   pack_columns<Word>(k, n_keys, dim, buffers.keys, key_width, buffers.block);
   pack_columns<Word>(v, n_keys, dim, buffers.values, key_width, buffers.block);
   pack_rows<Word>(k, n_keys, dim, buffers.key_rows, dim_width);
@@ -338,9 +338,7 @@ void backward_task(const Problem& p, const Task& task, const Saved<scalar_t>& s,
     int64_t seen = 0;
     for (int64_t i = 0; i < rows; i++) seen = std::max(seen, p.visible(b, first + i));
     const auto q = s.q.at(row, head), dout = s.dout.at(row, head), out = s.out.at(row, head);
-    touch(q, rows, dim);
-    touch(dout, rows, dim);
-    touch(out, rows, dim);
+    if (p.from_memory) touch(q, rows, dim), touch(dout, rows, dim), touch(out, rows, dim);
     copy_rows<Word>(q, rows, dim, buffers.queries, buffers.steps);
     copy_rows<Word>(dout, rows, dim, buffers.douts, buffers.steps);
     pack_rows<Word>(q, rows, dim, buffers.query_rows, dim_width);
@@ -465,7 +463,7 @@ Problem problem_of(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v
   TORCH_CHECK(0 <= mask_mode && mask_mode <= 2, "mask_mode must be 0, 1 or 2, got ", mask_mode);
   Problem r{checked_bounds(cu_q, "cu_seqlens_q", q.size(0)), checked_bounds(cu_k, "cu_seqlens_k", k.size(0)),
             cu_q.numel() - 1, q.size(1), q.size(2), q.size(0), k.size(0), scale, mask_mode, nullptr, nullptr,
-            Dropout(p, seed, stream)};
+            Dropout(p, seed, stream), static_cast<int64_t>(q.nbytes() + k.nbytes() + v.nbytes()) > NEAR};
   if (mask_mode == 2) {
     TORCH_CHECK(prefix_lens && prefix_lens->scalar_type() == at::kInt && prefix_lens->is_contiguous(),
                 "prefix masks need prefix_lens, contiguous int32");

@@ -36,10 +36,11 @@ void tile(const Product& o) {
   T::Register sums[M][VECTORS] = {};
   const Pair *a = o.a, *b = o.b;
   constexpr int64_t LINE = 64 / sizeof(Pair);  // of the cache
-  for (int64_t first = 0; first < o.steps; first += LINE) {
+  const int64_t block = o.next ? LINE : o.steps;
+  for (int64_t first = 0; first < o.steps; first += block) {
     if (o.next)
       for (int i = 0; i < M; i++) __builtin_prefetch(o.next + i * o.a_row + first, 0, 2);
-    for (int64_t n = std::min(LINE, o.steps - first); n > 0; n--, a += o.a_step, b += PANEL<Pair>) {
+    for (int64_t n = std::min(block, o.steps - first); n > 0; n--, a += o.a_step, b += PANEL<Pair>) {
       T::Register columns[VECTORS];
 #pragma GCC unroll 8
       for (int v = 0; v < VECTORS; v++) columns[v] = load_register<Pair>(b + v * LANES);
@@ -67,10 +68,11 @@ void tile_of(int64_t m, const Product& o) {
 
 // m rows of C by `panels` panels: a tile's rows of A stay in L1 while B's panels pass.
 void multiply_group(Product o, int64_t m, int64_t panels) {
+  const bool ahead = o.a_step == 1 && m * o.steps * static_cast<int64_t>(sizeof(Pair)) > NEAR;
   for (; m > 0; m -= TILE, o.a += TILE * o.a_row, o.c += TILE * o.c_row) {
     Product t = o;
     for (int64_t p = 0; p < panels; p++, t.b += t.steps * PANEL<Pair>, t.c += PANEL<Pair>) {
-      if (p == panels - 1 && o.a_step == 1 && m >= 2 * TILE) t.next = o.a + TILE * o.a_row;
+      if (ahead && p == panels - 1 && m >= 2 * TILE) t.next = o.a + TILE * o.a_row;
       tile_of(m, t);
       if (t.bias) t.bias += PANEL<Pair>;
     }

@@ -163,6 +163,9 @@ struct Rows {  // row i of a matrix starts at data + i * stride
   Rows from(int64_t i) const { return {data + i * stride, stride}; }
 };
 
+// Operands of fewer bytes were left in the L2 caches by whoever wrote them: asking for them early only costs.
+constexpr int64_t NEAR = 2 << 20;
+
 // Brings n rows of k elements into the caches. Loads all at once wait for memory together, where packing and arithmetic
 // would wait row by row: no prefetcher follows rows that lie far apart. (Of prefetches so close Zen 4 drops two in three.)
 template <typename T>

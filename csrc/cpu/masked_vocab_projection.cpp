@@ -32,6 +32,7 @@ constexpr int64_t TILE = 144;                        // about so many vocabulary
 constexpr int64_t TILE_MULTIPLE = 24;                // whole register tiles of 6 or 8 rows
 constexpr int64_t KEPT_BYTES = int64_t{64} << 20;    // rows that would need more are taken in several chunks
 constexpr int64_t LEAST_ROWS = 64;                   // of a chunk
+constexpr int64_t TABLE_BYTES = int64_t{8} << 20;    // of a weight that the last call may have left in L3
 
 int64_t div_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -130,6 +131,7 @@ struct Chunk {
   const int64_t threads = at::get_num_threads();
   const int64_t tile = round_up(div_up(V, round_up(div_up(V, TILE), threads)), TILE_MULTIPLE);
   const int64_t n_tiles = div_up(V, tile), parts = std::min(threads, n_tiles);
+  const bool from_memory = V * H * static_cast<int64_t>(sizeof(scalar_t)) > TABLE_BYTES;
 
   Word* across = scratch<Word, 0>(packed_size<Word>(H, lanes));  // hidden^T: rows are lanes
   Word* down = scratch<Word, 1>(packed_size<Word>(R, columns));  // hidden: columns are lanes
@@ -161,7 +163,7 @@ struct Chunk {
       acc* tile_bias = scratch<acc, 6>(tile);
       for (int64_t t = first; t < last; t++) {
         const int64_t v0 = t * tile, n_vocab = std::min(tile, V - v0);
-        touch(RowsOf<scalar_t>{weight + v0 * H, H}, n_vocab, H);
+        if (from_memory) touch(RowsOf<scalar_t>{weight + v0 * H, H}, n_vocab, H);
         if (copies) copy_rows<Word>(RowsOf<scalar_t>{weight + v0 * H, H}, n_vocab, H, copy, h_steps);
         const Word* left = copies ? copy : reinterpret_cast<const Word*>(weight + v0 * H);
         std::copy_n(bias + v0, n_vocab, tile_bias);
@@ -291,7 +293,7 @@ struct Chunk {
       Word* panel = scratch<Word, 9>(tile_steps * h_width);
       for (int64_t t = first; t < last; t++) {
         const int64_t v0 = t * tile, n_vocab = std::min(tile, V - v0), v_steps = steps_of<Word>(n_vocab);
-        touch(RowsOf<scalar_t>{weight + v0 * H, H}, n_vocab, H);
+        if (from_memory) touch(RowsOf<scalar_t>{weight + v0 * H, H}, n_vocab, H);
         form_dlogits(t, kept, scale, factor, reinterpret_cast<Element*>(by_vocab), woven, dbias);
         for (int64_t h = 0; h < columns; h += h_width) {
           const int64_t n = std::min(h_width, H - h), at = v0 * H + h;
