@@ -60,6 +60,43 @@ def test_fp16_and_non_contiguous_inputs(case, shape):
         torch.testing.assert_close(value, run(case.fused, case, contiguous, 0.0)[name])
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("name", ["add_layer_norm", "bias_gelu", "gelu_layer_norm", "embedding_sum"])
+def test_many_rows_as_few_at_a_time(name, dtype):
+    """Rows of more bytes than the caches hold are read and written another way: the same rows, bit for bit."""
+    case, H = CASES[name], 256
+    rows = (10 << 20) // (H * dtype.itemsize) + 3  # not a multiple of the rows taken together
+    tensors = case.inputs((rows, H, 99) if name == "embedding_sum" else (rows, H), dtype)
+    p, pieces = 0.1 if case.dropout else 0.0, []
+    whole = run(case.fused, case, tensors, p)
+    for first in range(0, rows, 1000):
+        own = {n: t[first : first + 1000] if t.dim() and t.shape[0] == rows else t for n, t in tensors.items()}
+        pieces.append(run(case.fused, case, own, p))
+    for n, value in whole.items():
+        if value.shape[0] == rows:
+            assert torch.equal(value, torch.cat([piece[n] for piece in pieces])), n
+        else:
+            scale = sum(piece[n].double().abs() for piece in pieces).max()
+            total = sum(piece[n].double() for piece in pieces)
+            assert ((value.double() - total).abs() <= 32 * torch.finfo(value.dtype).eps * scale).all(), n
+
+
+@pytest.mark.parametrize("offset", [0.5, 1.0, 2.0, 30.0, 300.0])
+def test_layer_norm_of_rows_far_from_zero(offset):
+    """A mean that is large beside the deviation costs no digits of the variance."""
+    case = CASES["add_layer_norm"]
+
+    def inputs(dtype):
+        tensors = case.inputs((6, 768), torch.float32)
+        tensors["x"] = tensors["x"] + offset * torch.tensor([1.0, -1.0, 1.0, 0.0, 2.0, -0.1])[:, None]
+        return {n: t.to(dtype) if t.is_floating_point() else t for n, t in tensors.items()}
+
+    truth = run(case.eager, case, inputs(torch.float64), 0.0)
+    eager, fused = (run(call, case, inputs(torch.float32), 0.0) for call in (case.eager, case.fused))
+    for n in truth:
+        assert_no_further(n, fused[n], eager[n], truth[n])
+
+
 GRADCHECK_SHAPES = {
     "masked_vocab_projection": (5, 6, 11),
     "attention": ((4, 0, 3), 1, 2, 8),

@@ -10,7 +10,7 @@
 namespace bertfast {
 namespace {
 
-template <bool DROP, typename scalar_t, typename acc = acc_t<scalar_t>>
+template <bool DROP, bool FAR, typename scalar_t, typename acc = acc_t<scalar_t>>
 void add_layer_norm_fwd(scalar_t* y, scalar_t* z, acc* mean, acc* rstd, const scalar_t* x, const acc* bias,
                         const scalar_t* residual, const acc* weight, const acc* ln_bias, double eps,
                         const Dropout& dropout, const RowKeys& row_key, int64_t n_rows, int64_t n_columns) {
@@ -19,23 +19,24 @@ void add_layer_norm_fwd(scalar_t* y, scalar_t* z, acc* mean, acc* rstd, const sc
   for_parts(n_rows, n_parts(n_rows, n_columns), [&](int64_t, int64_t begin, int64_t end) {
     const auto gather = [&](int64_t row, acc* z_row) {
       const int64_t at = row * n_columns;
-      V total;
+      RowSums<acc> sums;
       for_columns_dropped<DROP>(n_columns, dropout, row_key[row], [&](int64_t j, auto size, Mask kept) {
-        V h = V::load(x + at + j, size);
+        V h = load_row<FAR>(x + at + j, size);
         if (bias) h += V::load(bias + j, size);
         if constexpr (DROP) h = keep(kept, h * scale);
-        const V z_j = rounded<scalar_t>(h + V::load(residual + at + j, size));
-        z_j.store(z + at + j, size);
+        const V z_j = rounded<scalar_t>(h + load_row<FAR>(residual + at + j, size));
+        store_row<FAR>(z + at + j, z_j, size);
         z_j.store(z_row + j, size);
-        total += keep(size, z_j);
+        sums.add(z_j, size);
       });
-      return sum(total);
+      return sums;
     };
     for_normalised_rows<acc>(begin, end, n_columns, eps, gather, [&](int64_t row, const acc* z_row, Statistics<acc> s) {
       mean[row] = s.mean, rstd[row] = s.rstd;
       for_columns(n_columns, [&](int64_t j, auto size) {
         const V x_hat = (V::load(z_row + j, size) - V(s.mean)) * V(s.rstd);
-        fma(x_hat, V::load(weight + j, size), V::load(ln_bias + j, size)).store(y + row * n_columns + j, size);
+        const V y_j = fma(x_hat, V::load(weight + j, size), V::load(ln_bias + j, size));
+        store_row<FAR>(y + row * n_columns + j, y_j, size);
       });
     });
   });
@@ -43,7 +44,7 @@ void add_layer_norm_fwd(scalar_t* y, scalar_t* z, acc* mean, acc* rstd, const sc
 
 // Rows row .. row + ROWS - 1: first what a row needs of all its columns, then column by column, so that the sums
 // over rows are kept in registers. masks: scratch for the kept lanes, ceil(n_columns / 16) a row.
-template <int ROWS, bool DROP, typename scalar_t, typename acc>
+template <int ROWS, bool DROP, bool FAR, typename scalar_t, typename acc>
 inline void bwd_rows(scalar_t* dz, scalar_t* dx, ColumnSums<acc>& sums, Mask* masks, const scalar_t* dy,
                      const scalar_t* z, const acc* mean, const acc* rstd, const acc* weight, const Dropout& dropout,
                      const RowKeys& row_key, int64_t row, int64_t n_columns) {
@@ -54,12 +55,12 @@ inline void bwd_rows(scalar_t* dz, scalar_t* dx, ColumnSums<acc>& sums, Mask* ma
     const int64_t at = (row + r) * n_columns;
     V sum_g, sum_gx;
     for_columns_dropped<DROP>(n_columns, dropout, row_key[row + r], [&](int64_t j, auto size, Mask kept) {
-      const V g = V::load(dy + at + j, size) * V::load(weight + j, size);
+      const V g = load_row<FAR>(dy + at + j, size) * V::load(weight + j, size);
       sum_g += g;
-      sum_gx = fma(g, (V::load(z + at + j, size) - V(mean[row + r])) * V(rstd[row + r]), sum_gx);
+      sum_gx = fma(g, load_row<FAR>(z + at + j, size) - V(mean[row + r]), sum_gx);
       if constexpr (DROP) masks[r * n_masks + j / LANES] = kept;
     });
-    c1[r] = sum(sum_g) / n_columns, c2[r] = sum(sum_gx) / n_columns;
+    c1[r] = sum(sum_g) / n_columns, c2[r] = sum(sum_gx) * rstd[row + r] / n_columns;
   }
   const V scale(static_cast<acc>(dropout.scale));
   for_columns(n_columns, [&](int64_t j, auto size) {
@@ -70,10 +71,10 @@ inline void bwd_rows(scalar_t* dz, scalar_t* dx, ColumnSums<acc>& sums, Mask* ma
       const V dy_j = V::load(dy + at, size), x_hat = (V::load(z + at, size) - V(mean[row + r])) * V(rstd[row + r]);
       const V g = unfused(dy_j * weight_j);  // so that H = 1 gives 0
       V d = V(rstd[row + r]) * fnma(V(c2[r]), x_hat, g - V(c1[r]));
-      d.store(dz + at, size);
+      store_row<FAR>(dz + at, d, size);
       if constexpr (DROP) {
         d = keep(masks[r * n_masks + j / LANES], d * scale);
-        d.store(dx + at, size);
+        store_row<FAR>(dx + at, d, size);
       }
       dbias += d;
       dweight = fma(dy_j, x_hat, dweight);
@@ -87,20 +88,22 @@ inline void bwd_rows(scalar_t* dz, scalar_t* dx, ColumnSums<acc>& sums, Mask* ma
 }
 
 // column_sums: dbias, dweight, dln_bias (3, n_columns) of each part
-template <bool DROP, typename scalar_t, typename acc = acc_t<scalar_t>>
+template <bool DROP, bool FAR, typename scalar_t, typename acc = acc_t<scalar_t>>
 void add_layer_norm_bwd(scalar_t* dz, scalar_t* dx, acc* column_sums, const scalar_t* dy, const scalar_t* z,
                         const acc* mean, const acc* rstd, const acc* weight, const Dropout& dropout,
                         const RowKeys& row_key, int64_t n_rows, int64_t n_columns, int64_t parts) {
-  constexpr int ROWS = 4;
+  // A streamed block in bf16 is half a line, which waits for the other half in one of a few buffers. They hold two
+  // rows' dz and dx; with those of four, half lines went to memory, and it all took up to 2.5 times as long.
+  constexpr int ROWS = FAR && sizeof(scalar_t) == 2 ? 2 : 4;
   for_parts(n_rows, parts, [&](int64_t part, int64_t begin, int64_t end) {
     ColumnSums<acc> sums(column_sums, part, 3 * n_columns);
     Mask* masks = scratch<Mask>(ROWS * (n_columns / LANES + 1));
     int64_t row = begin;
     for (; row + ROWS <= end; row += ROWS) {
-      bwd_rows<ROWS, DROP>(dz, dx, sums, masks, dy, z, mean, rstd, weight, dropout, row_key, row, n_columns);
+      bwd_rows<ROWS, DROP, FAR>(dz, dx, sums, masks, dy, z, mean, rstd, weight, dropout, row_key, row, n_columns);
     }
     for (; row < end; row++) {
-      bwd_rows<1, DROP>(dz, dx, sums, masks, dy, z, mean, rstd, weight, dropout, row_key, row, n_columns);
+      bwd_rows<1, DROP, FAR>(dz, dx, sums, masks, dy, z, mean, rstd, weight, dropout, row_key, row, n_columns);
     }
     sums.end();
   });
@@ -126,7 +129,11 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> add_layer_norm_fwd_cp
     using acc = acc_t<scalar_t>;
     const auto options = x.options().dtype(c10::CppTypeToScalarType<acc>::value);
     at::Tensor mean = at::empty({n_rows}, options), rstd = at::empty({n_rows}, options);
-    const auto run = dropout.active ? add_layer_norm_fwd<true, scalar_t> : add_layer_norm_fwd<false, scalar_t>;
+    const auto near = dropout.active ? &add_layer_norm_fwd<true, false, scalar_t>
+                                     : &add_layer_norm_fwd<false, false, scalar_t>;
+    const auto far = dropout.active ? &add_layer_norm_fwd<true, true, scalar_t>
+                                    : &add_layer_norm_fwd<false, true, scalar_t>;
+    const auto run = is_far(x) ? far : near;
     run(y.mutable_data_ptr<scalar_t>(), z.mutable_data_ptr<scalar_t>(), mean.mutable_data_ptr<acc>(),
         rstd.mutable_data_ptr<acc>(), x.const_data_ptr<scalar_t>(), bias ? parameter<acc, 1>(*bias) : nullptr,
         residual.const_data_ptr<scalar_t>(), parameter<acc, 2>(weight), parameter<acc, 3>(ln_bias), eps, dropout, keys,
@@ -159,7 +166,11 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> add_layer
     using acc = acc_t<scalar_t>;
     const int64_t parts = n_parts(n_rows, n_columns);
     acc* sums = scratch<acc>(ColumnSums<acc>::memory(parts, 3 * n_columns));
-    const auto run = dropout.active ? add_layer_norm_bwd<true, scalar_t> : add_layer_norm_bwd<false, scalar_t>;
+    const auto near = dropout.active ? &add_layer_norm_bwd<true, false, scalar_t>
+                                     : &add_layer_norm_bwd<false, false, scalar_t>;
+    const auto far = dropout.active ? &add_layer_norm_bwd<true, true, scalar_t>
+                                    : &add_layer_norm_bwd<false, true, scalar_t>;
+    const auto run = is_far(z) ? far : near;
     run(dz.mutable_data_ptr<scalar_t>(), dx.mutable_data_ptr<scalar_t>(), sums, dy.const_data_ptr<scalar_t>(),
         z.const_data_ptr<scalar_t>(), mean.const_data_ptr<acc>(), rstd.const_data_ptr<acc>(),
         parameter<acc, 1>(weight), dropout, keys, n_rows, n_columns, parts);

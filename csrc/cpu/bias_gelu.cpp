@@ -9,7 +9,7 @@
 namespace bertfast {
 namespace {
 
-template <typename scalar_t, typename acc = acc_t<scalar_t>>
+template <bool FAR, typename scalar_t, typename acc = acc_t<scalar_t>>
 void bias_gelu_fwd(scalar_t* y, const scalar_t* x, const acc* bias, int64_t n_rows, int64_t n_columns) {
   using V = Vec<acc>;
   for_parts(n_rows, n_parts(n_rows, n_columns), [&](int64_t, int64_t begin, int64_t end) {
@@ -17,13 +17,14 @@ void bias_gelu_fwd(scalar_t* y, const scalar_t* x, const acc* bias, int64_t n_ro
     for (int64_t row = begin; row < end; row++) {
       const int64_t at = row * n_columns;
       for_columns(n_columns, [&](int64_t j, auto size) {
-        gelu.value(V::load(x + at + j, size) + V::load(bias + j, size)).store(y + at + j, size);
+        const V z = V::load(x + at + j, size) + V::load(bias + j, size);
+        store_row<FAR>(y + at + j, gelu.value(z), size);
       });
     }
   });
 }
 
-template <typename scalar_t, typename acc = acc_t<scalar_t>>
+template <bool FAR, typename scalar_t, typename acc = acc_t<scalar_t>>
 void bias_gelu_bwd(scalar_t* dx, acc* column_sums, const scalar_t* dy, const scalar_t* x, const acc* bias,
                    int64_t n_rows, int64_t n_columns, int64_t parts) {
   using V = Vec<acc>;
@@ -35,7 +36,7 @@ void bias_gelu_bwd(scalar_t* dx, acc* column_sums, const scalar_t* dy, const sca
       for_columns(n_columns, [&](int64_t j, auto size) {
         const V z = V::load(x + at + j, size) + V::load(bias + j, size);
         const V dz = V::load(dy + at + j, size) * gelu.derivative(z);
-        dz.store(dx + at + j, size);
+        store_row<FAR>(dx + at + j, dz, size);
         dbias.add(j, size, dz);
       });
       dbias.end_row();
@@ -55,8 +56,9 @@ at::Tensor bias_gelu_fwd_cpu(const at::Tensor& x_, const at::Tensor& bias) {
   const at::Tensor x = x_.contiguous();
   at::Tensor y = at::empty(x.sizes(), x.options());
   DISPATCH_SCALAR(x.scalar_type(), "bias_gelu", [&] {
-    bias_gelu_fwd(y.mutable_data_ptr<scalar_t>(), x.const_data_ptr<scalar_t>(), parameter<acc_t<scalar_t>, 1>(bias),
-                  x.size(0), x.size(1));
+    const auto run = is_far(x) ? bias_gelu_fwd<true, scalar_t> : bias_gelu_fwd<false, scalar_t>;
+    run(y.mutable_data_ptr<scalar_t>(), x.const_data_ptr<scalar_t>(), parameter<acc_t<scalar_t>, 1>(bias), x.size(0),
+        x.size(1));
   });
   return y;
 }
@@ -73,8 +75,9 @@ std::tuple<at::Tensor, at::Tensor> bias_gelu_bwd_cpu(const at::Tensor& dy_, cons
     using acc = acc_t<scalar_t>;
     const int64_t parts = n_parts(x.size(0), x.size(1));
     acc* sums = scratch<acc>(ColumnSums<acc>::memory(parts, x.size(1)));
-    bias_gelu_bwd(dx.mutable_data_ptr<scalar_t>(), sums, dy.const_data_ptr<scalar_t>(), x.const_data_ptr<scalar_t>(),
-                  parameter<acc, 1>(bias), x.size(0), x.size(1), parts);
+    const auto run = is_far(x) ? bias_gelu_bwd<true, scalar_t> : bias_gelu_bwd<false, scalar_t>;
+    run(dx.mutable_data_ptr<scalar_t>(), sums, dy.const_data_ptr<scalar_t>(), x.const_data_ptr<scalar_t>(),
+        parameter<acc, 1>(bias), x.size(0), x.size(1), parts);
     add_parts(dbias, sums, parts, x.size(1));
   });
   return {dx, dbias};

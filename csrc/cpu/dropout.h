@@ -70,7 +70,8 @@ inline Mask at_least(U32 a, uint32_t b) {
 #endif
 
 struct Dropout {
-  uint32_t threshold = 0, key0 = 0, key1 = 0, stream = 0;
+  uint32_t threshold = 0, stream = 0;
+  uint32_t keys[2 * PHILOX_ROUNDS] = {};  // two a round; from memory an instruction spreads one over the lanes itself
   double scale = 1.0;  // 1 / P(kept), exact for the threshold
   bool active = false;
 
@@ -82,7 +83,8 @@ struct Dropout {
     TORCH_CHECK_VALUE(seed->scalar_type() == at::kLong && seed->numel() == 1,
                       "seed must be an int64 tensor with one element, got ", seed->scalar_type(), " ", seed->sizes());
     const uint64_t key = static_cast<uint64_t>(*seed->const_data_ptr<int64_t>());
-    key0 = static_cast<uint32_t>(key), key1 = static_cast<uint32_t>(key >> 32);
+    keys[0] = static_cast<uint32_t>(key), keys[1] = static_cast<uint32_t>(key >> 32);
+    for (int i = 2; i < 2 * PHILOX_ROUNDS; i++) keys[i] = keys[i - 2] + (i % 2 ? PHILOX_W1 : PHILOX_W0);
     threshold = static_cast<uint32_t>(std::min(std::nearbyint(p * 0x1p32), 0x1p32 - 1));
     scale = 0x1p32 / (0x1p32 - threshold);
     stream = static_cast<uint32_t>(stream_);
@@ -96,32 +98,30 @@ struct Dropout {
       U32 c0 = 0u, c1 = 0u, c2 = 0u, c3 = 0u;
     } s[GROUPS];
     const uint64_t row = static_cast<uint64_t>(row_key);
-    uint32_t k0 = key0, k1 = key1;
     // only c0 differs between lanes: half of the first two rounds is scalar
     const uint64_t product1 = (row >> 32) * PHILOX_M1;
-    const uint64_t product0 = (static_cast<uint32_t>(product1 >> 32) ^ static_cast<uint32_t>(row) ^ k0) * uint64_t{PHILOX_M0};
+    const uint32_t c2 = static_cast<uint32_t>(product1 >> 32) ^ static_cast<uint32_t>(row) ^ keys[0];
+    const uint64_t product0 = c2 * uint64_t{PHILOX_M0};
     U32 high(0u), low(0u), high1(0u), low1(0u);
 #pragma GCC unroll 4
     for (int g = 0; g < GROUPS; g++) {
       multiply(counting_from(static_cast<uint32_t>(16 * (group + g))), PHILOX_M0, high, s[g].c3);
-      s[g].c2 = xor3(high, U32(stream << 8 | head), U32(k1));
+      s[g].c2 = xor3(high, U32(stream << 8 | head), U32(keys[1]));
     }
-    k0 += PHILOX_W0, k1 += PHILOX_W1;
 #pragma GCC unroll 4
     for (auto& [c0, c1, c2, c3] : s) {
       multiply(c2, PHILOX_M1, high, c1);
-      c0 = xor3(high, U32(static_cast<uint32_t>(product1)), U32(k0));
-      c2 = xor3(U32(static_cast<uint32_t>(product0 >> 32)), c3, U32(k1));
+      c0 = xor3(high, U32(static_cast<uint32_t>(product1)), U32(keys[2]));
+      c2 = xor3(U32(static_cast<uint32_t>(product0 >> 32)), c3, U32(keys[3]));
       c3 = U32(static_cast<uint32_t>(product0));
     }
 #pragma GCC unroll 8
     for (int round = 2; round < PHILOX_ROUNDS; round++) {
-      k0 += PHILOX_W0, k1 += PHILOX_W1;
 #pragma GCC unroll 4
       for (auto& [c0, c1, c2, c3] : s) {
         multiply(c0, PHILOX_M0, high, low);
         multiply(c2, PHILOX_M1, high1, low1);
-        c0 = xor3(high1, c1, U32(k0)), c2 = xor3(high, c3, U32(k1));
+        c0 = xor3(high1, c1, U32(keys[2 * round])), c2 = xor3(high, c3, U32(keys[2 * round + 1]));
         c1 = low1, c3 = low;
       }
     }

@@ -26,22 +26,25 @@ struct Tables {
   const scalar_t *word, *position, *token_type;
 };
 
-// The three gathered rows of token t, summed.
+// The three gathered rows of token t, summed. The word's row of `next`, the token whose turn is next, is asked for
+// meanwhile: no prefetcher foresees it.
 template <typename scalar_t, typename acc = acc_t<scalar_t>>
 struct Gather {
-  const scalar_t *word, *position, *token_type;
+  const scalar_t *word, *position, *token_type, *next_word;
 
-  Gather(const Tables<scalar_t>& tables, const Ids& ids, int64_t t, int64_t n_columns)
+  Gather(const Tables<scalar_t>& tables, const Ids& ids, int64_t t, int64_t next, int64_t n_columns)
       : word(tables.word + ids.word[t] * n_columns),
         position(tables.position + ids.position[t] * n_columns),
-        token_type(tables.token_type + ids.token_type[t] * n_columns) {}
+        token_type(tables.token_type + ids.token_type[t] * n_columns),
+        next_word(tables.word + ids.word[next] * n_columns) {}
   template <typename S>
   Vec<acc> load(int64_t j, S size) const {
+    __builtin_prefetch(next_word + j);
     return Vec<acc>::load(word + j, size) + Vec<acc>::load(position + j, size) + Vec<acc>::load(token_type + j, size);
   }
 };
 
-template <bool DROP, typename scalar_t, typename acc = acc_t<scalar_t>>
+template <bool DROP, bool FAR, typename scalar_t, typename acc = acc_t<scalar_t>>
 void embedding_sum_fwd(scalar_t* y, acc* mean, acc* rstd, const Ids& ids, const Tables<scalar_t>& tables,
                        const acc* weight, const acc* bias, double eps, const Dropout& dropout, const RowKeys& row_key,
                        int64_t n_rows, int64_t n_columns) {
@@ -49,14 +52,14 @@ void embedding_sum_fwd(scalar_t* y, acc* mean, acc* rstd, const Ids& ids, const 
   const V scale(static_cast<acc>(dropout.scale));
   for_parts(n_rows, n_parts(n_rows, n_columns), [&](int64_t, int64_t begin, int64_t end) {
     const auto gather = [&](int64_t row, acc* z) {
-      const Gather<scalar_t> tokens(tables, ids, row, n_columns);
-      V total;
+      const Gather<scalar_t> tokens(tables, ids, row, std::min(row + 1, end - 1), n_columns);
+      RowSums<acc> sums;
       for_columns(n_columns, [&](int64_t j, auto size) {
         const V z_j = tokens.load(j, size);
         z_j.store(z + j, size);
-        total += keep(size, z_j);
+        sums.add(z_j, size);
       });
-      return sum(total);
+      return sums;
     };
     for_normalised_rows<acc>(begin, end, n_columns, eps, gather, [&](int64_t row, const acc* z, Statistics<acc> s) {
       mean[row] = s.mean, rstd[row] = s.rstd;
@@ -64,7 +67,7 @@ void embedding_sum_fwd(scalar_t* y, acc* mean, acc* rstd, const Ids& ids, const 
         const V x_hat = (V::load(z + j, size) - V(s.mean)) * V(s.rstd);
         V y_j = fma(x_hat, V::load(weight + j, size), V::load(bias + j, size));
         if constexpr (DROP) y_j = keep(kept, y_j * scale);
-        y_j.store(y + row * n_columns + j, size);
+        store_row<FAR>(y + row * n_columns + j, y_j, size);
       });
     });
   });
@@ -124,10 +127,12 @@ void embedding_sum_bwd(table_t* dword, acc* column_sums, acc* tables_sums, const
         segment = word == ids.word[order[end - 1]] ? first + H : interior;
         std::fill_n(segment, H, acc(0));
       }
-      const Gather<scalar_t> gather(tables, ids, row, H);
+      const int64_t next = order[std::min(i + 1, end - 1)];
+      const Gather<scalar_t> gather(tables, ids, row, next, H);
       const V row_mean(mean[row]), row_rstd(rstd[row]);
       V sum_g, sum_gx;
       for_columns_dropped<DROP>(H, dropout, row_key[row], [&](int64_t j, auto size, Mask kept) {
+        __builtin_prefetch(dy + next * H + j);
         V dy_j = V::load(dy + row * H + j, size);
         if constexpr (DROP) dy_j = keep(kept, dy_j * scale);
         const V x_hat_j = (gather.load(j, size) - row_mean) * row_rstd, g = dy_j * V::load(weight + j, size);
@@ -232,7 +237,11 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> embedding_sum_fwd_cpu(
     using acc = acc_t<scalar_t>;
     const auto options = word.options().dtype(c10::CppTypeToScalarType<acc>::value);
     at::Tensor mean = at::empty({in.n_rows()}, options), rstd = at::empty({in.n_rows()}, options);
-    const auto run = dropout.active ? embedding_sum_fwd<true, scalar_t> : embedding_sum_fwd<false, scalar_t>;
+    const auto near = dropout.active ? &embedding_sum_fwd<true, false, scalar_t>
+                                     : &embedding_sum_fwd<false, false, scalar_t>;
+    const auto far = dropout.active ? &embedding_sum_fwd<true, true, scalar_t>
+                                    : &embedding_sum_fwd<false, true, scalar_t>;
+    const auto run = is_far(y) ? far : near;
     run(y.mutable_data_ptr<scalar_t>(), mean.mutable_data_ptr<acc>(), rstd.mutable_data_ptr<acc>(), in.ids(),
         in.tables<scalar_t>(), parameter<acc, 1>(weight), parameter<acc, 2>(bias), eps, dropout, keys, in.n_rows(),
         in.n_columns());

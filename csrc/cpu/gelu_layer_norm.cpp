@@ -10,33 +10,34 @@
 namespace bertfast {
 namespace {
 
-template <typename scalar_t, typename acc = acc_t<scalar_t>>
+template <bool FAR, typename scalar_t, typename acc = acc_t<scalar_t>>
 void gelu_layer_norm_fwd(scalar_t* y, acc* mean, acc* rstd, const scalar_t* x, const acc* bias, const acc* weight,
                          const acc* ln_bias, double eps, int64_t n_rows, int64_t n_columns) {
   using V = Vec<acc>;
   for_parts(n_rows, n_parts(n_rows, n_columns), [&](int64_t, int64_t begin, int64_t end) {
     const Gelu<acc> gelu;
     const auto gather = [&](int64_t row, acc* activation) {
-      V total;
+      RowSums<acc> sums;
       for_columns(n_columns, [&](int64_t j, auto size) {
-        const V a = gelu.value(V::load(x + row * n_columns + j, size) + V::load(bias + j, size));
+        const V a = gelu.value(load_row<FAR>(x + row * n_columns + j, size) + V::load(bias + j, size));
         a.store(activation + j, size);
-        total += keep(size, a);
+        sums.add(a, size);
       });
-      return sum(total);
+      return sums;
     };
     for_normalised_rows<acc>(begin, end, n_columns, eps, gather, [&](int64_t row, const acc* a, Statistics<acc> s) {
       mean[row] = s.mean, rstd[row] = s.rstd;
       for_columns(n_columns, [&](int64_t j, auto size) {
         const V x_hat = (V::load(a + j, size) - V(s.mean)) * V(s.rstd);
-        fma(x_hat, V::load(weight + j, size), V::load(ln_bias + j, size)).store(y + row * n_columns + j, size);
+        const V y_j = fma(x_hat, V::load(weight + j, size), V::load(ln_bias + j, size));
+        store_row<FAR>(y + row * n_columns + j, y_j, size);
       });
     });
   });
 }
 
 // column_sums: dbias, dweight, dln_bias (3, n_columns) of each part
-template <typename scalar_t, typename acc = acc_t<scalar_t>>
+template <bool FAR, typename scalar_t, typename acc = acc_t<scalar_t>>
 void gelu_layer_norm_bwd(scalar_t* dx, acc* column_sums, const scalar_t* dy, const scalar_t* x, const acc* bias,
                          const acc* weight, const acc* mean, const acc* rstd, int64_t n_rows, int64_t n_columns,
                          int64_t parts) {
@@ -51,12 +52,12 @@ void gelu_layer_norm_bwd(scalar_t* dx, acc* column_sums, const scalar_t* dy, con
       const V row_mean(mean[row]), row_rstd(rstd[row]);
       V sum_g, sum_gx;
       for_columns(n_columns, [&](int64_t j, auto size) {
-        const V z = V::load(x + at + j, size) + V::load(bias + j, size);
+        const V z = load_row<FAR>(x + at + j, size) + V::load(bias + j, size);
         const GeluPair<acc> activation = gelu.both(z);
         const V x_hat_j = (unfused(activation.value) - row_mean) * row_rstd;
         x_hat_j.store(x_hat + j, size);
         activation.derivative.store(derivative + j, size);
-        const V dy_j = V::load(dy + at + j, size), g = dy_j * V::load(weight + j, size);
+        const V dy_j = load_row<FAR>(dy + at + j, size), g = dy_j * V::load(weight + j, size);
         sum_g += g;
         sum_gx = fma(g, x_hat_j, sum_gx);
         sums.add(n_columns + j, size, dy_j * x_hat_j);
@@ -67,7 +68,7 @@ void gelu_layer_norm_bwd(scalar_t* dx, acc* column_sums, const scalar_t* dy, con
         const V g = unfused(V::load(dy + at + j, size) * V::load(weight + j, size));
         const V dg = row_rstd * fnma(c2, V::load(x_hat + j, size), g - c1);
         const V dz = dg * V::load(derivative + j, size);
-        dz.store(dx + at + j, size);
+        store_row<FAR>(dx + at + j, dz, size);
         sums.add(j, size, dz);
       });
       sums.end_row();
@@ -94,9 +95,10 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> gelu_layer_norm_fwd_cpu(const at:
     using acc = acc_t<scalar_t>;
     const auto options = x.options().dtype(c10::CppTypeToScalarType<acc>::value);
     at::Tensor mean = at::empty({x.size(0)}, options), rstd = at::empty({x.size(0)}, options);
-    gelu_layer_norm_fwd(y.mutable_data_ptr<scalar_t>(), mean.mutable_data_ptr<acc>(), rstd.mutable_data_ptr<acc>(),
-                        x.const_data_ptr<scalar_t>(), parameter<acc, 1>(bias), parameter<acc, 2>(weight),
-                        parameter<acc, 3>(ln_bias), eps, x.size(0), x.size(1));
+    const auto run = is_far(x) ? gelu_layer_norm_fwd<true, scalar_t> : gelu_layer_norm_fwd<false, scalar_t>;
+    run(y.mutable_data_ptr<scalar_t>(), mean.mutable_data_ptr<acc>(), rstd.mutable_data_ptr<acc>(),
+        x.const_data_ptr<scalar_t>(), parameter<acc, 1>(bias), parameter<acc, 2>(weight), parameter<acc, 3>(ln_bias),
+        eps, x.size(0), x.size(1));
     return std::make_tuple(y, mean, rstd);
   });
 }
@@ -118,9 +120,10 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> gelu_layer_norm_bwd_c
     using acc = acc_t<scalar_t>;
     const int64_t parts = n_parts(n_rows, n_columns);
     acc* sums = scratch<acc>(ColumnSums<acc>::memory(parts, 3 * n_columns));
-    gelu_layer_norm_bwd(dx.mutable_data_ptr<scalar_t>(), sums, dy.const_data_ptr<scalar_t>(),
-                        x.const_data_ptr<scalar_t>(), parameter<acc, 1>(bias), parameter<acc, 2>(weight),
-                        mean.const_data_ptr<acc>(), rstd.const_data_ptr<acc>(), n_rows, n_columns, parts);
+    const auto run = is_far(x) ? gelu_layer_norm_bwd<true, scalar_t> : gelu_layer_norm_bwd<false, scalar_t>;
+    run(dx.mutable_data_ptr<scalar_t>(), sums, dy.const_data_ptr<scalar_t>(), x.const_data_ptr<scalar_t>(),
+        parameter<acc, 1>(bias), parameter<acc, 2>(weight), mean.const_data_ptr<acc>(), rstd.const_data_ptr<acc>(),
+        n_rows, n_columns, parts);
     add_parts(dbias, sums, parts, 3 * n_columns);
     add_parts(dweight, sums, parts, 3 * n_columns, n_columns);
     add_parts(dln_bias, sums, parts, 3 * n_columns, 2 * n_columns);

@@ -24,6 +24,7 @@ struct Tail {
   int64_t n;
   Mask mask() const { return static_cast<Mask>((1u << n) - 1); }
 };
+struct Streamed {};  // for stores alone: a whole block, aligned, past the caches
 
 // Calls f(column, Whole or Tail) over n columns.
 template <typename F>
@@ -58,6 +59,8 @@ struct Vec<float> {
   void store(float* p, Tail t) const { _mm512_mask_storeu_ps(p, t.mask(), v); }
   void store(c10::BFloat16* p, Whole = {}) const { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), narrow()); }
   void store(c10::BFloat16* p, Tail t) const { _mm256_mask_storeu_epi16(p, t.mask(), narrow()); }
+  void store(float* p, Streamed) const { _mm512_stream_ps(p, v); }
+  void store(c10::BFloat16* p, Streamed) const { _mm256_stream_si256(reinterpret_cast<__m256i*>(p), narrow()); }
 
   // Of 32 bits the upper 16, a bf16, and the signed rest: exact, where a bf16 alone is rounded.
   static Vec join(const c10::BFloat16* upper, const int16_t* rest, Whole = {}) {
@@ -84,7 +87,12 @@ struct Vec<float> {
     _mm256_mask_storeu_epi16(rest, mask, _mm512_cvtepi32_epi16(left));
   }
 
-  static Vec widen(__m256i a) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(a), 16)); }
+  static Vec widen(__m256i a) {  // one permutation, where a conversion would need a shift as well
+    constexpr __mmask32 upper_halves = 0xAAAAAAAA;
+    const __m512i each_twice = _mm512_set_epi16(15, 15, 14, 14, 13, 13, 12, 12, 11, 11, 10, 10, 9, 9, 8, 8, 7, 7, 6, 6,
+                                                5, 5, 4, 4, 3, 3, 2, 2, 1, 1, 0, 0);
+    return _mm512_castsi512_ps(_mm512_maskz_permutexvar_epi16(upper_halves, each_twice, _mm512_castsi256_si512(a)));
+  }
   __m256i narrow() const {  // to the nearest, ties to even
 #if defined(__AVX512BF16__)
     return (__m256i)_mm512_cvtneps_pbh(v);
@@ -141,10 +149,12 @@ struct Vec<float> {
     _mm256_storeu_ps(p, lo);
     _mm256_storeu_ps(p + 8, hi);
   }
-  void store(c10::BFloat16* p, Whole = {}) const {
-    const __m256i packed = _mm256_packus_epi32(narrow(lo), narrow(hi));  // packs within 128-bit halves
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm256_permute4x64_epi64(packed, 0b11011000));
+  void store(c10::BFloat16* p, Whole = {}) const { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), narrow()); }
+  void store(float* p, Streamed) const {
+    _mm256_stream_ps(p, lo);
+    _mm256_stream_ps(p + 8, hi);
   }
+  void store(c10::BFloat16* p, Streamed) const { _mm256_stream_si256(reinterpret_cast<__m256i*>(p), narrow()); }
   template <typename scalar_t>
   static Vec load(const scalar_t* p, Tail t) {
     scalar_t block[LANES] = {};
@@ -197,6 +207,10 @@ struct Vec<float> {
   }
 
   static __m256 widen(__m128i a) { return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(a), 16)); }
+  __m256i narrow() const {
+    const __m256i packed = _mm256_packus_epi32(narrow(lo), narrow(hi));  // packs within 128-bit halves
+    return _mm256_permute4x64_epi64(packed, 0b11011000);
+  }
   static __m256i narrow(__m256 a) {  // to the nearest, ties to even; a NaN must not round up to infinity
     const __m256i bits = _mm256_castps_si256(a);
     const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
@@ -294,6 +308,7 @@ struct Vec<double> {
     return r;
   }
   void store(double* p, Whole = {}) const { store(p, Tail{LANES}); }
+  void store(double* p, Streamed) const { store(p); }
   void store(double* p, Tail t) const { std::copy_n(v, t.n, p); }
 };
 using F64 = Vec<double>;
