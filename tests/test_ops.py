@@ -68,6 +68,7 @@ def test_many_rows_as_few_at_a_time(name, dtype):
     rows = (10 << 20) // (H * dtype.itemsize) + 3  # not a multiple of the rows taken together
     tensors = case.inputs((rows, H, 99) if name == "embedding_sum" else (rows, H), dtype)
     p, pieces = 0.1 if case.dropout else 0.0, []
+    ulps = 16 if name == "embedding_sum" and dtype == torch.float32 else 2  # a table's row is summed in one chain
     whole = run(case.fused, case, tensors, p)
     for first in range(0, rows, 1000):
         own = {n: t[first : first + 1000] if t.dim() and t.shape[0] == rows else t for n, t in tensors.items()}
@@ -78,7 +79,7 @@ def test_many_rows_as_few_at_a_time(name, dtype):
         else:
             scale = sum(piece[n].double().abs() for piece in pieces).max()
             total = sum(piece[n].double() for piece in pieces)
-            assert ((value.double() - total).abs() <= 32 * torch.finfo(value.dtype).eps * scale).all(), n
+            assert ((value.double() - total).abs() <= ulps * torch.finfo(value.dtype).eps * scale).all(), n
 
 
 @pytest.mark.parametrize("offset", [0.5, 1.0, 2.0, 30.0, 300.0])

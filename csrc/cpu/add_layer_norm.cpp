@@ -129,15 +129,13 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> add_layer_norm_fwd_cp
     using acc = acc_t<scalar_t>;
     const auto options = x.options().dtype(c10::CppTypeToScalarType<acc>::value);
     at::Tensor mean = at::empty({n_rows}, options), rstd = at::empty({n_rows}, options);
-    const auto near = dropout.active ? &add_layer_norm_fwd<true, false, scalar_t>
-                                     : &add_layer_norm_fwd<false, false, scalar_t>;
-    const auto far = dropout.active ? &add_layer_norm_fwd<true, true, scalar_t>
-                                    : &add_layer_norm_fwd<false, true, scalar_t>;
-    const auto run = is_far(x) ? far : near;
-    run(y.mutable_data_ptr<scalar_t>(), z.mutable_data_ptr<scalar_t>(), mean.mutable_data_ptr<acc>(),
-        rstd.mutable_data_ptr<acc>(), x.const_data_ptr<scalar_t>(), bias ? parameter<acc, 1>(*bias) : nullptr,
-        residual.const_data_ptr<scalar_t>(), parameter<acc, 2>(weight), parameter<acc, 3>(ln_bias), eps, dropout, keys,
-        n_rows, n_columns);
+    choose(dropout.active, is_far(x), [&](auto drop, auto far) {
+      add_layer_norm_fwd<drop, far>(
+          y.mutable_data_ptr<scalar_t>(), z.mutable_data_ptr<scalar_t>(), mean.mutable_data_ptr<acc>(),
+          rstd.mutable_data_ptr<acc>(), x.const_data_ptr<scalar_t>(), bias ? parameter<acc, 1>(*bias) : nullptr,
+          residual.const_data_ptr<scalar_t>(), parameter<acc, 2>(weight), parameter<acc, 3>(ln_bias), eps, dropout,
+          keys, n_rows, n_columns);
+    });
     return std::make_tuple(y, z, mean, rstd);
   });
 }
@@ -166,14 +164,12 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> add_layer
     using acc = acc_t<scalar_t>;
     const int64_t parts = n_parts(n_rows, n_columns);
     acc* sums = scratch<acc>(ColumnSums<acc>::memory(parts, 3 * n_columns));
-    const auto near = dropout.active ? &add_layer_norm_bwd<true, false, scalar_t>
-                                     : &add_layer_norm_bwd<false, false, scalar_t>;
-    const auto far = dropout.active ? &add_layer_norm_bwd<true, true, scalar_t>
-                                    : &add_layer_norm_bwd<false, true, scalar_t>;
-    const auto run = is_far(z) ? far : near;
-    run(dz.mutable_data_ptr<scalar_t>(), dx.mutable_data_ptr<scalar_t>(), sums, dy.const_data_ptr<scalar_t>(),
-        z.const_data_ptr<scalar_t>(), mean.const_data_ptr<acc>(), rstd.const_data_ptr<acc>(),
-        parameter<acc, 1>(weight), dropout, keys, n_rows, n_columns, parts);
+    choose(dropout.active, is_far(z), [&](auto drop, auto far) {
+      add_layer_norm_bwd<drop, far>(
+          dz.mutable_data_ptr<scalar_t>(), dx.mutable_data_ptr<scalar_t>(), sums, dy.const_data_ptr<scalar_t>(),
+          z.const_data_ptr<scalar_t>(), mean.const_data_ptr<acc>(), rstd.const_data_ptr<acc>(),
+          parameter<acc, 1>(weight), dropout, keys, n_rows, n_columns, parts);
+    });
     add_parts(dbias, sums, parts, 3 * n_columns);
     add_parts(dweight, sums, parts, 3 * n_columns, n_columns);
     add_parts(dln_bias, sums, parts, 3 * n_columns, 2 * n_columns);

@@ -74,6 +74,13 @@ inline bool is_far(const at::Tensor& t) {
   return amd && static_cast<int64_t>(t.nbytes()) >= LEAST && t.size(-1) % LANES == 0;
 }
 
+// Calls f(std::bool_constant, std::bool_constant): which of four compiled forms of a kernel runs.
+template <typename F>
+inline void choose(bool first, bool second, F&& f) {
+  const auto with = [&](auto a) { second ? f(a, std::true_type()) : f(a, std::false_type()); };
+  first ? with(std::true_type()) : with(std::false_type());
+}
+
 // A block of far rows that are read in order: what comes 512 elements later is asked for meanwhile.
 template <bool FAR, typename scalar_t, typename S>
 inline Vec<acc_t<scalar_t>> load_row(const scalar_t* p, S size) {

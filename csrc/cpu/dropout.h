@@ -100,8 +100,8 @@ struct Dropout {
     const uint64_t row = static_cast<uint64_t>(row_key);
     // only c0 differs between lanes: half of the first two rounds is scalar
     const uint64_t product1 = (row >> 32) * PHILOX_M1;
-    const uint32_t c2 = static_cast<uint32_t>(product1 >> 32) ^ static_cast<uint32_t>(row) ^ keys[0];
-    const uint64_t product0 = c2 * uint64_t{PHILOX_M0};
+    const uint32_t mixed = static_cast<uint32_t>(product1 >> 32) ^ static_cast<uint32_t>(row) ^ keys[0];
+    const uint64_t product0 = mixed * uint64_t{PHILOX_M0};
     U32 high(0u), low(0u), high1(0u), low1(0u);
 #pragma GCC unroll 4
     for (int g = 0; g < GROUPS; g++) {

@@ -237,14 +237,12 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> embedding_sum_fwd_cpu(
     using acc = acc_t<scalar_t>;
     const auto options = word.options().dtype(c10::CppTypeToScalarType<acc>::value);
     at::Tensor mean = at::empty({in.n_rows()}, options), rstd = at::empty({in.n_rows()}, options);
-    const auto near = dropout.active ? &embedding_sum_fwd<true, false, scalar_t>
-                                     : &embedding_sum_fwd<false, false, scalar_t>;
-    const auto far = dropout.active ? &embedding_sum_fwd<true, true, scalar_t>
-                                    : &embedding_sum_fwd<false, true, scalar_t>;
-    const auto run = is_far(y) ? far : near;
-    run(y.mutable_data_ptr<scalar_t>(), mean.mutable_data_ptr<acc>(), rstd.mutable_data_ptr<acc>(), in.ids(),
-        in.tables<scalar_t>(), parameter<acc, 1>(weight), parameter<acc, 2>(bias), eps, dropout, keys, in.n_rows(),
-        in.n_columns());
+    choose(dropout.active, is_far(y), [&](auto drop, auto far) {
+      embedding_sum_fwd<drop, far>(y.mutable_data_ptr<scalar_t>(), mean.mutable_data_ptr<acc>(),
+                                   rstd.mutable_data_ptr<acc>(), in.ids(), in.tables<scalar_t>(),
+                                   parameter<acc, 1>(weight), parameter<acc, 2>(bias), eps, dropout, keys, in.n_rows(),
+                                   in.n_columns());
+    });
     return std::make_tuple(y, mean, rstd);
   });
 }

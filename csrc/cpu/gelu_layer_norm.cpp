@@ -95,7 +95,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> gelu_layer_norm_fwd_cpu(const at:
     using acc = acc_t<scalar_t>;
     const auto options = x.options().dtype(c10::CppTypeToScalarType<acc>::value);
     at::Tensor mean = at::empty({x.size(0)}, options), rstd = at::empty({x.size(0)}, options);
-    const auto run = is_far(x) ? gelu_layer_norm_fwd<true, scalar_t> : gelu_layer_norm_fwd<false, scalar_t>;
+    const auto run = is_far_for_gelu(x) ? gelu_layer_norm_fwd<true, scalar_t> : gelu_layer_norm_fwd<false, scalar_t>;
     run(y.mutable_data_ptr<scalar_t>(), mean.mutable_data_ptr<acc>(), rstd.mutable_data_ptr<acc>(),
         x.const_data_ptr<scalar_t>(), parameter<acc, 1>(bias), parameter<acc, 2>(weight), parameter<acc, 3>(ln_bias),
         eps, x.size(0), x.size(1));
