@@ -64,8 +64,8 @@ def test_fp16_and_non_contiguous_inputs(case, shape):
 @pytest.mark.parametrize("name", ["add_layer_norm", "bias_gelu", "gelu_layer_norm", "embedding_sum"])
 def test_many_rows_as_few_at_a_time(name, dtype):
     """Rows of more bytes than the caches hold are read and written another way: the same rows, bit for bit."""
-    case, H = CASES[name], 256
-    rows = (10 << 20) // (H * dtype.itemsize) + 3  # not a multiple of the rows taken together
+    case, H = CASES[name], 1024
+    rows = (64 << 20) // (H * dtype.itemsize) + 3  # not a multiple of the rows taken together
     tensors = case.inputs((rows, H, 99) if name == "embedding_sum" else (rows, H), dtype)
     p, pieces = 0.1 if case.dropout else 0.0, []
     ulps = 16 if name == "embedding_sum" and dtype == torch.float32 else 2  # a table's row is summed in one chain

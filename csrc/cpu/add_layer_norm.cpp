@@ -129,7 +129,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> add_layer_norm_fwd_cp
     using acc = acc_t<scalar_t>;
     const auto options = x.options().dtype(c10::CppTypeToScalarType<acc>::value);
     at::Tensor mean = at::empty({n_rows}, options), rstd = at::empty({n_rows}, options);
-    choose(dropout.active, is_far(x), [&](auto drop, auto far) {
+    choose(dropout.active, is_far(x, 32), [&](auto drop, auto far) {
       add_layer_norm_fwd<drop, far>(
           y.mutable_data_ptr<scalar_t>(), z.mutable_data_ptr<scalar_t>(), mean.mutable_data_ptr<acc>(),
           rstd.mutable_data_ptr<acc>(), x.const_data_ptr<scalar_t>(), bias ? parameter<acc, 1>(*bias) : nullptr,
@@ -164,7 +164,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> add_layer
     using acc = acc_t<scalar_t>;
     const int64_t parts = n_parts(n_rows, n_columns);
     acc* sums = scratch<acc>(ColumnSums<acc>::memory(parts, 3 * n_columns));
-    choose(dropout.active, is_far(z), [&](auto drop, auto far) {
+    choose(dropout.active, is_far(z, 8), [&](auto drop, auto far) {
       add_layer_norm_bwd<drop, far>(
           dz.mutable_data_ptr<scalar_t>(), dx.mutable_data_ptr<scalar_t>(), sums, dy.const_data_ptr<scalar_t>(),
           z.const_data_ptr<scalar_t>(), mean.const_data_ptr<acc>(), rstd.const_data_ptr<acc>(),

@@ -56,7 +56,7 @@ at::Tensor bias_gelu_fwd_cpu(const at::Tensor& x_, const at::Tensor& bias) {
   const at::Tensor x = x_.contiguous();
   at::Tensor y = at::empty(x.sizes(), x.options());
   DISPATCH_SCALAR(x.scalar_type(), "bias_gelu", [&] {
-    const auto run = is_far_for_gelu(x) ? bias_gelu_fwd<true, scalar_t> : bias_gelu_fwd<false, scalar_t>;
+    const auto run = is_far_for_gelu(x, 64) ? bias_gelu_fwd<true, scalar_t> : bias_gelu_fwd<false, scalar_t>;
     run(y.mutable_data_ptr<scalar_t>(), x.const_data_ptr<scalar_t>(), parameter<acc_t<scalar_t>, 1>(bias), x.size(0),
         x.size(1));
   });
@@ -75,7 +75,7 @@ std::tuple<at::Tensor, at::Tensor> bias_gelu_bwd_cpu(const at::Tensor& dy_, cons
     using acc = acc_t<scalar_t>;
     const int64_t parts = n_parts(x.size(0), x.size(1));
     acc* sums = scratch<acc>(ColumnSums<acc>::memory(parts, x.size(1)));
-    const auto run = is_far_for_gelu(x) ? bias_gelu_bwd<true, scalar_t> : bias_gelu_bwd<false, scalar_t>;
+    const auto run = is_far_for_gelu(x, 8) ? bias_gelu_bwd<true, scalar_t> : bias_gelu_bwd<false, scalar_t>;
     run(dx.mutable_data_ptr<scalar_t>(), sums, dy.const_data_ptr<scalar_t>(), x.const_data_ptr<scalar_t>(),
         parameter<acc, 1>(bias), x.size(0), x.size(1), parts);
     add_parts(dbias, sums, parts, x.size(1));

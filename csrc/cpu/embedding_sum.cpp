@@ -237,7 +237,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> embedding_sum_fwd_cpu(
     using acc = acc_t<scalar_t>;
     const auto options = word.options().dtype(c10::CppTypeToScalarType<acc>::value);
     at::Tensor mean = at::empty({in.n_rows()}, options), rstd = at::empty({in.n_rows()}, options);
-    choose(dropout.active, is_far(y), [&](auto drop, auto far) {
+    choose(dropout.active, is_far(y, 32), [&](auto drop, auto far) {
       embedding_sum_fwd<drop, far>(y.mutable_data_ptr<scalar_t>(), mean.mutable_data_ptr<acc>(),
                                    rstd.mutable_data_ptr<acc>(), in.ids(), in.tables<scalar_t>(),
                                    parameter<acc, 1>(weight), parameter<acc, 2>(bias), eps, dropout, keys, in.n_rows(),

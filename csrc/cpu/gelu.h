@@ -12,7 +12,7 @@ namespace bertfast {
 
 // Whether an op that GELU is most of should treat x's rows as far: in bf16 the polynomial is the bound, not memory, and
 // streaming half lines made it up to a tenth slower.
-inline bool is_far_for_gelu(const at::Tensor& x) { return x.element_size() > 2 && is_far(x); }
+inline bool is_far_for_gelu(const at::Tensor& x, int64_t least) { return x.element_size() > 2 && is_far(x, least); }
 
 template <typename acc>
 struct GeluPair {

@@ -95,7 +95,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> gelu_layer_norm_fwd_cpu(const at:
     using acc = acc_t<scalar_t>;
     const auto options = x.options().dtype(c10::CppTypeToScalarType<acc>::value);
     at::Tensor mean = at::empty({x.size(0)}, options), rstd = at::empty({x.size(0)}, options);
-    const auto run = is_far_for_gelu(x) ? gelu_layer_norm_fwd<true, scalar_t> : gelu_layer_norm_fwd<false, scalar_t>;
+    const auto run =
+        is_far_for_gelu(x, 64) ? gelu_layer_norm_fwd<true, scalar_t> : gelu_layer_norm_fwd<false, scalar_t>;
     run(y.mutable_data_ptr<scalar_t>(), mean.mutable_data_ptr<acc>(), rstd.mutable_data_ptr<acc>(),
         x.const_data_ptr<scalar_t>(), parameter<acc, 1>(bias), parameter<acc, 2>(weight), parameter<acc, 3>(ln_bias),
         eps, x.size(0), x.size(1));
@@ -120,7 +121,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> gelu_layer_norm_bwd_c
     using acc = acc_t<scalar_t>;
     const int64_t parts = n_parts(n_rows, n_columns);
     acc* sums = scratch<acc>(ColumnSums<acc>::memory(parts, 3 * n_columns));
-    const auto run = is_far(x) ? gelu_layer_norm_bwd<true, scalar_t> : gelu_layer_norm_bwd<false, scalar_t>;
+    const auto run = is_far(x, 8) ? gelu_layer_norm_bwd<true, scalar_t> : gelu_layer_norm_bwd<false, scalar_t>;
     run(dx.mutable_data_ptr<scalar_t>(), sums, dy.const_data_ptr<scalar_t>(), x.const_data_ptr<scalar_t>(),
         parameter<acc, 1>(bias), parameter<acc, 2>(weight), mean.const_data_ptr<acc>(), rstd.const_data_ptr<acc>(),
         n_rows, n_columns, parts);
