@@ -107,6 +107,14 @@ def logits_tile(
     return tl.where((columns < n_columns)[None, :], logits + bias[None, :], float("-inf"))
 
 
+@triton.jit
+def add_compensated(total, excess, shrink, more):
+    """(total - excess) * shrink + more, and what rounding added to it, to be taken off next time (Kahan 1965)."""
+    before, more = total * shrink, more - excess * shrink
+    total = before + more
+    return total, (total - before) - more
+
+
 @triton.jit(do_not_specialize=["n_rows", "n_columns", "n_tiles"])
 def statistics_kernel(
     hidden_ptr, weight_ptr, bias_ptr, labels_ptr,  # (R, H), (V, H), (V,), (R,)
@@ -119,7 +127,7 @@ def statistics_kernel(
     labels = tl.load(labels_ptr + rows, mask=rows < n_rows, other=IGNORE_INDEX)
     peak = tl.full((ROWS,), float("-inf"), tl.float32)
     total = tl.zeros((ROWS,), tl.float32)
-    excess = tl.zeros((ROWS,), tl.float32)  # what rounding added to the total so far (Kahan 1965)
+    excess = tl.zeros((ROWS,), tl.float32)
     of_label = tl.full((ROWS,), float("-inf"), tl.float32)  # where the label is not in this share
     best = tl.zeros((ROWS,), tl.int32)
     for tile in tl.range(tl.program_id(1) * n_tiles, (tl.program_id(1) + 1) * n_tiles):
@@ -132,10 +140,8 @@ def statistics_kernel(
             tile_best = tl.min(tl.where(x == tile_peak[:, None], columns[None, :], 2147483647), 1)
             best = tl.where(tile_peak > peak, tile_best, best)
             new_peak = tl.maximum(peak, tile_peak)
-            shrink = tl.exp(peak - new_peak)
-            before, more = total * shrink, tl.sum(tl.exp(x - new_peak[:, None]), 1) - excess * shrink
-            total = before + more
-            excess = (total - before) - more
+            more = tl.sum(tl.exp(x - new_peak[:, None]), 1)
+            total, excess = add_compensated(total, excess, tl.exp(peak - new_peak), more)
             at_label = tl.where(columns[None, :] == labels[:, None], x, float("-inf"))
             of_label = tl.maximum(of_label, tl.max(at_label, 1))
             peak = new_peak
@@ -161,6 +167,7 @@ def combine_kernel(
     stride = n_splits.to(tl.int64) * n_rows
     peak = tl.full((ROWS,), float("-inf"), tl.float32)
     total = tl.zeros((ROWS,), tl.float32)
+    excess = tl.zeros((ROWS,), tl.float32)
     of_label = tl.full((ROWS,), float("-inf"), tl.float32)
     best = tl.zeros((ROWS,), tl.int32)
     for split in tl.range(0, n_splits):
@@ -170,7 +177,8 @@ def combine_kernel(
         of_label = tl.maximum(of_label, tl.load(partial_ptr + 2 * stride + at, mask=inside, other=0.0))
         best = tl.where(split_peak > peak, tl.load(best_ptr + at, mask=inside, other=0), best)
         new_peak = tl.maximum(peak, split_peak)
-        total = total * tl.exp(peak - new_peak) + split_total * tl.exp(split_peak - new_peak)
+        more = split_total * tl.exp(split_peak - new_peak)
+        total, excess = add_compensated(total, excess, tl.exp(peak - new_peak), more)
         peak = new_peak
     labelled = labels != IGNORE_INDEX
     tl.store(softmax_ptr + rows, peak, mask=inside)

@@ -153,8 +153,11 @@ def test_projection_without_logits(shape, dtype, monkeypatch):
     check(CASES["masked_vocab_projection"], shape, 0.0, dtype)
 
 
-def test_a_projection_on_many_words_without_logits(monkeypatch):
-    """Its total is summed tile by tile, and must not lose what a tile adds to it: gradients as good as from logits."""
+@pytest.mark.parametrize("programs", [4, 528], ids=["tile_by_tile", "a_program_a_tile"])
+def test_a_projection_on_many_words_without_logits(programs, monkeypatch):
+    """Its total is summed tile by tile, then over programs, and must not lose what each adds to it: gradients as good
+    as from logits."""
+    monkeypatch.setattr(projection_kernels, "backward_programs", lambda device: programs)
     case, shape = CASES["masked_vocab_projection"], (70, 100, 4099)
     truth = run(case.eager, case, case.inputs(shape, torch.float64), 0.0)
     found = []
