@@ -136,8 +136,11 @@ MUTANTS = [  # file, code, what it becomes
     ("embedding_sum.cuh", "begin + PIECE < n ? begin + PIECE : n", "begin + PIECE"),
     ("embedding_sum.cuh", "if (whole || cut == 1) {", "if (whole) {"),
     ("embedding_sum.cuh", "if (id == skipped) return;", ""),
-    ("embedding_sum.cuh", "if (id_i == NO_SEGMENT) continue;", ""),
+    ("embedding_sum.cuh", "if (next_id[k] == NO_SEGMENT) continue;", ""),
     ("embedding_sum.cuh", "order ? order[i] : i", "i"),
+    ("embedding_sum.cuh", "first + k < end ? first + k : end - 1", "first + k"),
+    ("embedding_sum.cuh", "first + k >= end ? NO_SEGMENT : ids ? ids[at] : 0", "ids ? ids[at] : 0"),
+    ("embedding_sum.cuh", "ids ? ids[at] : 0", "ids ? ids[i] : 0"),
     ("embedding_sum.cuh", "cuts += n * n_columns, cut_ids += n;", ""),
     ("embedding_sum.cuh", "if (pieces == 1) break;", "break;"),
 ]  # fmt: skip

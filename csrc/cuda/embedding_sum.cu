@@ -103,13 +103,15 @@ void check_launch() {
   STD_TORCH_CHECK(error == cudaSuccess, "embedding_sum: ", cudaGetErrorString(error));
 }
 
-// ids (T,) ascending, and where each was: the order is stable, so that sums are.
-std::tuple<Tensor, Tensor> sorted(const Tensor& ids) {
-  std::array<StableIValue, 4> stack{torch::stable::detail::from(ids),
+// Where each of ids (T,) in [0, n_ids) is when they ascend; stable, so that sums are. A radix sort takes a pass a byte.
+Tensor ascending(const Tensor& ids, int64_t n_ids) {
+  const ScalarType narrow = n_ids <= 256 ? ScalarType::Byte : n_ids <= 32768 ? ScalarType::Short : ScalarType::Int;
+  std::array<StableIValue, 4> stack{torch::stable::detail::from(torch::stable::to(ids, narrow)),
                                     torch::stable::detail::from(std::optional<bool>(true)),
                                     torch::stable::detail::from(int64_t{-1}), torch::stable::detail::from(false)};
   STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::sort", "stable", stack.data(), TORCH_ABI_VERSION));
-  return {torch::stable::detail::to<Tensor>(stack[0]), torch::stable::detail::to<Tensor>(stack[1])};
+  torch::stable::detail::to<Tensor>(stack[0]);  // owns the sorted ids
+  return torch::stable::detail::to<Tensor>(stack[1]);
 }
 
 // table[id] += sum of the rows (n, H) float32 with that id; ids: (n,), or none if there is one segment only.
@@ -117,13 +119,13 @@ void add_segments(const Tensor& table, const Tensor& rows, const OptionalTensor&
   const int64_t n = rows.size(0), n_columns = rows.size(1), n_cuts = cut_rows(n);
   const Tensor cuts = empty(rows, {n_cuts, n_columns}, ScalarType::Float);
   const Tensor cut_ids = empty(rows, {n_cuts}, ScalarType::Long);
-  OptionalTensor ascending, order;
-  if (ids) std::tie(ascending, order) = sorted(*ids);
+  OptionalTensor order;
+  if (ids) order = ascending(*ids, table.size(0));
   dispatch(table.scalar_type(), [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
     segment_sum(data<T>(table), data<float>(cuts), data<int64_t>(cut_ids), data<const float>(rows),
-                order ? data<const int64_t>(*order) : nullptr, ascending ? data<const int64_t>(*ascending) : nullptr,
-                skipped, n, static_cast<int>(n_columns), stream_of(rows));
+                order ? data<const int64_t>(*order) : nullptr, ids ? data<const int64_t>(*ids) : nullptr, skipped,
+                n, static_cast<int>(n_columns), stream_of(rows));
   });
   check_launch();
 }

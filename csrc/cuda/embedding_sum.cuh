@@ -147,11 +147,12 @@ __global__ void __launch_bounds__(S::THREADS* S::ROWS)
 }
 
 constexpr int PIECE = 64;             // rows of a piece of the segment sum
+constexpr int AHEAD = 8;              // of which a thread loads so many at once: one by one each waits for memory
 constexpr int64_t NO_SEGMENT = -1;    // the id of a cut row that holds nothing
 constexpr int SEGMENT_THREADS = 128;  // of a block
 
-// table[id] += the sum of the rows with that id. rows (n, H) in the order given by `order` (n,), null for their own;
-// ids (n,) ascending in that order, null if all are 0; `skipped`, an id whose rows count nowhere, or NO_SEGMENT.
+// table[id] += the sum of the rows with that id. rows (n, H) and their ids (n,), null if all are 0, in the order given
+// by `order` (n,), null for their own: there the ids ascend; `skipped`, an id whose rows count nowhere, or NO_SEGMENT.
 // A launch of several pieces leaves what they cut in cuts (2 * pieces, H) and cut_ids (2 * pieces,).
 template <typename T, int VECTOR>
 __global__ void __launch_bounds__(SEGMENT_THREADS)
@@ -178,23 +179,32 @@ __global__ void __launch_bounds__(SEGMENT_THREADS)
     for (int i = 0; i < VECTOR; i++) from_float(to_float(to.values[i]) + total.values[i], to.values[i]);
     to.store(table + id * n_columns + column);
   };
-  for (int64_t i = begin; i < end; i++) {
-    const int64_t id_i = ids ? ids[i] : 0;
-    if (id_i == NO_SEGMENT) continue;
-    const F row = F::load(rows + (order ? order[i] : i) * n_columns + column);
-    if (id_i == id) {
+  for (int64_t first = begin; first < end; first += AHEAD) {
+    int64_t next_id[AHEAD];
+    F next[AHEAD];
 #pragma unroll
-      for (int k = 0; k < VECTOR; k++) total.values[k] += row.values[k];
-      continue;
+    for (int k = 0; k < AHEAD; k++) {
+      const int64_t i = first + k < end ? first + k : end - 1, at = order ? order[i] : i;
+      next_id[k] = first + k >= end ? NO_SEGMENT : ids ? ids[at] : 0;
+      next[k] = F::load(rows + at * n_columns + column);
     }
-    if (id != NO_SEGMENT) {
-      if (whole || cut == 1) {
-        add_to_table();
-      } else {
-        leave();
+#pragma unroll
+    for (int k = 0; k < AHEAD; k++) {
+      if (next_id[k] == NO_SEGMENT) continue;
+      if (next_id[k] == id) {
+#pragma unroll
+        for (int c = 0; c < VECTOR; c++) total.values[c] += next[k].values[c];
+        continue;
       }
+      if (id != NO_SEGMENT) {
+        if (whole || cut == 1) {
+          add_to_table();
+        } else {
+          leave();
+        }
+      }
+      id = next_id[k], total = next[k];
     }
-    id = id_i, total = row;
   }
   if (whole) {
     if (id != NO_SEGMENT) add_to_table();

@@ -37,15 +37,14 @@ void segment_gradient(const std::string& name, const std::vector<float>& rows, c
   std::vector<T> table = read<T>(name);
   const size_t n_cuts = static_cast<size_t>(cut_rows(n));
   std::vector<float> cuts(n_cuts * static_cast<size_t>(n_columns), NAN);
-  std::vector<int64_t> cut_ids(n_cuts, INT64_MIN), order, sorted;
+  std::vector<int64_t> cut_ids(n_cuts, INT64_MIN), order;
   if (ids) {
     order.resize(ids->size());
     std::iota(order.begin(), order.end(), 0);
     std::stable_sort(order.begin(), order.end(), [&](int64_t a, int64_t b) { return (*ids)[a] < (*ids)[b]; });
-    for (int64_t i : order) sorted.push_back((*ids)[i]);
   }
   segment_sum(table.data(), cuts.data(), cut_ids.data(), rows.data(), ids ? order.data() : nullptr,
-              ids ? sorted.data() : nullptr, skipped, n, n_columns, 0);
+              ids ? ids->data() : nullptr, skipped, n, n_columns, 0);
   write("new_" + name, table);
 }
 
