@@ -31,6 +31,7 @@ from rich.console import Console
 from bertfast import machine
 from bertfast.version import __version__
 
+NO_BF16 = "left out: no fast bf16 here"
 PATIENCE = 1200  # seconds for a start (compilation) or a turn
 MEASURED_COPY = 256 << 20  # bytes: beyond the caches of most machines
 
@@ -64,9 +65,14 @@ def contest(contenders: list[Contender], rounds: int, threads: int, check: Calla
     """Outcomes by name, and whether Ctrl-C cut it short (then with the rounds that were complete).
 
     check: facts by name -> reasons, by name, to refuse contenders. at_once: how many are in memory together (0 = all);
-    the first then runs in every heat beside the others, so that heats can be compared.
+    the first then runs in every heat beside the others, so that heats can be compared. Contenders in bf16 (by their
+    names) are left out, with the reason, where a step of theirs would take minutes.
     """
     outcomes = {c.name: Outcome() for c in contenders}
+    if not machine.multiplies_bf16(machine.choose_device()):
+        for name in outcomes:
+            outcomes[name].failed = NO_BF16 if "bf16" in name else ""
+        contenders = [c for c in contenders if not outcomes[c.name].failed]
     size = at_once or len(contenders)
     heats = [contenders[:size]]
     for start in range(size, len(contenders), max(1, size - 1)):

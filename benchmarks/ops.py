@@ -259,10 +259,11 @@ def run(*, quick: bool, only: list[str], rounds: int, threads: int) -> dict:
     torch.set_num_threads(threads)
     rows: list[dict] = []
     stopped = False
+    dtypes = [name for name in DTYPES if name == "fp32" or machine.multiplies_bf16(machine.choose_device())]
     table = TABLES["quick" if quick else "whole"]
     try:
         for op in only or table:
-            for dtype in DTYPES if op in table else []:
+            for dtype in dtypes if op in table else []:
                 calls = {"bertfast": CASES[op].fused, "eager": BEST[op]}
                 if machine.choose_device().type == "cuda":
                     calls |= peers(op)
@@ -273,7 +274,7 @@ def run(*, quick: bool, only: list[str], rounds: int, threads: int) -> dict:
                     rows += measure(op, shape, dtype, calls, rounds)
                     contest.console.print(rows[-1]["key"].rpartition(" ")[0], highlight=False)
         for preset in ["mini"] if quick else ["mini", "base"]:
-            for dtype in DTYPES if not only or "adamw_step" in only else []:
+            for dtype in dtypes if not only or "adamw_step" in only else []:
                 rows += optimizer_rows(preset, dtype, rounds)
     except KeyboardInterrupt:
         stopped = True

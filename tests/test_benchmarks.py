@@ -15,7 +15,7 @@ from bertfast.benchmarks.contest import Contender
 from safetensors.torch import load_file, save_file
 
 import bertfast
-from bertfast import cli
+from bertfast import cli, machine
 from bertfast.files import UserError
 from bertfast.pretrain import Settings, useful_flops
 
@@ -133,8 +133,9 @@ def test_the_command_measures_in_processes_and_reports(tmp_path, capsys, monkeyp
     with pytest.raises(SystemExit, match="0"):
         cli.main()
     result = report.load(tmp_path / "step.json")
-    assert [r["contender"] for r in result["rows"] if r["failed"]] == []
-    assert all(r["tokens_per_second"] > 0 and 0 < r["share"] < 1 for r in result["rows"])
+    fast = machine.multiplies_bf16(machine.choose_device())
+    assert all(r["failed"] == ("" if fast or r["dtype"] == "fp32" else contest.NO_BF16) for r in result["rows"])
+    assert all(r["tokens_per_second"] > 0 and 0 < r["share"] < 1 for r in result["rows"] if not r["failed"])
     assert result["command"].startswith("bertfast bench pretrain --preset tiny") and str(tmp_path) not in str(result)
     assert "tokens/s" in capsys.readouterr().out
 
@@ -166,6 +167,16 @@ def test_contenders_take_turns_and_those_that_fail_are_reported():
     assert {n: len(o.turns) for n, o in outcomes.items()} == {"good": 2, "dies": 0, "stops": 1, "wrong": 0}
     assert outcomes["good"].failed == "" and outcomes["wrong"].failed == "refused: 2"
     assert "exit code 3" in outcomes["dies"].failed and "StopIteration" in outcomes["stops"].failed
+
+
+def test_bf16_is_left_out_where_its_products_are_a_fallback(monkeypatch):
+    monkeypatch.setattr(machine, "multiplies_bf16", lambda device: False)
+    contenders = [Contender(name, itertools.repeat, {"object": {"seconds": 1.0}}) for name in ("x bf16", "x fp32")]
+    outcomes, _ = contest.contest(contenders, rounds=1, threads=1, check=lambda facts: {})
+    assert (outcomes["x bf16"].failed, outcomes["x bf16"].turns) == (contest.NO_BF16, [])
+    assert (outcomes["x fp32"].failed, len(outcomes["x fp32"].turns)) == ("", 1)
+    precision, reason = machine.choose_precision("bf16", torch.device("cpu"))
+    assert precision == "bf16" and "fp32 is many times faster" in reason
 
 
 def test_middle_and_reached():
