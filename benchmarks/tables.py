@@ -156,10 +156,12 @@ def _ops_in_short(result: dict) -> list[dict]:
                 largest["shape"], f"{largest['rate'] / 1e9:,.0f} {'GFLOP/s' if largest['flops'] else 'GB/s'}",
                 f"{largest['share']:.0%}",
             ])
-        made.append({"title": f"ops in {dtype}, {result['threads']} threads, all shapes", "columns": columns,
-                     "rows": lines})
+        if rows:
+            made.append({"title": f"ops in {dtype}, {result['threads']} threads, all shapes", "columns": columns,
+                         "rows": lines})
     failed = [r for r in result["rows"] if r["failed"]]
-    made[-1]["rows"] += [[r["key"], r["contender"], r["failed"], *[""] * (len(columns) - 3)] for r in failed]
+    if failed:
+        made[-1]["rows"] += [[r["key"], r["contender"], r["failed"], *[""] * (len(columns) - 3)] for r in failed]
     return made
 
 
