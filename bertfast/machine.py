@@ -39,8 +39,9 @@ def choose_precision(wanted: str, device: torch.device) -> tuple[str, str]:
 
 def multiplies_bf16(device: torch.device) -> bool:
     """Whether products of bf16 are worth a try: on CPUs oneDNN's need AVX-512, and else PyTorch's run on one core."""
-    there = torch.backends.mkldnn.is_available()  # without it neither is the question
-    return device.type != "cpu" or there and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    if device.type != "cpu":
+        return True
+    return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 def gemm_rate(dtype: torch.dtype, device: torch.device) -> float:
