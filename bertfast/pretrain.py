@@ -7,10 +7,13 @@ interrupted and resumed is the run that was not.
 
 import shutil
 import signal
+import threading
 import time
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -113,6 +116,27 @@ def useful_flops(config: BertConfig, batch: PackedBatch, backward: bool = True) 
     return (3 if backward else 1) * (2 * rows + 4 * H * scores)
 
 
+@contextmanager
+def stop_on_interrupt(run: Any) -> Iterator[None]:
+    """The first Ctrl-C sets run.stopping, for the end of the step in progress; the second interrupts at once.
+
+    As an exception anywhere it could strike inside C++, which aborts. Only a main thread has signals.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def handle(*_) -> None:
+        run.stopping = True
+        signal.signal(signal.SIGINT, previous)
+
+    previous = signal.signal(signal.SIGINT, handle)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, previous)
+
+
 class Run:
     """One pretraining run in its folder: everything between `bertfast pretrain` and its closing table."""
 
@@ -204,7 +228,7 @@ class Run:
         metrics = report.Metrics(self.folder, self.step, settings.tensorboard)
         results: dict[int, dict] = {}
         checkpoint = self.folder
-        with self._stop_on_interrupt(), report.progress(settings.steps, self.step, self.peak) as bar:
+        with stop_on_interrupt(self), report.progress(settings.steps, self.step, self.peak) as bar:
             for start, end, length in settings.phases():
                 if self.step >= end:
                     continue
@@ -288,20 +312,6 @@ class Run:
 
     def _to_device(self, batch: PackedBatch) -> PackedBatch:
         return batch if self.device.type == "cpu" else batch.to(self.device, non_blocking=True)
-
-    @contextmanager
-    def _stop_on_interrupt(self):
-        """The first Ctrl-C ends the run after the step in progress, the second at once."""
-
-        def handle(*_):
-            self.stopping = True
-            signal.signal(signal.SIGINT, previous)
-
-        previous = signal.signal(signal.SIGINT, handle)
-        try:
-            yield
-        finally:
-            signal.signal(signal.SIGINT, previous)
 
     def _check_health(self, micro: list[PackedBatch]) -> None:
         """Raises UserError, naming the culprit, when steps are skipped in a row or the loss scale has collapsed."""

@@ -7,11 +7,8 @@ and its predictions are on disk: a Ctrl-C loses nothing but the steps since.
 
 import math
 import re
-import signal
-import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -34,7 +31,7 @@ from bertfast.finetune.tag import Tagging
 from bertfast.finetune.task import LEARNING_RATES, Example, Settings, Task
 from bertfast.finetune.write import Writing
 from bertfast.optim import Optimizer, linear_schedule
-from bertfast.pretrain import step_seed
+from bertfast.pretrain import step_seed, stop_on_interrupt
 from bertfast.seq2seq import BertForSeq2Seq
 from bertfast.version import __version__
 
@@ -73,7 +70,7 @@ class FineTuning:
         self.steps = settings.steps or max(1, math.ceil(settings.epochs * per_epoch))
         self.eval_every = settings.eval_every or per_epoch
         self.peak = machine.gemm_rate(machine.DTYPES[self.precision], self.device)
-        self.interrupted = threading.Event()  # by Ctrl-C
+        self.stopping = False
         self.best: dict | None = None  # {"seed", "step", metric …} of the checkpoint on disk
         self.rows: list[dict] = []  # of metrics.jsonl
 
@@ -149,7 +146,7 @@ class FineTuning:
         """All seeds; the content of metrics.json. A Ctrl-C passes through when the best so far is written down."""
         results: list[dict] = []
         try:
-            with set_on_interrupt(self.interrupted):
+            with stop_on_interrupt(self):
                 for seed in range(self.settings.seed, self.settings.seed + self.settings.seeds):
                     results.append(self._train_seed(seed))
         finally:
@@ -165,7 +162,7 @@ class FineTuning:
         window = Window()
         with report.progress(self.steps, 0, self.peak) as bar:
             for step in range(1, self.steps + 1):
-                if self.interrupted.is_set():
+                if self.stopping:
                     raise KeyboardInterrupt
                 norm = self._step(model, optimizer, next(batches), seed, step, window)
                 if step % settings.log_every == 0 or step == self.steps:
@@ -343,27 +340,6 @@ def layer_scale(config: BertConfig, decay: float):
         return decay ** (config.num_hidden_layers - layer)
 
     return scale
-
-
-@contextmanager
-def set_on_interrupt(interrupted: threading.Event) -> Iterator[None]:
-    """The first Ctrl-C sets the event, for the end of the step in progress; the second interrupts at once.
-
-    As an exception it could strike inside C++, which aborts. Only a main thread has signals.
-    """
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def handle(*_) -> None:
-        interrupted.set()
-        signal.signal(signal.SIGINT, previous)
-
-    previous = signal.signal(signal.SIGINT, handle)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, previous)
 
 
 def finetune(folder: Path, settings: Settings, allocator: str, overwrite: bool = False) -> dict:
