@@ -2,10 +2,8 @@
 //
 // With few rows the weights are read from memory for little arithmetic, and a library's GEMM packs them first. Here they
 // are read once, as they lie, by lanes along the inputs: a tile of ROWS rows by OUTPUTS outputs is that many registers
-// of partial sums, which a transpose turns into one register of results. Rows of x stay in cache.
+// of partial sums, whose lanes are then added up. Rows of x stay in cache.
 #include "gemm_tile.h"
-
-#if defined(__AVX512F__)
 
 #include <ATen/core/List.h>
 #include <ATen/ops/empty.h>
@@ -16,12 +14,42 @@
 namespace bertfast {
 namespace {
 
+using Sums = Tile<float>::Register;
+#if defined(__AVX512F__)
 constexpr int ROWS = 4, OUTPUTS = 4;
+#else
+constexpr int ROWS = 3, OUTPUTS = 4;  // with a register for each row and one for the weights all 16
+#endif
 
 template <typename Word, typename scalar_t>
 inline typename Tile<Word>::Register load_words(const scalar_t* p) {
   if constexpr (std::is_same_v<element_t<Word>, scalar_t>) return load_register<Word>(p);
-  else return (typename Tile<Word>::Register)F32::load(p).v;  // bf16 on a CPU without its instructions
+#if defined(__AVX512F__)
+  else return (Sums)F32::load(p).v;  // bf16 on a CPU without its instructions
+#else
+  else return (Sums)F32::widen(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+#endif
+}
+
+// results[i * OUTPUTS + o] = the sum of the lanes of sums[i * OUTPUTS + o], of M rows
+template <int M>
+inline void add_lanes(Sums* sums, float* results) {
+#if defined(__AVX512F__)
+  transpose<float, 8>(sums, std::make_integer_sequence<int, 16>());
+#pragma GCC unroll 16
+  for (int i = 1; i < 16; i++) sums[0] += sums[i];
+  store_register<float>(results, sums[0]);
+#else
+#pragma GCC unroll 4
+  for (int i = 0; i < M; i++, sums += OUTPUTS, results += OUTPUTS) {
+    const auto pairs = [&](int a, int b) {
+      return _mm256_add_ps(_mm256_unpacklo_ps(sums[a], sums[b]), _mm256_unpackhi_ps(sums[a], sums[b]));
+    };
+    const __m256 even = pairs(0, 2), odd = pairs(1, 3);
+    const __m256 halves = _mm256_add_ps(_mm256_unpacklo_ps(even, odd), _mm256_unpackhi_ps(even, odd));
+    _mm_storeu_ps(results, _mm_add_ps(_mm256_castps256_ps128(halves), _mm256_extractf128_ps(halves, 1)));
+  }
+#endif
 }
 
 // results[i * OUTPUTS + o] = x row i . w row o, over `steps` words; rows from M on are not read and give 0.
@@ -32,24 +60,19 @@ inline void dot_tile(const scalar_t* x, int64_t x_row, const scalar_t* w, int64_
   constexpr int64_t STEP = WORDS<Word> * DEPTH<Word>;  // elements of a register
   typename T::Register sums[ROWS * OUTPUTS] = {};
   for (int64_t k = 0; k < steps; k += WORDS<Word>, x += STEP, w += STEP) {
-    typename T::Register columns[OUTPUTS];
+    typename T::Register rows[M];
+#pragma GCC unroll 4
+    for (int i = 0; i < M; i++) rows[i] = load_words<Word>(x + i * x_row);
 #pragma GCC unroll 4
     for (int o = 0; o < OUTPUTS; o++) {
-      columns[o] = load_words<Word>(w + o * w_row);
+      const auto column = load_words<Word>(w + o * w_row);
       // the next outputs' rows are on their way while this one's are multiplied
       if constexpr (M == ROWS) _mm_prefetch(reinterpret_cast<const char*>(w + (OUTPUTS + o) * w_row), _MM_HINT_T0);
-    }
 #pragma GCC unroll 4
-    for (int i = 0; i < M; i++) {
-      const auto row = load_words<Word>(x + i * x_row);
-#pragma GCC unroll 4
-      for (int o = 0; o < OUTPUTS; o++) sums[i * OUTPUTS + o] = T::multiply_add(row, columns[o], sums[i * OUTPUTS + o]);
+      for (int i = 0; i < M; i++) sums[i * OUTPUTS + o] = T::multiply_add(rows[i], column, sums[i * OUTPUTS + o]);
     }
   }
-  transpose<float, 8>(sums, std::make_integer_sequence<int, 16>());
-#pragma GCC unroll 16
-  for (int i = 1; i < 16; i++) sums[0] += sums[i];
-  store_register<float>(results, sums[0]);
+  add_lanes<M>(sums, results);
 }
 
 template <typename Word, typename scalar_t>
@@ -64,14 +87,14 @@ void few_rows_linear(Rows<scalar_t> y, Rows<const scalar_t> x, const scalar_t* w
       bias_o = F32::load(repeated);
     }
     const auto tile = [&]<int M>(std::integral_constant<int, M>, int64_t row) {
-      float results[LANES];
+      float results[LANES] = {};
       dot_tile<Word, M>(x[row], x.stride, w + o * n_inputs, n_inputs, steps, results);
       scalar_t rounded[LANES];
       (F32::load(results) + bias_o).store(rounded);
       for (int i = 0; i < M; i++) std::copy_n(rounded + i * OUTPUTS, OUTPUTS, y[row + i] + o);
     };
     int64_t row = 0;
-    for (; row + ROWS <= n_rows; row += ROWS) tile(std::integral_constant<int, 4>(), row);
+    for (; row + ROWS <= n_rows; row += ROWS) tile(std::integral_constant<int, ROWS>(), row);
     switch (n_rows - row) {
       case 1: tile(std::integral_constant<int, 1>(), row); break;
       case 2: tile(std::integral_constant<int, 2>(), row); break;
@@ -127,5 +150,3 @@ at::Tensor few_rows_linear_cpu(const at::Tensor& x_, at::TensorList weights, at:
 }  // namespace bertfast
 
 TORCH_LIBRARY_IMPL(bertfast, CPU, m) { m.impl("few_rows_linear", &bertfast::few_rows_linear_cpu); }
-
-#endif
