@@ -20,7 +20,7 @@ void add_layer_norm_fwd(scalar_t* y, scalar_t* z, acc* mean, acc* rstd, const sc
     const auto gather = [&](int64_t row, acc* z_row) {
       const int64_t at = row * n_columns;
       RowSums<acc> sums;
-      for_columns_dropped<DROP>(n_columns, dropout, row_key[row], [&](int64_t j, auto size, Mask kept) {
+      for_columns_dropped<DROP>(n_columns, dropout, row_key[row], [&](int64_t j, auto size, const Mask& kept) {
         V h = load_row<FAR>(x + at + j, size);
         if (bias) h += V::load(bias + j, size);
         if constexpr (DROP) h = keep(kept, h * scale);
@@ -54,7 +54,7 @@ inline void bwd_rows(scalar_t* dz, scalar_t* dx, ColumnSums<acc>& sums, Mask* ma
   for (int r = 0; r < ROWS; r++) {
     const int64_t at = (row + r) * n_columns;
     V sum_g, sum_gx;
-    for_columns_dropped<DROP>(n_columns, dropout, row_key[row + r], [&](int64_t j, auto size, Mask kept) {
+    for_columns_dropped<DROP>(n_columns, dropout, row_key[row + r], [&](int64_t j, auto size, const Mask& kept) {
       const V g = load_row<FAR>(dy + at + j, size) * V::load(weight + j, size);
       sum_g += g;
       sum_gx = fma(g, load_row<FAR>(z + at + j, size) - V(mean[row + r]), sum_gx);

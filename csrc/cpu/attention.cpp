@@ -24,7 +24,7 @@ namespace {
 constexpr int64_t BLOCK = 48;  // query rows; a multiple of every tile's rows, and even
 constexpr double LOG2_E = 1.4426950408889634, LN_2 = 0.6931471805599453;
 
-inline Mask lanes(Whole) { return 0xffff; }
+inline Mask lanes(Whole) { return mask_of(0xffff); }
 inline Mask lanes(Tail t) { return t.mask(); }
 
 inline F32 exp2(F32 x) {  // within 1 ulp for x <= 128: 2^n times a polynomial in the rest, minimax on [-1/2, 1/2]
@@ -132,7 +132,7 @@ acc exponentiate(acc* scores, int64_t n, int64_t width, acc scale, acc max, cons
   const Vec<acc> factor(scale), minus_max(-max);
   Vec<acc> total;
   auto* out = reinterpret_cast<element_t<Word>*>(scores);  // never ahead of what is still to be read
-  for_columns_dropped<DROP>(n, dropout, row_key, [&](int64_t j, auto size, Mask kept) {
+  for_columns_dropped<DROP>(n, dropout, row_key, [&](int64_t j, auto size, const Mask& kept) {
     const Vec<acc> e = keep(size, exp2(fma(Vec<acc>::load(scores + j), factor, minus_max)));
     total += e;
     (DROP ? keep(kept, e) : e).store(out + j);
@@ -149,7 +149,7 @@ void softmax_gradient_row(const Problem& p, acc* scores, acc* dp, int64_t n, int
   const Vec<acc> minus_lse(-lse2), minus_delta(-delta);
   auto* out = reinterpret_cast<element_t<Word>*>(scores);
   auto* ds_out = reinterpret_cast<element_t<Word>*>(dp);
-  for_columns_dropped<DROP>(n, p.dropout, row_key, [&](int64_t j, auto size, Mask kept) {
+  for_columns_dropped<DROP>(n, p.dropout, row_key, [&](int64_t j, auto size, const Mask& kept) {
     const Vec<acc> e = keep(size, exp2(fma(Vec<acc>::load(scores + j), scale, minus_lse)));
     const Vec<acc> g = keep(size, Vec<acc>::load(dp + j));
     const Vec<acc> ds = e * (DROP ? fma(keep(kept, g), keep_scale, minus_delta) : g + minus_delta);

@@ -16,7 +16,7 @@ void dropout(scalar_t* y, const scalar_t* x, const Dropout& dropout, const RowKe
   for_parts(n_rows, n_parts(n_rows, n_columns), [&](int64_t, int64_t begin, int64_t end) {
     for (int64_t row = begin; row < end; row++) {
       const int64_t at = row * n_columns;
-      for_columns_dropped<true>(n_columns, dropout, row_key[row], [&](int64_t j, auto size, Mask kept) {
+      for_columns_dropped<true>(n_columns, dropout, row_key[row], [&](int64_t j, auto size, const Mask& kept) {
         keep(kept, V::load(x + at + j, size) * scale).store(y + at + j, size);
       });
     }

@@ -12,9 +12,10 @@ namespace bertfast {
 
 constexpr uint32_t PHILOX_M0 = 0xD2511F53, PHILOX_M1 = 0xCD9E8D57, PHILOX_W0 = 0x9E3779B9, PHILOX_W1 = 0xBB67AE85;
 constexpr int PHILOX_ROUNDS = 7;
-constexpr int GROUPS_AT_ONCE = 2;  // of 64 columns: the rounds of one, each waiting for the last, fill the gaps of the other
 
 #if defined(__AVX512F__)
+
+constexpr int GROUPS_AT_ONCE = 2;  // of 64 columns: the rounds of one, each waiting for the last, fill the gaps of the other
 
 struct U32 {
   __m512i v;
@@ -35,6 +36,8 @@ inline void multiply(U32 a, uint32_t m, U32& high, U32& low) {  // even and odd 
 inline Mask at_least(U32 a, uint32_t b) { return _mm512_cmpge_epu32_mask(a.v, _mm512_set1_epi32(static_cast<int>(b))); }
 
 #else
+
+constexpr int GROUPS_AT_ONCE = 1;  // the words of two would not fit the registers: 1.3 times as long
 
 struct U32 {
   __m256i lo, hi;
@@ -61,10 +64,8 @@ inline void multiply(U32 a, uint32_t m, U32& high, U32& low) {  // even and odd 
 }
 inline Mask at_least(U32 a, uint32_t b) {
   const __m256i bound = _mm256_set1_epi32(static_cast<int>(b));
-  const auto half = [&](__m256i a) {
-    return _mm256_movemask_ps(_mm256_castsi256_ps(_mm256_cmpeq_epi32(_mm256_max_epu32(a, bound), a)));
-  };
-  return static_cast<Mask>(half(a.lo) | half(a.hi) << 8);
+  const auto half = [&](__m256i a) { return _mm256_castsi256_ps(_mm256_cmpeq_epi32(_mm256_max_epu32(a, bound), a)); };
+  return {half(a.lo), half(a.hi)};
 }
 
 #endif
@@ -140,7 +141,7 @@ struct Dropout {
 template <bool DROP, typename F>
 inline void for_columns_dropped(int64_t n, const Dropout& dropout, int64_t row_key, F&& f, uint32_t head = 0) {
   if constexpr (!DROP) {
-    for_columns(n, [&](int64_t j, auto size) { f(j, size, Mask(0xffff)); });
+    for_columns(n, [&](int64_t j, auto size) { f(j, size, mask_of(0xffff)); });
   } else {
     int64_t j = 0;
     const auto draw = [&]<int GROUPS>(std::integral_constant<int, GROUPS>) {

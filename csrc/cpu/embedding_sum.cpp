@@ -63,7 +63,7 @@ void embedding_sum_fwd(scalar_t* y, acc* mean, acc* rstd, const Ids& ids, const 
     };
     for_normalised_rows<acc>(begin, end, n_columns, eps, gather, [&](int64_t row, const acc* z, Statistics<acc> s) {
       mean[row] = s.mean, rstd[row] = s.rstd;
-      for_columns_dropped<DROP>(n_columns, dropout, row_key[row], [&](int64_t j, auto size, Mask kept) {
+      for_columns_dropped<DROP>(n_columns, dropout, row_key[row], [&](int64_t j, auto size, const Mask& kept) {
         const V x_hat = (V::load(z + j, size) - V(s.mean)) * V(s.rstd);
         V y_j = fma(x_hat, V::load(weight + j, size), V::load(bias + j, size));
         if constexpr (DROP) y_j = keep(kept, y_j * scale);
@@ -131,7 +131,7 @@ void embedding_sum_bwd(table_t* dword, acc* column_sums, acc* tables_sums, const
       const Gather<scalar_t> gather(tables, ids, row, next, H);
       const V row_mean(mean[row]), row_rstd(rstd[row]);
       V sum_g, sum_gx;
-      for_columns_dropped<DROP>(H, dropout, row_key[row], [&](int64_t j, auto size, Mask kept) {
+      for_columns_dropped<DROP>(H, dropout, row_key[row], [&](int64_t j, auto size, const Mask& kept) {
         __builtin_prefetch(dy + next * H + j);
         V dy_j = V::load(dy + row * H + j, size);
         if constexpr (DROP) dy_j = keep(kept, dy_j * scale);

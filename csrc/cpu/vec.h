@@ -16,13 +16,32 @@
 namespace bertfast {
 
 constexpr int64_t LANES = 16;
-using Mask = uint16_t;  // bit i: lane i
+
+// A choice of lanes; mask_of(bits): lane i where bit i is set.
+#if defined(__AVX512F__)
+using Mask = uint16_t;
+inline Mask mask_of(uint32_t bits) { return static_cast<Mask>(bits); }
+inline bool has_lane(Mask m, int64_t i) { return m >> i & 1; }
+#else
+struct Mask {  // each lane all ones or zeros
+  __m256 lo, hi;
+};
+inline Mask mask_of(uint32_t bits) {
+  const auto half = [](uint32_t bits) {
+    const __m256i one_each = _mm256_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128);
+    const __m256i chosen = _mm256_and_si256(_mm256_set1_epi32(static_cast<int>(bits)), one_each);
+    return _mm256_castsi256_ps(_mm256_cmpeq_epi32(chosen, one_each));
+  };
+  return {half(bits), half(bits >> 8)};
+}
+inline bool has_lane(const Mask& m, int64_t i) { return _mm256_movemask_ps(i < 8 ? m.lo : m.hi) >> i % 8 & 1; }
+#endif
 
 // A whole block, or the last `n` < 16 columns of a row: what loads and stores are told.
 struct Whole {};
 struct Tail {
   int64_t n;
-  Mask mask() const { return static_cast<Mask>((1u << n) - 1); }
+  Mask mask() const { return mask_of((1u << n) - 1); }
 };
 struct Streamed {};  // for stores alone: a whole block, aligned, past the caches
 
@@ -119,7 +138,6 @@ inline F32 max(F32 a, F32 b) { return _mm512_max_ps(a.v, b.v); }
 inline F32 min(F32 a, F32 b) { return _mm512_min_ps(a.v, b.v); }
 inline F32 abs(F32 a) { return _mm512_abs_ps(a.v); }
 inline F32 sqrt(F32 a) { return _mm512_sqrt_ps(a.v); }
-inline Mask less(F32 a, F32 b) { return _mm512_cmp_ps_mask(a.v, b.v, _CMP_LT_OQ); }
 inline F32 select(Mask m, F32 a, F32 b) { return _mm512_mask_blend_ps(m, b.v, a.v); }  // m ? a : b
 inline F32 keep(Mask m, F32 a) { return _mm512_maskz_mov_ps(m, a.v); }                 // m ? a : 0
 inline float sum(F32 a) { return _mm512_reduce_add_ps(a.v); }
@@ -240,20 +258,10 @@ inline F32 abs(F32 a) {
   return {_mm256_andnot_ps(sign, a.lo), _mm256_andnot_ps(sign, a.hi)};
 }
 inline F32 sqrt(F32 a) { return {_mm256_sqrt_ps(a.lo), _mm256_sqrt_ps(a.hi)}; }
-inline Mask less(F32 a, F32 b) {
-  const int lo = _mm256_movemask_ps(_mm256_cmp_ps(a.lo, b.lo, _CMP_LT_OQ));
-  return static_cast<Mask>(lo | _mm256_movemask_ps(_mm256_cmp_ps(a.hi, b.hi, _CMP_LT_OQ)) << 8);
+inline F32 select(const Mask& m, F32 a, F32 b) {  // m ? a : b
+  return {_mm256_blendv_ps(b.lo, a.lo, m.lo), _mm256_blendv_ps(b.hi, a.hi, m.hi)};
 }
-inline __m256 lanes_of(int bits) {  // 8 bits to 8 lanes of ones or zeros
-  const __m256i one_each = _mm256_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128);
-  return _mm256_castsi256_ps(_mm256_cmpeq_epi32(_mm256_and_si256(_mm256_set1_epi32(bits), one_each), one_each));
-}
-inline F32 select(Mask m, F32 a, F32 b) {  // m ? a : b
-  return {_mm256_blendv_ps(b.lo, a.lo, lanes_of(m)), _mm256_blendv_ps(b.hi, a.hi, lanes_of(m >> 8))};
-}
-inline F32 keep(Mask m, F32 a) {  // m ? a : 0
-  return {_mm256_and_ps(a.lo, lanes_of(m)), _mm256_and_ps(a.hi, lanes_of(m >> 8))};
-}
+inline F32 keep(const Mask& m, F32 a) { return {_mm256_and_ps(a.lo, m.lo), _mm256_and_ps(a.hi, m.hi)}; }  // m ? a : 0
 inline float sum(F32 a) {
   const __m256 pairs = _mm256_add_ps(a.lo, a.hi);
   __m128 s = _mm_add_ps(_mm256_castps256_ps128(pairs), _mm256_extractf128_ps(pairs, 1));
@@ -329,10 +337,10 @@ inline F64 fnma(const F64& a, const F64& b, const F64& c) { return c - a * b; }
 inline F64 max(const F64& a, const F64& b) { return each_lane([&](int64_t i) { return std::max(a.v[i], b.v[i]); }); }
 inline F64 sqrt(const F64& a) { return each_lane([&](int64_t i) { return std::sqrt(a.v[i]); }); }
 inline F64 exp(const F64& a) { return each_lane([&](int64_t i) { return std::exp(a.v[i]); }); }
-inline F64 select(Mask m, const F64& a, const F64& b) {
-  return each_lane([&](int64_t i) { return m >> i & 1 ? a.v[i] : b.v[i]; });
+inline F64 select(const Mask& m, const F64& a, const F64& b) {
+  return each_lane([&](int64_t i) { return has_lane(m, i) ? a.v[i] : b.v[i]; });
 }
-inline F64 keep(Mask m, const F64& a) { return select(m, a, F64()); }
+inline F64 keep(const Mask& m, const F64& a) { return select(m, a, F64()); }
 inline double sum(const F64& a) {
   double s = 0;
   for (double x : a.v) s += x;
