@@ -1,6 +1,7 @@
 """Builds the native parts; everything else stands in pyproject.toml.
 
   bertfast._C              csrc/loader.cpp, pybind11: planning, masking and packing of batches
+  bertfast._C_autograd     csrc/autograd.cpp, the autograd nodes in C++, for every device
   bertfast._C_<isa>        csrc/cpu/*.cpp, once per x86-64 instruction set from the same sources, and never two sets
                            in one object (the linker would merge their inline functions); loaded for this CPU by
                            bertfast/ops/_define.py with torch.ops.load_library
@@ -81,15 +82,16 @@ def extensions():
         return []
     sanitize = [f"-fsanitize={s}" for s in os.environ.get("BERTFAST_SANITIZE", "").split(",") if s]
     headers = glob("csrc/cpu/*.h")
-    loader = CppExtension(
-        "bertfast._C", ["csrc/loader.cpp"], include_dirs=[pybind11.get_include()], extra_compile_args=FLAGS + sanitize,
-        extra_link_args=sanitize,
-    )
+    everywhere = [
+        CppExtension(name, [source], include_dirs=[pybind11.get_include()], extra_compile_args=FLAGS + sanitize,
+                     extra_link_args=sanitize)
+        for name, source in (("bertfast._C", "csrc/loader.cpp"), ("bertfast._C_autograd", "csrc/autograd.cpp"))
+    ]
     if platform.machine() not in ("x86_64", "AMD64") or platform.system() != "Linux":
-        return [loader]
+        return everywhere + cuda_extension()
     sources = sorted(glob("csrc/cpu/*.cpp"))
     wanted = os.environ.get("BERTFAST_ISA", ",".join(ISAS)).split(",")
-    return [loader] + cuda_extension() + [
+    return everywhere + cuda_extension() + [
         CppExtension(
             f"bertfast._C_{isa}", sources, depends=headers, extra_compile_args=FLAGS + ISAS[isa] + sanitize,
             extra_link_args=sanitize,

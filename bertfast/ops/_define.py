@@ -25,7 +25,7 @@ OPS: list[str] = []  # every defined op, in order of definition
 _library = torch.library.Library("bertfast", "DEF")
 _launchers: dict[str, str] = {}  # op -> module under bertfast.kernels that holds its launcher
 _cpu_only: set[str] = set()
-NODES = "linear", "gelu_linear", "add_layer_norm", "attention_packed"  # that csrc/cpu/autograd.cpp has
+NODES = "linear", "gelu_linear", "add_layer_norm", "attention_packed"  # that csrc/autograd.cpp has
 _nodes: dict[str, Callable] = {}  # those, where it is loaded
 
 
@@ -59,7 +59,7 @@ def define(schema: str, reference: Callable, fake: Callable | None = None, kerne
 
 
 def node(name: str, in_python: Callable) -> Callable:
-    """The differentiable op `name`: the autograd node of csrc/cpu/autograd.cpp, where it is there, or `in_python`.
+    """The differentiable op `name`: the autograd node of csrc/autograd.cpp, where it is there, or `in_python`.
 
     Both take the same arguments; the first is a tensor, whose dtype decides.
     """
@@ -96,6 +96,29 @@ def register_launchers(dispatch_key: str) -> None:
         _library.impl(name, launch, dispatch_key, allow_override=True)
 
 
+def _built(name: str) -> Path | None:
+    """The shared object bertfast/<name>, where it is built."""
+    paths = (Path(__file__).parent.parent / (name + suffix) for suffix in importlib.machinery.EXTENSION_SUFFIXES)
+    return next((path for path in paths if path.exists()), None)
+
+
+def _load_nodes(cpu: str) -> None:
+    """Load the autograd nodes in C++, which serve every device; without them those in Python run, more slowly."""
+    if REFERENCE_ONLY or NO_EXTENSION:
+        return
+    path, why = _built("_C_autograd"), ""
+    if path is None:
+        why = "an old build" if cpu.startswith("C++") else ""
+    else:
+        try:
+            torch.ops.load_library(path)
+            _nodes.update({name: getattr(torch.ops.bertfast, name).default for name in NODES})
+        except OSError as error:  # built against another torch
+            why = str(error).splitlines()[0]
+    if why:
+        warnings.warn(f"bertfast: no autograd nodes in C++ ({why}); rebuild the extension (make install)", stacklevel=2)
+
+
 def _load_extension() -> str:
     """Load the C++ kernels built for this CPU; returns what was loaded, or the reason why nothing was."""
     if REFERENCE_ONLY:
@@ -112,19 +135,12 @@ def _load_extension() -> str:
     else:
         return f"reference: the C++ kernels need AVX2, this CPU offers {capability}"
     for isa in wanted:
-        for suffix in importlib.machinery.EXTENSION_SUFFIXES:
-            path = Path(__file__).parent.parent / f"_C_{isa}{suffix}"
-            if path.exists():
-                try:
-                    torch.ops.load_library(path)
-                except OSError as error:  # built against another torch
-                    return f"reference: {path.name} does not load ({str(error).splitlines()[0]}); rebuild it"
-                if hasattr(torch.ops.bertfast, NODES[-1]):
-                    _nodes.update({name: getattr(torch.ops.bertfast, name).default for name in NODES})
-                else:
-                    warnings.warn(f"bertfast: {path.name} is an old build, without autograd nodes; rebuild it (make "
-                                  "install)", stacklevel=2)
-                return f"C++ ({isa})"
+        if (path := _built(f"_C_{isa}")) is not None:
+            try:
+                torch.ops.load_library(path)
+            except OSError as error:  # built against another torch
+                return f"reference: {path.name} does not load ({str(error).splitlines()[0]}); rebuild it"
+            return f"C++ ({isa})"
     return "reference: the C++ extension is not built (make install)"
 
 
@@ -138,15 +154,16 @@ def _load_triton() -> str:
     if torch.version.hip is None and torch.cuda.get_device_capability() < (8, 0):
         return "reference: Triton uses tensor cores from compute capability 8.0 on"
     register_launchers("CUDA")
-    path = Path(__file__).parent.parent / f"_C_cuda{importlib.machinery.EXTENSION_SUFFIXES[0]}"
-    if path.exists() and torch.version.cuda:
+    if (path := _built("_C_cuda")) is not None and torch.version.cuda:
         torch.ops.load_library(path)
     return "Triton"
 
 
 def load_backends() -> dict[str, str]:
     """Load what this machine can run. Called once, when bertfast.ops is imported, after all ops are defined."""
-    return {"cpu": _load_extension(), "cuda": _load_triton()}
+    cpu, cuda = _load_extension(), _load_triton()
+    _load_nodes(cpu)
+    return {"cpu": cpu, "cuda": cuda}
 
 
 def implementation(name: str, device: str, loaded: dict[str, str]) -> str:

@@ -1,7 +1,6 @@
 // y = LayerNorm(dropout(x + bias) + residual) and its backward; formulas and shapes in
 // bertfast/ops/add_layer_norm.py. One pass over memory each: a row is read once, then stays in the L1 cache.
 
-#include <ATen/ops/empty.h>
 #include <torch/library.h>
 
 #include "common.h"
@@ -124,11 +123,11 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> add_layer_norm_fwd_cp
   const Dropout dropout(p, seed, stream);
   const RowKeys keys(row_key, n_rows);
   const at::Tensor x = x_.contiguous(), residual = residual_.contiguous();
-  at::Tensor y = at::empty(x.sizes(), x.options()), z = at::empty(x.sizes(), x.options());
+  at::Tensor y = empty(x.sizes(), x.options()), z = empty(x.sizes(), x.options());
   return DISPATCH_SCALAR(x.scalar_type(), "add_layer_norm", [&] {
     using acc = acc_t<scalar_t>;
     const auto options = x.options().dtype(c10::CppTypeToScalarType<acc>::value);
-    at::Tensor mean = at::empty({n_rows}, options), rstd = at::empty({n_rows}, options);
+    at::Tensor mean = empty({n_rows}, options), rstd = empty({n_rows}, options);
     choose(dropout.active, is_far(x, 32), [&](auto drop, auto far) {
       add_layer_norm_fwd<drop, far>(
           y.mutable_data_ptr<scalar_t>(), z.mutable_data_ptr<scalar_t>(), mean.mutable_data_ptr<acc>(),
@@ -156,10 +155,10 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> add_layer
   const Dropout dropout(p, seed, stream);
   const RowKeys keys(row_key, n_rows);
   const at::Tensor dy = dy_.contiguous(), z = z_.contiguous();
-  at::Tensor dz = at::empty(z.sizes(), z.options());
-  at::Tensor dx = at::empty({dropout.active ? n_rows : 0, n_columns}, z.options());
-  at::Tensor dbias = at::empty({n_columns}, weight.options()), dweight = at::empty({n_columns}, weight.options());
-  at::Tensor dln_bias = at::empty({n_columns}, weight.options());
+  at::Tensor dz = empty(z.sizes(), z.options());
+  at::Tensor dx = empty({dropout.active ? n_rows : 0, n_columns}, z.options());
+  at::Tensor dbias = empty({n_columns}, weight.options()), dweight = empty({n_columns}, weight.options());
+  at::Tensor dln_bias = empty({n_columns}, weight.options());
   DISPATCH_SCALAR(z.scalar_type(), "add_layer_norm", [&] {
     using acc = acc_t<scalar_t>;
     const int64_t parts = n_parts(n_rows, n_columns);

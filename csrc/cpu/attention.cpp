@@ -7,7 +7,6 @@
 // dout V^T, and adds P^T dout and dS^T Q to sums that belong to the task: no atomics, the same result every time.
 #include "gemm_tile.h"
 
-#include <ATen/ops/empty.h>
 #include <torch/library.h>
 
 #include <atomic>
@@ -390,7 +389,7 @@ void backward(const Problem& p, const Saved<scalar_t>& s, Heads<scalar_t> dq, He
   };
   // a part's share waits in `shares` until all of the head's parts are there
   const int64_t share = 2 * p.n_heads * p.n_keys * dim;
-  at::Tensor shares = at::empty({parts > 1 ? parts * share : 0}, c10::CppTypeToScalarType<acc>::value);
+  at::Tensor shares = empty({parts > 1 ? parts * share : 0}, c10::CppTypeToScalarType<acc>::value);
   const auto share_of = [&](const Task& t) {
     return shares.mutable_data_ptr<acc>() + t.part * share + 2 * dim * (t.head * p.n_keys + p.cu_k[t.b]);
   };
@@ -484,9 +483,9 @@ std::tuple<at::Tensor, at::Tensor> attention_fwd_cpu(
     const std::optional<at::Tensor>& seed, const std::optional<at::Tensor>& row_key, int64_t stream) {
   const Problem problem = problem_of(q_, k_, v_, cu_q, cu_k, scale, mask_mode, prefix_lens, p, seed, row_key, stream);
   const at::Tensor q = with_contiguous_dim(q_), k = with_contiguous_dim(k_), v = with_contiguous_dim(v_);
-  at::Tensor out = at::empty(q.sizes(), q.options());
+  at::Tensor out = empty(q.sizes(), q.options());
   const auto statistics = q.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
-  at::Tensor lse = at::empty({q.size(1), q.size(0)}, q.options().dtype(statistics));
+  at::Tensor lse = empty({q.size(1), q.size(0)}, q.options().dtype(statistics));
   DISPATCH_SCALAR(q.scalar_type(), "attention", [&] {
     with_words<scalar_t>([&](auto word) {
       forward<decltype(word), scalar_t>(problem, read<scalar_t>(q), read<scalar_t>(k), read<scalar_t>(v),
@@ -522,8 +521,8 @@ std::tuple<at::Tensor, at::Tensor> attention_bwd_cpu(
     int64_t mask_mode, const std::optional<at::Tensor>& prefix_lens, double p, const std::optional<at::Tensor>& seed,
     const std::optional<at::Tensor>& row_key, int64_t stream) {
   const Problem problem = problem_of(q, k, v, cu_q, cu_k, scale, mask_mode, prefix_lens, p, seed, row_key, stream);
-  at::Tensor dq = at::empty(q.sizes(), q.options());
-  at::Tensor dkv = at::empty({k.size(0), 2, k.size(1), k.size(2)}, k.options());
+  at::Tensor dq = empty(q.sizes(), q.options());
+  at::Tensor dkv = empty({k.size(0), 2, k.size(1), k.size(2)}, k.options());
   backward_into(dq, dkv.select(1, 0), dkv.select(1, 1), dout, q, k, v, out, lse, problem);
   return {dq, dkv};
 }
@@ -535,7 +534,7 @@ at::Tensor attention_packed_bwd_cpu(
     const std::optional<at::Tensor>& row_key, int64_t stream) {
   const Problem problem = problem_of(q, k, v, cu_q, cu_k, scale, mask_mode, prefix_lens, p, seed, row_key, stream);
   CHECK_SHAPE(k, q.size(0), q.size(1), q.size(2));
-  at::Tensor dqkv = at::empty({q.size(0), 3, q.size(1), q.size(2)}, q.options());
+  at::Tensor dqkv = empty({q.size(0), 3, q.size(1), q.size(2)}, q.options());
   backward_into(dqkv.select(1, 0), dqkv.select(1, 1), dqkv.select(1, 2), dout, q, k, v, out, lse, problem);
   return dqkv;
 }

@@ -1,6 +1,5 @@
 // y = GELU(x + bias) and its backward; formula and shapes in bertfast/ops/bias_gelu.py.
 
-#include <ATen/ops/empty.h>
 #include <torch/library.h>
 
 #include "common.h"
@@ -54,7 +53,7 @@ void check(const at::Tensor& x, const at::Tensor& bias) {
 at::Tensor bias_gelu_fwd_cpu(const at::Tensor& x_, const at::Tensor& bias) {
   check(x_, bias);
   const at::Tensor x = x_.contiguous();
-  at::Tensor y = at::empty(x.sizes(), x.options());
+  at::Tensor y = empty(x.sizes(), x.options());
   DISPATCH_SCALAR(x.scalar_type(), "bias_gelu", [&] {
     const auto run = is_far_for_gelu(x, 64) ? bias_gelu_fwd<true, scalar_t> : bias_gelu_fwd<false, scalar_t>;
     run(y.mutable_data_ptr<scalar_t>(), x.const_data_ptr<scalar_t>(), parameter<acc_t<scalar_t>, 1>(bias), x.size(0),
@@ -70,7 +69,7 @@ std::tuple<at::Tensor, at::Tensor> bias_gelu_bwd_cpu(const at::Tensor& dy_, cons
   CHECK_SHAPE(dy_, x_.size(0), x_.size(1));
   CHECK_SAME_DTYPE(x_, dy_);
   const at::Tensor dy = dy_.contiguous(), x = x_.contiguous();
-  at::Tensor dx = at::empty(x.sizes(), x.options()), dbias = at::empty(bias.sizes(), bias.options());
+  at::Tensor dx = empty(x.sizes(), x.options()), dbias = empty(bias.sizes(), bias.options());
   DISPATCH_SCALAR(x.scalar_type(), "bias_gelu", [&] {
     using acc = acc_t<scalar_t>;
     const int64_t parts = n_parts(x.size(0), x.size(1));

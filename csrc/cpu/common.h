@@ -2,6 +2,7 @@
 // and to memory, scratch memory, column sums.
 #pragma once
 
+#include <ATen/EmptyTensor.h>
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 
@@ -29,6 +30,11 @@ namespace bertfast {
       default: TORCH_CHECK_NOT_IMPLEMENTED(false, op " on CPU takes float32, bfloat16 or float64, not ", dtype); \
     }                                                                                                        \
   }()
+
+// at::empty, less the dispatcher and the header that takes a quarter of a file's compilation.
+inline at::Tensor empty(at::IntArrayRef sizes, const at::TensorOptions& options) {
+  return at::detail::empty_cpu(sizes, options);
+}
 
 // A buffer of the calling thread that is kept and reused: fresh pages cost more than the work done in them.
 // Valid until the thread asks for the same type and slot again. 64-byte aligned, not initialised.

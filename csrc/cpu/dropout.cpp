@@ -1,6 +1,5 @@
 // y = x times mask / P(kept); the mask's definition, formulas and shapes in bertfast/ops/dropout.py.
 
-#include <ATen/ops/empty.h>
 #include <torch/library.h>
 
 #include "common.h"
@@ -30,7 +29,7 @@ at::Tensor dropout_cpu(const at::Tensor& x_, double p, const std::optional<at::T
   const Dropout drawn(p, seed, stream);
   const RowKeys keys(row_key, x_.size(0));
   const at::Tensor x = x_.contiguous();
-  at::Tensor y = at::empty(x.sizes(), x.options());
+  at::Tensor y = empty(x.sizes(), x.options());
   DISPATCH_SCALAR(x.scalar_type(), "dropout", [&] {
     dropout(y.mutable_data_ptr<scalar_t>(), x.const_data_ptr<scalar_t>(), drawn, keys, x.size(0), x.size(1));
   });

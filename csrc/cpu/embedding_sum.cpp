@@ -6,7 +6,6 @@
 // that a cut falls into are summed apart and added at the end, in order: the result depends on the number of
 // threads alone. Positions and token types are few: every part sums them into a table of its own.
 
-#include <ATen/ops/empty.h>
 #include <torch/library.h>
 
 #include <tuple>
@@ -232,11 +231,11 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> embedding_sum_fwd_cpu(
   CHECK_SHAPE(bias, in.n_columns());
   const Dropout dropout(p, seed, stream);
   const RowKeys keys(row_key, in.n_rows());
-  at::Tensor y = at::empty({in.n_rows(), in.n_columns()}, word.options());
+  at::Tensor y = empty({in.n_rows(), in.n_columns()}, word.options());
   return DISPATCH_SCALAR(word.scalar_type(), "embedding_sum", [&] {
     using acc = acc_t<scalar_t>;
     const auto options = word.options().dtype(c10::CppTypeToScalarType<acc>::value);
-    at::Tensor mean = at::empty({in.n_rows()}, options), rstd = at::empty({in.n_rows()}, options);
+    at::Tensor mean = empty({in.n_rows()}, options), rstd = empty({in.n_rows()}, options);
     choose(dropout.active, is_far(y, 32), [&](auto drop, auto far) {
       embedding_sum_fwd<drop, far>(y.mutable_data_ptr<scalar_t>(), mean.mutable_data_ptr<acc>(),
                                    rstd.mutable_data_ptr<acc>(), in.ids(), in.tables<scalar_t>(),
@@ -267,9 +266,9 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> embedding_sum_bwd_int
   const Dropout dropout(p, seed, stream);
   const RowKeys keys(row_key, n_rows);
   const at::Tensor dy = dy_.contiguous();
-  at::Tensor dposition = at::empty(position.sizes(), position.options());
-  at::Tensor dtoken_type = at::empty(token_type.sizes(), token_type.options());
-  at::Tensor dweight = at::empty({n_columns}, weight.options()), dbias = at::empty({n_columns}, weight.options());
+  at::Tensor dposition = empty(position.sizes(), position.options());
+  at::Tensor dtoken_type = empty(token_type.sizes(), token_type.options());
+  at::Tensor dweight = empty({n_columns}, weight.options()), dbias = empty({n_columns}, weight.options());
 
   const Ids ids = in.ids();
   int32_t* orders = scratch<int32_t>(2 * n_rows);
@@ -322,7 +321,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> embedding
     const at::Tensor& token_type_ids, const at::Tensor& word, const at::Tensor& position, const at::Tensor& token_type,
     const at::Tensor& weight, const at::Tensor& mean, const at::Tensor& rstd, std::optional<int64_t> padding_idx,
     double p, const std::optional<at::Tensor>& seed, const std::optional<at::Tensor>& row_key, int64_t stream) {
-  at::Tensor dword = at::empty(word.sizes(), word.options());
+  at::Tensor dword = empty(word.sizes(), word.options());
   char* bytes = static_cast<char*>(dword.mutable_data_ptr());
   const int64_t n_bytes = static_cast<int64_t>(dword.nbytes());
   for_parts(n_bytes, n_parts(n_bytes, 1), [&](int64_t, int64_t begin, int64_t end) {

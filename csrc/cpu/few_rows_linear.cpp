@@ -6,7 +6,6 @@
 #include "gemm_tile.h"
 
 #include <ATen/core/List.h>
-#include <ATen/ops/empty.h>
 #include <torch/library.h>
 
 #include <vector>
@@ -122,7 +121,7 @@ at::Tensor few_rows_linear_cpu(const at::Tensor& x_, at::TensorList weights, at:
     CHECK_SAME_DTYPE(x, bias);
     held.push_back(bias.contiguous());
   }
-  at::Tensor y = at::empty({n_rows, n * n_outputs}, x.options());
+  at::Tensor y = empty({n_rows, n * n_outputs}, x.options());
   const auto run = [&]<typename Word, typename scalar_t>(Word, scalar_t) {
     const int64_t blocks = n_outputs / OUTPUTS;
     for_parts(n * blocks, n_parts(n * blocks, n_rows * n_inputs), [&](int64_t, int64_t first, int64_t last) {

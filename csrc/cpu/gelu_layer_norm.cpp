@@ -1,6 +1,5 @@
 // y = LayerNorm(GELU(x + bias)) and its backward; formulas and shapes in bertfast/ops/gelu_layer_norm.py.
 
-#include <ATen/ops/empty.h>
 #include <torch/library.h>
 
 #include "common.h"
@@ -90,11 +89,11 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> gelu_layer_norm_fwd_cpu(const at:
   check(x_, bias, weight);
   CHECK_SHAPE(ln_bias, x_.size(1));
   const at::Tensor x = x_.contiguous();
-  at::Tensor y = at::empty(x.sizes(), x.options());
+  at::Tensor y = empty(x.sizes(), x.options());
   return DISPATCH_SCALAR(x.scalar_type(), "gelu_layer_norm", [&] {
     using acc = acc_t<scalar_t>;
     const auto options = x.options().dtype(c10::CppTypeToScalarType<acc>::value);
-    at::Tensor mean = at::empty({x.size(0)}, options), rstd = at::empty({x.size(0)}, options);
+    at::Tensor mean = empty({x.size(0)}, options), rstd = empty({x.size(0)}, options);
     const auto run =
         is_far_for_gelu(x, 64) ? gelu_layer_norm_fwd<true, scalar_t> : gelu_layer_norm_fwd<false, scalar_t>;
     run(y.mutable_data_ptr<scalar_t>(), mean.mutable_data_ptr<acc>(), rstd.mutable_data_ptr<acc>(),
@@ -115,8 +114,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> gelu_layer_norm_bwd_c
   CHECK_SHAPE(mean, n_rows);
   CHECK_SHAPE(rstd, n_rows);
   const at::Tensor dy = dy_.contiguous(), x = x_.contiguous();
-  at::Tensor dx = at::empty(x.sizes(), x.options()), dbias = at::empty({n_columns}, weight.options());
-  at::Tensor dweight = at::empty({n_columns}, weight.options()), dln_bias = at::empty({n_columns}, weight.options());
+  at::Tensor dx = empty(x.sizes(), x.options()), dbias = empty({n_columns}, weight.options());
+  at::Tensor dweight = empty({n_columns}, weight.options()), dln_bias = empty({n_columns}, weight.options());
   DISPATCH_SCALAR(x.scalar_type(), "gelu_layer_norm", [&] {
     using acc = acc_t<scalar_t>;
     const int64_t parts = n_parts(n_rows, n_columns);

@@ -8,7 +8,6 @@
 
 #if defined(__AVX512BF16__)
 
-#include <ATen/ops/empty.h>
 #include <torch/library.h>
 
 namespace bertfast {
@@ -138,7 +137,7 @@ at::Tensor gemm_cpu(const at::Tensor& a_, const at::Tensor& b_, const std::optio
   TORCH_CHECK(n % PANEL<Pair> == 0 && (transpose_a || k % 2 == 0), "gemm: N must be a multiple of 64, K of 2, got ", n,
               " and ", k);
   TORCH_CHECK(!(transpose_a && (transpose_b || bias_)), "gemm: a transposed a takes neither a transposed b nor a bias");
-  const at::Tensor a = a_.contiguous(), b = b_.contiguous(), c = at::empty({m, n}, a.options());
+  const at::Tensor a = a_.contiguous(), b = b_.contiguous(), c = empty({m, n}, a.options());
   at::Tensor bias;
   if (bias_) {
     CHECK_SHAPE(*bias_, n);

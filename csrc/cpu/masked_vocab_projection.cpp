@@ -11,10 +11,6 @@
 // The idea of a loss without logits in memory is that of Wijmans et al. 2024, "Cut your losses in large-vocabulary
 // language models"; keeping 2 bytes a logit instead of recomputing it saves a quarter of the multiplications.
 
-#include <ATen/ops/empty.h>
-#include <ATen/ops/empty_like.h>
-#include <ATen/ops/scalar_tensor.h>
-#include <ATen/ops/zeros_like.h>
 #include <torch/library.h>
 
 #include <limits>
@@ -396,9 +392,9 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> run(const at::Tensor& hidden_, co
 #endif
     return project<scalar_t, acc_t<scalar_t>>(hidden, weight, bias, index, targets, scale, dhidden, dweight, accumulate, dbias);
   });
-  const auto sum_type = hidden.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
-  return {at::scalar_tensor(counts.loss_sum, sum_type), at::scalar_tensor(static_cast<int64_t>(index.size()), at::kLong),
-          at::scalar_tensor(counts.n_correct, at::kLong)};
+  const auto scalar = [](const at::Scalar& value, at::ScalarType dtype) { return empty({}, dtype).fill_(value); };
+  return {scalar(counts.loss_sum, hidden.scalar_type() == at::kDouble ? at::kDouble : at::kFloat),
+          scalar(static_cast<int64_t>(index.size()), at::kLong), scalar(counts.n_correct, at::kLong)};
 }
 
 }  // namespace
@@ -415,8 +411,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> masked_vo
   TORCH_CHECK(dweight.is_contiguous(), "masked_vocab_projection: dweight is not contiguous");
   TORCH_CHECK_TYPE(dweight.scalar_type() == weight.scalar_type() || (dweight.scalar_type() == at::kFloat && weight.scalar_type() == at::kBFloat16),
                    "masked_vocab_projection: dweight is ", dweight.scalar_type(), " for a weight in ", weight.scalar_type());
-  auto dhidden = at::zeros_like(hidden, hidden.options(), at::MemoryFormat::Contiguous);
-  auto dbias = at::empty_like(bias, bias.options(), at::MemoryFormat::Contiguous);
+  auto dhidden = empty(hidden.sizes(), hidden.options()).zero_();
+  auto dbias = empty(bias.sizes(), bias.options());
   auto [loss_sum, n_masked, n_correct] = run(hidden, weight, bias, labels, scale.item<double>(), dhidden, dweight, accumulate, dbias);
   if (n_masked.item<int64_t>() == 0 && !accumulate) dweight.zero_();
   return {loss_sum, n_masked, n_correct, dhidden, dbias};
@@ -424,7 +420,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> masked_vo
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> masked_vocab_projection_fwd_cpu(
     const at::Tensor& hidden, const at::Tensor& weight, const at::Tensor& bias, const at::Tensor& labels, const at::Tensor& scale) {
-  auto dweight = at::empty_like(weight, weight.options(), at::MemoryFormat::Contiguous);
+  auto dweight = empty(weight.sizes(), weight.options());
   auto [loss_sum, n_masked, n_correct, dhidden, dbias] =
       masked_vocab_projection_fwd_into_cpu(hidden, weight, bias, labels, scale, dweight, false);
   return {loss_sum, n_masked, n_correct, dhidden, dweight, dbias};

@@ -4,7 +4,6 @@
 // it does not matter whether the elements lie in one table or in hundreds of biases. Sums are fp32 within a block,
 // then fp64 over blocks in order: the same bits for any number of threads.
 
-#include <ATen/ops/empty.h>
 #include <torch/library.h>
 
 #include <vector>
@@ -265,7 +264,7 @@ at::Tensor grad_norm_cpu(at::TensorList grads) {
   });
   double total = 0;
   for (int64_t block = 0; block < blocks.count(); block++) total += sums[block];
-  at::Tensor norm = at::empty({}, at::TensorOptions(at::kFloat));
+  at::Tensor norm = empty({}, at::TensorOptions(at::kFloat));
   *norm.mutable_data_ptr<float>() = static_cast<float>(std::sqrt(total));
   return norm;
 }
