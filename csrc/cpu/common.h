@@ -53,7 +53,11 @@ inline T* scratch(int64_t n) {
 
 // How many parts `n_rows` rows are cut into: one a thread, fewer where a part would be under ~10 us of work.
 inline int64_t n_parts(int64_t n_rows, int64_t row_elements) {
+#if defined(__AVX512F__)
   constexpr int64_t least = 32768;
+#else
+  constexpr int64_t least = 16384;
+#endif
   const int64_t most = std::max<int64_t>(1, std::min<int64_t>(n_rows, at::get_num_threads()));
   return std::clamp<int64_t>(n_rows * row_elements / least, 1, most);
 }
