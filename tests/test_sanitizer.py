@@ -11,28 +11,38 @@ import pytest
 from bertfast.ops._define import load_backends
 
 ROOT = Path(__file__).parent.parent
+EMULATION = f"-I{ROOT / 'tests' / 'avx512_emulation'} -ffp-contract=off --param asan-stack=0"
 
 
 @pytest.mark.full
-def test_cpp_touches_no_memory_that_is_not_its_own(tmp_path):
+@pytest.mark.parametrize("isa", ["native", "avx512", "avx512_bf16"])
+def test_cpp_touches_no_memory_that_is_not_its_own(isa, tmp_path):
+    """And is right: the kernels for this CPU, and those for AVX-512 too, emulated where it has AVX2 alone."""
     loaded = load_backends()["cpu"]
     if not loaded.startswith("C++"):
         pytest.skip(loaded)
+    native = loaded.removeprefix("C++ (").removesuffix(")")
+    emulated = isa != "native"
+    if emulated and native != "avx2":
+        pytest.skip(f"this CPU runs {native} itself")
     # the second, or the sanitizer does not find what throws
     names = ("libasan.so", "libstdc++.so")
     runtime = " ".join(subprocess.check_output(["g++", f"-print-file-name={n}"], text=True).strip() for n in names)
     library, objects = tmp_path / "library", tmp_path / "objects"
     shutil.copytree(ROOT / "bertfast", library / "bertfast", ignore=shutil.ignore_patterns("*.so", "__pycache__"))
-    isa = loaded.removeprefix("C++ (").removesuffix(")")
-    build = {**os.environ, "BERTFAST_SANITIZE": "address", "BERTFAST_ISA": isa, "BERTFAST_CUDA": "0"}
+    build = {**os.environ, "BERTFAST_SANITIZE": "address", "BERTFAST_ISA": native, "BERTFAST_CUDA": "0"}
+    if emulated:
+        build["CFLAGS"] = EMULATION + (" -DWITHOUT_BF16" if isa == "avx512" else "")
     command = [sys.executable, "setup.py", "build_ext", "--build-lib", str(library), "--build-temp", str(objects)]
     done = subprocess.run(command, env=build, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-4000:]
 
     environment = {**os.environ, "PYTHONPATH": str(library), "LD_PRELOAD": runtime, "ASAN_OPTIONS": "detect_leaks=0"}
-    where = "import torch, bertfast, bertfast._C as c; print(bertfast.__file__, c.__file__, bertfast.ops.backends())"
+    where = ("import torch, bertfast, bertfast._C as c; print(bertfast.__file__, c.__file__, bertfast.ops.backends());"
+             "print('bf16', torch._C._dispatch_has_kernel_for_dispatch_key('bertfast::gemm', 'CPU'))")  # fmt: skip
     found = subprocess.run([sys.executable, "-c", where], env=environment, capture_output=True, text=True, cwd=tmp_path)
-    assert found.stdout.count(str(library)) == 2 and isa in found.stdout, found.stdout + found.stderr[-4000:]
+    assert found.stdout.count(str(library)) == 2 and native in found.stdout, found.stdout + found.stderr[-4000:]
+    assert f"bf16 {'bf16' in (isa if emulated else native)}" in found.stdout
     tests = [str(ROOT / "tests" / name) for name in ("test_ops.py", "test_data.py")]
     # torch.compile starts compilers of its own, which have nothing to do with this C++
     command = [sys.executable, "-m", "pytest", "-q", "-m", "not full", "-k", "not compiles", "-p", "no:cacheprovider"]
