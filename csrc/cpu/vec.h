@@ -144,10 +144,6 @@ inline float sum(F32 a) { return _mm512_reduce_add_ps(a.v); }
 inline float max(F32 a) { return _mm512_reduce_max_ps(a.v); }
 inline F32 round(F32 a) { return _mm512_roundscale_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
 inline F32 times_two_to(F32 a, F32 n) { return _mm512_scalef_ps(a.v, n.v); }  // n whole
-inline F32 reciprocal(F32 a) {  // within 1 ulp for finite results: 14 bits, then one step of Newton
-  const __m512 r = _mm512_rcp14_ps(a.v);
-  return _mm512_fmadd_ps(r, _mm512_fnmadd_ps(a.v, r, _mm512_set1_ps(1.0f)), r);
-}
 
 #else  // AVX2: the same 16 lanes in two registers
 
@@ -253,10 +249,6 @@ inline F32 fnma(F32 a, F32 b, F32 c) {
 }
 inline F32 max(F32 a, F32 b) { return {_mm256_max_ps(a.lo, b.lo), _mm256_max_ps(a.hi, b.hi)}; }
 inline F32 min(F32 a, F32 b) { return {_mm256_min_ps(a.lo, b.lo), _mm256_min_ps(a.hi, b.hi)}; }
-inline F32 abs(F32 a) {
-  const __m256 sign = _mm256_set1_ps(-0.0f);
-  return {_mm256_andnot_ps(sign, a.lo), _mm256_andnot_ps(sign, a.hi)};
-}
 inline F32 sqrt(F32 a) { return {_mm256_sqrt_ps(a.lo), _mm256_sqrt_ps(a.hi)}; }
 inline F32 select(const Mask& m, F32 a, F32 b) {  // m ? a : b
   return {_mm256_blendv_ps(b.lo, a.lo, m.lo), _mm256_blendv_ps(b.hi, a.hi, m.hi)};
@@ -288,7 +280,6 @@ inline F32 times_two_to(F32 a, F32 n) {  // n whole, |n| <= 252; two steps over-
   };
   return {step(a.lo, n.lo), step(a.hi, n.hi)};
 }
-inline F32 reciprocal(F32 a) { return F32(1.0f) / a; }
 
 #endif
 

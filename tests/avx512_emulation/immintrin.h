@@ -2,8 +2,7 @@
 // <immintrin.h>, this header includes that and gives the intrinsics another meaning, lane by lane, with the compiler's
 // vectors in place of the registers. Slow, but the kernels' own code: their indices, masks, tails and memory accesses.
 //
-// What the hardware promises loosely is taken at its worst: a reciprocal has 14 bits and no more, lanes that a cast
-// leaves undefined hold rubbish. What would fault aborts; lanes that a mask leaves out are not touched.
+// Lanes that a cast leaves undefined hold rubbish, what would fault aborts, lanes that a mask leaves out are not touched.
 #pragma once
 
 #include_next <immintrin.h>
@@ -89,7 +88,6 @@ APART __m512 fmadd_ps(__m512 a, __m512 b, __m512 c) {
 }
 inline __m512 fnmadd_ps(__m512 a, __m512 b, __m512 c) { return fmadd_ps(-a, b, c); }
 APART __m512 sqrt_ps(__m512 a) { return lanes<__m512>([&](size_t i) { return std::sqrt(a[i]); }); }
-inline __m512 rcp14_ps(__m512 a) { return (__m512)((U32)(1.0f / a) & ~0x1ffu); }
 APART __m512 roundscale_ps(__m512 a, int) { return lanes<__m512>([&](size_t i) { return std::nearbyint(a[i]); }); }
 APART __m512 scalef_ps(__m512 a, __m512 n) {
   return lanes<__m512>([&](size_t i) {
@@ -250,7 +248,6 @@ inline __m512 dpbf16_ps(__m512 sum, __m512bh a, __m512bh b) {
 #define _mm512_fmadd_ps emulated::fmadd_ps
 #define _mm512_fnmadd_ps emulated::fnmadd_ps
 #define _mm512_sqrt_ps emulated::sqrt_ps
-#define _mm512_rcp14_ps emulated::rcp14_ps
 #undef _mm512_roundscale_ps
 #define _mm512_roundscale_ps emulated::roundscale_ps
 #define _mm512_scalef_ps emulated::scalef_ps
