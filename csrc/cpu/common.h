@@ -31,7 +31,7 @@ namespace bertfast {
     }                                                                                                        \
   }()
 
-// at::empty, less the dispatcher and the header that takes a quarter of a file's compilation.
+// at::empty, less the dispatcher and a header that is long to compile.
 inline at::Tensor empty(at::IntArrayRef sizes, const at::TensorOptions& options) {
   return at::detail::empty_cpu(sizes, options);
 }
