@@ -197,20 +197,13 @@ inline __m512 cvtph_ps(__m256i a) {
   return read<__m512>(halves);
 }
 
-// ---- bf16: subnormal numbers are zeros, coming and going ----
-inline float flushed(float a) { return std::fpclassify(a) == FP_SUBNORMAL ? std::copysign(0.0f, a) : a; }
+// ---- bf16 ----
 inline uint16_t bf16_of(float a) {
+  if (std::fpclassify(a) == FP_SUBNORMAL) a = std::copysign(0.0f, a);
   uint32_t bits;
-  a = flushed(a);
   std::memcpy(&bits, &a, 4);
   if (a != a) return static_cast<uint16_t>(bits >> 16 | 0x40);
   return static_cast<uint16_t>((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
-}
-inline float float_of(uint16_t a) {
-  const uint32_t bits = static_cast<uint32_t>(a) << 16;
-  float r;
-  std::memcpy(&r, &bits, 4);
-  return flushed(r);
 }
 APART __m256i cvtneps_pbh(__m512 a) {
   return (__m256i)lanes<H16>([&](size_t i) { return bf16_of(a[i]); });
