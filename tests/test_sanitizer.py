@@ -40,8 +40,8 @@ def test_cpp_touches_no_memory_that_is_not_its_own(isa, tmp_path):
     where = ("import torch, bertfast, bertfast._C as c; print(bertfast.__file__, c.__file__, bertfast.ops.backends());"
              "print('bf16', torch._C._dispatch_has_kernel_for_dispatch_key('bertfast::gemm', 'CPU'))")  # fmt: skip
     found = subprocess.run([sys.executable, "-c", where], env=environment, capture_output=True, text=True, cwd=tmp_path)
-    assert found.stdout.count(str(library)) == 2 and f"C++ ({built})" in found.stdout, found.stdout + found.stderr[-4000:]
-    assert f"bf16 {'bf16' in isa}" in found.stdout
+    said = found.stdout + found.stderr[-4000:]
+    assert found.stdout.count(str(library)) == 2 and f"C++ ({built})" in said and f"bf16 {'bf16' in isa}" in said, said
     tests = [str(ROOT / "tests" / name) for name in ("test_ops.py", "test_data.py")]
     # torch.compile starts compilers of its own, which have nothing to do with this C++
     command = [sys.executable, "-m", "pytest", "-q", "-m", "not full", "-k", "not compiles", "-p", "no:cacheprovider"]
