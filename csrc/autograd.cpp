@@ -164,6 +164,7 @@ struct AttentionPacked : torch::autograd::Function<AttentionPacked> {
                         double scale, int64_t mask_mode, const Optional& prefix_lens, double p, const Optional& seed,
                         const Optional& row_key, int64_t stream) {
     at::AutoDispatchBelowADInplaceOrView below;
+    TORCH_CHECK_VALUE(qkv.dim() == 4 && qkv.size(1) == 3, "qkv must be (T, 3, heads, head_dim), got ", qkv.sizes());
     const auto parts = qkv.unbind(1);
     auto [out, lse] =
         OP("attention_fwd", std::tuple<Tensor, Tensor>(

@@ -2,11 +2,13 @@
 
 import copy
 import math
+import warnings
 
 import pytest
 import torch
 import torch.nn.functional as F
 from bertfast.benchmarks.cases import CASES, SEED, STREAM, run
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from bertfast import BertConfig, BertForPreTraining, ops
 from bertfast.ops import _define, optimizer_step
@@ -472,3 +474,82 @@ def test_lamb_equals_its_definition():
     ops.lamb_step([p], [g], [], [m], [v], torch.tensor(0.1), one, one, torch.tensor(0.0), weight_decay=0.01)
     u = g / (g.abs() + 1e-6) + 0.01 * expected
     torch.testing.assert_close(p, expected - 0.1 * expected.norm() / u.norm() * u)
+
+
+@pytest.mark.parametrize("given", [None, 1024 / 1200], ids=["mean", "scale given"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=["fp32", "bf16", "fp16"])
+def test_the_loss_of_the_projection_may_be_scaled(dtype, given):
+    """In fp16 a mean's by 65,536, which is no fp16 number; before that its gradients would round to zero."""
+    torch.manual_seed(0)
+    values = [t.to(dtype) for t in (torch.randn(1200, 8), torch.randn(3000, 8) * 0.02, torch.zeros(3000))]
+    labels, by = torch.arange(1200), 65536.0 if dtype == torch.float16 and given is None else 1 / 3
+    sides = [[t.clone().requires_grad_() for t in values], [t.double().requires_grad_() for t in values]]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # fp16 on CPUs is slow, and says so
+        scale = None if given is None else torch.tensor(given)
+        (ops.masked_vocab_projection(*sides[0], labels, scale)[0] * by).backward()
+    (F.cross_entropy(F.linear(*sides[1]), labels, reduction="sum") * (given or 1 / 1200) * by).backward()
+    for ours, truth in zip((t.grad.double() for t in sides[0]), (t.grad for t in sides[1])):
+        assert (ours - truth).abs().max() <= 16 * torch.finfo(dtype).eps * truth.abs().max() and (ours != 0).all()
+        factor = (ours * truth).sum() / (truth * truth).sum()  # rounding has no direction, a rounded factor has
+        assert abs(factor - 1) <= max(torch.finfo(dtype).eps / 8, 2e-7)
+
+
+@pytest.mark.parametrize(("call", "message"), [
+    (lambda: ops.attention_packed(torch.randn(4, 2, 2, 8), torch.tensor([0, 4], dtype=torch.int32), 4), "3"),
+    (lambda: ops.attention_packed(torch.randn(4, 4, 2, 8), torch.tensor([0, 4], dtype=torch.int32), 4), "3"),
+    (lambda: ops.masked_vocab_projection(torch.randn(2, 8), torch.randn(5, 8), torch.zeros(5), torch.zeros(2).long(),
+                                         torch.ones((), requires_grad=True)), "gets no gradient"),
+])
+def test_what_would_be_computed_wrongly_is_refused(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()
+
+
+@needs_extension
+def test_empty_heads_and_vocabularies_are_refused():
+    with pytest.raises(RuntimeError, match="head_dim"):
+        ops.attention_packed(torch.randn(4, 3, 2, 0), torch.tensor([0, 4], dtype=torch.int32), 4, scale=1.0)
+    with pytest.raises(RuntimeError, match="empty weight"):
+        ops.masked_vocab_projection(torch.randn(2, 8), torch.randn(0, 8), torch.zeros(0), torch.full((2,), -100))
+
+
+def test_no_gradients_have_norm_zero():
+    assert ops.grad_norm([]) == 0
+
+
+def test_scores_of_any_size_have_a_softmax():
+    qkv = torch.randn(50, 3, 2, 64, generator=torch.Generator().manual_seed(0)) * 1e5
+    out = ops.attention_packed(qkv, torch.tensor([0, 50], dtype=torch.int32), 50)
+    q, k, v = qkv.permute(1, 2, 0, 3).double()
+    truth = ((q @ k.mT / 8).softmax(-1) @ v).permute(1, 0, 2)
+    assert ((out - truth).abs().amax((1, 2)) <= 1e-4 * truth.abs().max()).sum() >= 48  # but for a tie or two
+
+
+@pytest.mark.parametrize("op", ["bias_gelu", "gelu_layer_norm", "add_layer_norm"])
+def test_outputs_are_contiguous_whatever_the_inputs_are(op):
+    """torch.compile plans by the reference's strides, whichever implementation runs."""
+    x, row = torch.randn(40, 32).t(), torch.ones(40)
+    arguments = {"bias_gelu": (row,), "gelu_layer_norm": (row, row, row, 1e-12),
+                 "add_layer_norm": (row, x, row, row, 1e-12)}[op]
+    assert getattr(ops, op)(x, *arguments).is_contiguous()
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        fakes = [mode.from_tensor(a) if isinstance(a, torch.Tensor) else a for a in arguments]
+        assert getattr(ops, op)(mode.from_tensor(x), *fakes).is_contiguous()
+
+
+@pytest.mark.parametrize("change", ["adapter", "hook"])
+def test_more_than_a_linear_layer_is_called(change):
+    class Adapted(torch.nn.Linear):
+        def forward(self, x):
+            return super().forward(x) + 1
+
+    torch.manual_seed(0)
+    modules = [(Adapted if change == "adapter" else torch.nn.Linear)(16, 16) for _ in range(2)]
+    for module in modules if change == "hook" else ():
+        module.register_forward_hook(lambda module, args, out: out + 1)
+    x, bias = torch.randn(5, 16), torch.randn(16)
+    plain = lambda x, m: F.linear(x, m.weight, m.bias) + 1
+    torch.testing.assert_close(joined_linear(x, *modules), torch.cat([plain(x, m) for m in modules], -1))
+    torch.testing.assert_close(linear(x, modules[0]) + modules[0].bias, plain(x, modules[0]))
+    torch.testing.assert_close(linear(x, modules[0], bias) + modules[0].bias, plain(F.gelu(x + bias), modules[0]))

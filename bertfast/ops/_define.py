@@ -38,6 +38,7 @@ def define(schema: str, reference: Callable, fake: Callable | None = None, kerne
     under kernels/ whose function of the op's name is the CUDA launcher. cpu_only: callers give a GPU PyTorch's instead.
     """
     name = schema.partition("(")[0]
+    reference = _contiguous(reference)
     _library.define(schema)
     _library.impl(name, reference, "CompositeExplicitAutograd")
     torch.library.register_fake(f"bertfast::{name}", fake or reference, lib=_library)
@@ -49,11 +50,23 @@ def define(schema: str, reference: Callable, fake: Callable | None = None, kerne
     overload = getattr(torch.ops.bertfast, name).default  # bound once: attribute chains cost time
 
     def call(*args):
-        if _is_fp16_on_cpu(args):
+        if (x := _without_kernel(args)) is not None:
             if not torch.compiler.is_compiling():
-                _warn_of_fp16()
+                _warn_of_reference(x.dtype, x.device.type)
             return reference(*args)
         return overload(*args)
+
+    return call
+
+
+def _contiguous(reference: Callable) -> Callable:
+    """The reference with outputs that lie in memory as the kernels' do: torch.compile believes their strides."""
+    dense = lambda out: out.contiguous() if isinstance(out, torch.Tensor) else out
+
+    @functools.wraps(reference)
+    def call(*args):
+        out = reference(*args)
+        return type(out)(map(dense, out)) if isinstance(out, (tuple, list)) else dense(out)
 
     return call
 
@@ -65,7 +78,7 @@ def node(name: str, in_python: Callable) -> Callable:
     """
     def call(x: torch.Tensor, *args):
         in_cpp = _nodes.get(name)
-        if in_cpp is None or torch.compiler.is_compiling() or x.dtype == torch.float16 and x.device.type == "cpu":
+        if in_cpp is None or torch.compiler.is_compiling() or _without_kernel((x,)) is not None:
             return in_python(x, *args)
         return in_cpp(x, *args)
 
@@ -73,17 +86,19 @@ def node(name: str, in_python: Callable) -> Callable:
 
 
 @functools.cache
-def _warn_of_fp16() -> None:
-    warnings.warn("bertfast: fp16 on CPUs runs the slow references, the C++ kernels take fp32 and bf16", stacklevel=4)
+def _warn_of_reference(dtype: torch.dtype, device: str) -> None:
+    takes = "C++ kernels take fp32, bf16 and fp64" if device == "cpu" else "kernels take fp32, bf16 and fp16"
+    warnings.warn(f"bertfast: {dtype} on {device} runs the slow references, the {takes}", stacklevel=4)
 
 
-def _is_fp16_on_cpu(args) -> bool:
-    """By the first floating-point tensor; the optimiser's tensors come in lists."""
+def _without_kernel(args) -> torch.Tensor | None:
+    """The first floating-point tensor, where it is of a dtype that its device's kernels do not take: fp16 on a CPU,
+    fp64 elsewhere. The optimiser's tensors come in lists."""
     for a in args:
         a = a[0] if isinstance(a, list) and a else a
         if isinstance(a, torch.Tensor) and a.is_floating_point():
-            return a.dtype == torch.float16 and a.device.type == "cpu"
-    return False
+            return a if a.dtype == (torch.float16 if a.device.type == "cpu" else torch.float64) else None
+    return None
 
 
 def register_launchers(dispatch_key: str) -> None:
@@ -91,9 +106,22 @@ def register_launchers(dispatch_key: str) -> None:
     for name, module in _launchers.items():
 
         def launch(*args, _name=name, _module=module):
-            return getattr(importlib.import_module(f"bertfast.kernels.{_module}"), _name)(*args)
+            return _launch(getattr(importlib.import_module(f"bertfast.kernels.{_module}"), _name), args)
 
         _library.impl(name, launch, dispatch_key, allow_override=True)
+
+
+def _launch(launcher: Callable, args: tuple):
+    """Call a launcher on its tensors' device, which need not be the current one: Triton launches on that one.
+
+    Biases, labels and row keys (n,) of any stride become contiguous: the kernels read them so.
+    """
+    args = tuple(a.contiguous() if isinstance(a, torch.Tensor) and a.dim() == 1 else a for a in args)
+    first = args[0][0] if isinstance(args[0], list) and args[0] else args[0]
+    if not (isinstance(first, torch.Tensor) and first.is_cuda) or first.device.index == torch.cuda.current_device():
+        return launcher(*args)
+    with torch.cuda.device(first.device):
+        return launcher(*args)
 
 
 def _built(name: str) -> Path | None:
@@ -155,7 +183,11 @@ def _load_triton() -> str:
         return "reference: Triton uses tensor cores from compute capability 8.0 on"
     register_launchers("CUDA")
     if (path := _built("_C_cuda")) is not None and torch.version.cuda:
-        torch.ops.load_library(path)
+        try:
+            torch.ops.load_library(path)
+        except OSError as error:  # built against another torch
+            why = str(error).splitlines()[0]
+            warnings.warn(f"bertfast: {path.name} does not load ({why}); rebuild the extension", stacklevel=2)
     return "Triton"
 
 

@@ -49,8 +49,9 @@ def _embedding_sum_bwd_into(
     dy = dropout_scale(dy.to(z.dtype), p, seed, row_key, stream)
     dz, dweight, dbias = layer_norm_backward(dy, z, mean, rstd, weight.to(z.dtype))
 
-    def segment_sum(table, ids, rows):
-        return z.new_zeros(table.shape).index_add_(0, ids, rows)
+    def segment_sum(table, ids, rows):  # in a fixed order: index_add_ adds by atomics on a GPU, index_put_ on a CPU
+        total = z.new_zeros(table.shape)
+        return total.index_put_((ids,), rows, accumulate=True) if ids.is_cuda else total.index_add_(0, ids, rows)
 
     read = dz if padding_idx is None else torch.where((input_ids == padding_idx).unsqueeze(-1), 0.0, dz)
     dword.copy_(dword + segment_sum(word, input_ids, read))

@@ -102,11 +102,19 @@ def _forms_again(x: Tensor, module: nn.Linear) -> bool:
     )
 
 
+def _is_plain(module: nn.Module) -> bool:
+    """Whether a module's weight and bias say all: no adapter, parametrisation or hook."""
+    return type(module) is nn.Linear and not (module._forward_hooks or module._forward_pre_hooks)
+
+
 def linear(x: Tensor, module: nn.Linear, gelu_bias: Tensor | None = None) -> Tensor:
     """`F.linear(x, module.weight)`, or `F.linear(GELU(x + gelu_bias), module.weight)`, without the bias.
 
-    x: (M, I), gelu_bias: (I,), same dtype; returns (M, O).
+    x: (M, I), gelu_bias: (I,), same dtype; returns (M, O). What is more than a Linear layer (LoRA, hooks) is called.
     """
+    if not _is_plain(module):
+        y = module(x if gelu_bias is None else bias_gelu(x, gelu_bias))
+        return y if module.bias is None else y - module.bias
     if gelu_bias is not None:
         if _forms_again(x, module):
             return _gelu_linear(x, gelu_bias, module.weight, suits(x, module.weight))
@@ -118,6 +126,8 @@ def linear(x: Tensor, module: nn.Linear, gelu_bias: Tensor | None = None) -> Ten
 
 def joined_linear(x: Tensor, *linears: nn.Linear) -> Tensor:
     """`torch.cat([linear(x) for linear in linears], -1)` in one GEMM, for Linear layers of one shape, with bias."""
+    if not all(map(_is_plain, linears)):
+        return torch.cat([m(x) for m in linears], -1)
     weights, biases = [m.weight for m in linears], [m.bias for m in linears]
     if takes(x, linears[0]):
         return few_rows_linear(x, weights, biases)

@@ -21,6 +21,7 @@ from ._define import define
 from .bias_gelu import accumulate_dtype
 
 IGNORE_INDEX = -100
+FP16_BOOST = 2.0**12  # of a mean's gradients in fp16: a loss scale comes after them, when those of most words are zero
 
 
 def _logits(hidden, weight, bias, labels):
@@ -87,22 +88,30 @@ class GradientSink:
 
 class _MaskedVocabProjection(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, weight, bias, labels, scale, sink):
+    def forward(ctx, hidden, weight, bias, labels, scale, sink, boost):
+        boosted = scale if boost == 1 else scale * boost
         if sink is None:
-            loss_sum, n_masked, n_correct, dhidden, dweight, dbias = _fwd(hidden, weight, bias, labels, scale)
+            loss_sum, n_masked, n_correct, dhidden, dweight, dbias = _fwd(hidden, weight, bias, labels, boosted)
         else:
             loss_sum, n_masked, n_correct, dhidden, dbias = _fwd_into(
-                hidden, weight, bias, labels, scale, sink.buffer, sink.filled
+                hidden, weight, bias, labels, boosted, sink.buffer, sink.filled
             )
             dweight, sink.filled = None, True
         ctx.save_for_backward(dhidden, dweight, dbias)
+        ctx.boost = boost
         ctx.mark_non_differentiable(n_masked, n_correct)
         return loss_sum * scale, n_masked, n_correct
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, dloss, *_):
-        return *(g if g is None else g * dloss.to(g.dtype) for g in ctx.saved_tensors), None, None, None
+        factor = dloss if ctx.boost == 1 else dloss / ctx.boost
+        return *(g if g is None else _scaled(g, factor) for g in ctx.saved_tensors), None, None, None, None
+
+
+def _scaled(g: Tensor, factor: Tensor) -> Tensor:
+    """g * factor in g's dtype, factor (0-dim) unrounded: a CPU keeps it so by itself, a GPU in g's dtype."""
+    return g * factor if g.device.type == "cpu" else (g.to(factor.dtype) * factor).to(g.dtype)
 
 
 def masked_vocab_projection(hidden, weight, bias, labels, scale=None, sink=None) -> tuple[Tensor, Tensor, Tensor]:
@@ -112,10 +121,14 @@ def masked_vocab_projection(hidden, weight, bias, labels, scale=None, sink=None)
     count by default (a mean; 0 where nothing is masked); sink: a GradientSink for weight's gradient, or None. Returns
     (loss, n_masked, n_correct), all 0-dim: loss in fp32 (fp64 for fp64 input), the counts int64, not differentiable.
     """
+    if scale is not None and scale.requires_grad:
+        raise ValueError("scale is a constant of the step: it gets no gradient")
+    boost = 1.0
     if scale is None:
+        boost = FP16_BOOST if hidden.dtype == torch.float16 and sink is None else 1.0
         acc = accumulate_dtype(hidden)
         scale = (labels != IGNORE_INDEX).sum().clamp(min=1).to(acc).reciprocal()
     if torch.is_grad_enabled() and any(t.requires_grad for t in (hidden, weight, bias)):
-        return _MaskedVocabProjection.apply(hidden, weight, bias, labels, scale, sink)
+        return _MaskedVocabProjection.apply(hidden, weight, bias, labels, scale, sink, boost)
     loss_sum, n_masked, n_correct = _eval(hidden, weight, bias, labels)
     return loss_sum * scale, n_masked, n_correct

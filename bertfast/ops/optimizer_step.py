@@ -133,7 +133,7 @@ def lamb_step(
 @torch.no_grad()
 def grad_norm(grads: list[Tensor]) -> Tensor:
     """The Euclidean norm of all gradients together, 0-dim float32, summed in fp32 in a fixed order."""
-    return grad_norm_op(grads)
+    return grad_norm_op(grads) if grads else torch.zeros(())
 
 
 def _check(params, grads, masters, exp_avgs, exp_avg_sqs) -> None:

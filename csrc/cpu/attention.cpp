@@ -129,6 +129,12 @@ template <typename Word, bool DROP, typename acc = tile_acc_t<Word>>
 acc exponentiate(acc* scores, int64_t n, int64_t width, acc scale, acc max, const Dropout& dropout, int64_t row_key,
                  int64_t head) {
   const Vec<acc> factor(scale), minus_max(-max);
+  if (std::abs(max) > acc(0x1p24)) {  // max was rounded by more than 1, so that the highest score might give 0 or inf
+    for_columns(n, [&](int64_t j, auto) {
+      (unfused(Vec<acc>::load(scores + j) * factor) + minus_max).store(scores + j);
+    });
+    return exponentiate<Word, DROP>(scores, n, width, acc(1), acc(0), dropout, row_key, head);
+  }
   Vec<acc> total;
   auto* out = reinterpret_cast<element_t<Word>*>(scores);  // never ahead of what is still to be read
   for_columns_dropped<DROP>(n, dropout, row_key, [&](int64_t j, auto size, const Mask& kept) {
@@ -451,8 +457,8 @@ Problem problem_of(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v
                    const at::Tensor& cu_k, double scale, int64_t mask_mode,
                    const std::optional<at::Tensor>& prefix_lens, double p, const std::optional<at::Tensor>& seed,
                    const std::optional<at::Tensor>& row_key, int64_t stream) {
-  TORCH_CHECK(q.dim() == 3 && k.dim() == 3, "q and k must be (rows, heads, head_dim), got ", q.sizes(), " and ",
-              k.sizes());
+  TORCH_CHECK(q.dim() == 3 && k.dim() == 3 && q.size(2) > 0, "q and k must be (rows, heads, head_dim), got ", q.sizes(),
+              " and ", k.sizes());
   CHECK_SHAPE(k, k.size(0), q.size(1), q.size(2));
   CHECK_SHAPE(v, k.size(0), q.size(1), q.size(2));
   CHECK_SAME_DTYPE(q, k);

@@ -370,6 +370,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> run(const at::Tensor& hidden_, co
               hidden_.sizes(), " and ", weight_.sizes());
   const int64_t R = hidden_.size(0), H = hidden_.size(1), V = weight_.size(0);
   CHECK_SHAPE(weight_, V, H);
+  TORCH_CHECK(V > 0 && H > 0, "masked_vocab_projection: an empty weight, ", weight_.sizes());
   CHECK_SHAPE(bias_, V);
   CHECK_SHAPE(labels_, R);
   CHECK_SAME_DTYPE(hidden_, weight_);
@@ -393,7 +394,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> run(const at::Tensor& hidden_, co
     return project<scalar_t, acc_t<scalar_t>>(hidden, weight, bias, index, targets, scale, dhidden, dweight, accumulate, dbias);
   });
   const auto scalar = [](const at::Scalar& value, at::ScalarType dtype) { return empty({}, dtype).fill_(value); };
-  return {scalar(counts.loss_sum, hidden.scalar_type() == at::kDouble ? at::kDouble : at::kFloat),
+  const bool in_double = hidden.scalar_type() == at::kDouble;
+  return {in_double ? scalar(counts.loss_sum, at::kDouble) : scalar(static_cast<float>(counts.loss_sum), at::kFloat),
           scalar(static_cast<int64_t>(index.size()), at::kLong), scalar(counts.n_correct, at::kLong)};
 }
 

@@ -29,14 +29,20 @@ Tensor empty(const Tensor& like, std::initializer_list<int64_t> sizes, ScalarTyp
   return torch::stable::new_empty(like, sizes, dtype);
 }
 
+void check_device(const Tensor& t, const Tensor& word, const char* name) {
+  STD_TORCH_CHECK(t.is_cuda() && t.get_device_index() == word.get_device_index(), name,
+                  " must be on the GPU of the word table");
+}
+
 // (T,) ids as contiguous int64. Unlike on CPUs their range is not checked: that would wait for the device.
-Tensor row_ids(const Tensor& ids, int64_t n_rows, const char* name) {
+Tensor row_ids(const Tensor& ids, const Tensor& word, int64_t n_rows, const char* name) {
+  check_device(ids, word, name);
   STD_TORCH_CHECK(ids.dim() == 1 && ids.size(0) == n_rows, name, " must have shape (", n_rows, ",)");
   return torch::stable::contiguous(torch::stable::to(ids, ScalarType::Long));
 }
 
 Dropout make_dropout(double p, const OptionalTensor& seed, const OptionalTensor& row_key, int64_t stream,
-                     int64_t n_rows) {
+                     const Tensor& word, int64_t n_rows) {
   STD_TORCH_CHECK(0.0 <= p && p < 1.0, "dropout probability must be in [0, 1), got ", p);
   if (p == 0.0) return {nullptr, nullptr, 0, 0, 1.f};
   STD_TORCH_CHECK(seed && seed->scalar_type() == ScalarType::Long && seed->numel() == 1,
@@ -44,6 +50,8 @@ Dropout make_dropout(double p, const OptionalTensor& seed, const OptionalTensor&
   STD_TORCH_CHECK(!row_key || (row_key->scalar_type() == ScalarType::Long && row_key->dim() == 1 &&
                                row_key->size(0) == n_rows && row_key->is_contiguous()),
                   "row_key must be contiguous int64 of shape (", n_rows, ",)");
+  check_device(*seed, word, "seed");
+  if (row_key) check_device(*row_key, word, "row_key");
   const double threshold = std::min(std::nearbyint(p * 0x1p32), 0x1p32 - 1);
   return {data<const int64_t>(*seed), row_key ? data<const int64_t>(*row_key) : nullptr,
           static_cast<uint32_t>(threshold), static_cast<uint32_t>(stream),
@@ -57,16 +65,18 @@ struct Inputs {
 
   Inputs(const Tensor& word_ids_, const Tensor& position_ids_, const Tensor& type_ids_, const Tensor& word_,
          const Tensor& position_, const Tensor& token_type_, const Tensor& weight_)
-      : word_ids(row_ids(word_ids_, word_ids_.numel(), "input_ids")),
-        position_ids(row_ids(position_ids_, word_ids_.numel(), "position_ids")),
-        type_ids(row_ids(type_ids_, word_ids_.numel(), "token_type_ids")),
+      : word_ids(row_ids(word_ids_, word_, word_ids_.numel(), "input_ids")),
+        position_ids(row_ids(position_ids_, word_, word_ids_.numel(), "position_ids")),
+        type_ids(row_ids(type_ids_, word_, word_ids_.numel(), "token_type_ids")),
         word(torch::stable::contiguous(word_)),
         position(torch::stable::contiguous(position_)),
         token_type(torch::stable::contiguous(token_type_)),
         weight(torch::stable::contiguous(weight_)),
         n_rows(word_ids_.numel()),
         n_columns(word_.size(1)) {
+    check_device(weight, word, "weight");
     for (const Tensor* t : {&position, &token_type}) {
+      check_device(*t, word, "each table");
       STD_TORCH_CHECK(t->dim() == 2 && t->size(1) == n_columns, "the tables differ in width");
       STD_TORCH_CHECK(t->scalar_type() == word.scalar_type(), "the tables differ in dtype");
     }
@@ -139,7 +149,7 @@ std::tuple<Tensor, Tensor, Tensor> embedding_sum_fwd_cuda(
   STD_TORCH_CHECK(bias.dim() == 1 && bias.size(0) == in.n_columns && bias.scalar_type() == word.scalar_type(),
                   "bias must be (H,) in the tables' dtype");
   const Tensor beta = torch::stable::contiguous(bias);
-  const Dropout dropout = make_dropout(p, seed, row_key, stream, in.n_rows);
+  const Dropout dropout = make_dropout(p, seed, row_key, stream, word, in.n_rows);
   const Tensor y = empty(in.word, {in.n_rows, in.n_columns}, in.word.scalar_type());
   const Tensor mean = empty(in.word, {in.n_rows}, ScalarType::Float);
   const Tensor rstd = empty(in.word, {in.n_rows}, ScalarType::Float);
@@ -166,7 +176,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> embedding_sum_bwd_into_cuda(
                       dword.size(1) == in.n_columns,
                   "dword must be contiguous and have the word table's shape");
   const Tensor gradient = torch::stable::contiguous(dy);
-  const Dropout dropout = make_dropout(p, seed, row_key, stream, in.n_rows);
+  const Dropout dropout = make_dropout(p, seed, row_key, stream, word, in.n_rows);
   const Tensor dz = empty(in.word, {in.n_rows, in.n_columns}, ScalarType::Float);
   Tensor weight_parts = dz, bias_parts = dz;
   int processors = 0;

@@ -210,3 +210,14 @@ def test_optimizer_step_and_grad_norm(kind, dtype):
                 torch.testing.assert_close(a, b, rtol=2e-6 if a.dtype == torch.float32 else 1e-2, atol=1e-6)
     for param, master in zip(kernels[0], optimizer_reference.values(kernels[0], kernels[2])):
         assert torch.equal(param, master.to(dtype))
+
+
+@pytest.mark.parametrize("case", WITH_LAUNCHERS, ids=lambda case: case.name)
+def test_rows_of_any_stride(case):
+    """Biases, labels and row keys that are columns of something wider."""
+    shape = shapes_of(case)[1]
+    dense = case.inputs(shape, torch.float32)
+    strided = {name: torch.stack([t, t], 1)[:, 0] if t.dim() == 1 and len(t) > 1 else t for name, t in dense.items()}
+    p = 0.3 if case.dropout else 0.0
+    wanted, got = (run(case.fused, case, tensors, p) for tensors in (dense, strided))
+    assert all(torch.equal(got[name], value) for name, value in wanted.items())
