@@ -1,7 +1,8 @@
 """bertfast.parity: how far a patched model is from the original, on the user's own batch."""
 
 import copy
-from collections.abc import Mapping
+import math
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,6 +27,7 @@ class Deviation:
 def parity(model: nn.Module, batch: Mapping[str, Any]) -> "Parity":
     """Compare `model`, patched or not, as the original and as patched, on model(**batch) in fp32 and in bf16.
 
+    Of a SentenceTransformer, give it the model of transformers within, `model[0].auto_model`.
     Works on copies, dropout off. What is compared: every floating-point output (of (batch, sequence, ...) tensors the
     attended rows), and the gradient of every parameter, of the loss, or without one of a fixed mixture of the outputs.
     Returns a Parity: deviations by name, which print as a table. Raises ValueError if there is nothing to compare.
@@ -55,23 +57,35 @@ class Parity(dict[str, Deviation]):
 
     def worst(self) -> tuple[str, Deviation]:
         """The output or gradient where patching deviates most in fp32."""
-        return max(self.items(), key=lambda item: item[1].patched)
+        return max(self.items(), key=_size)
 
     def __str__(self) -> str:
         gradients = {name: d for name, d in self.items() if name.startswith("grad of ")}
         lines = [f"{'largest relative deviation':42s} {'patched':>9s} {'bf16':>9s} {'patched bf16':>13s}"]
         shown = [(name, d) for name, d in self.items() if name not in gradients]
-        shown += sorted(gradients.items(), key=lambda item: -item[1].patched)[:5]  # the worst of many
+        shown += sorted(gradients.items(), key=_size, reverse=True)[:5]  # the worst of many
         for name, d in shown:
             lines.append(f"{name[-42:]:42s} {d.patched:9.1e} {d.original_bf16:9.1e} {d.patched_bf16:13.1e}")
         return "\n".join(lines)
 
 
+def _size(item: tuple[str, Deviation]) -> float:
+    return math.inf if math.isnan(item[1].patched) else item[1].patched
+
+
+def _tensors(output: Any, name: str = "") -> Iterator[tuple[str, Tensor]]:
+    """The floating-point tensors of a model's output; those in tuples are named by their number."""
+    if isinstance(output, Tensor) and output.is_floating_point():
+        yield name or "output", output
+    elif isinstance(output, (Mapping, tuple, list)):
+        for key, value in output.items() if isinstance(output, Mapping) else enumerate(output):
+            yield from _tensors(value, f"{name}.{key}".lstrip("."))
+
+
 def _run(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Tensor]:
     dtype = next(model.parameters()).dtype
     inputs = {k: v.to(dtype) if isinstance(v, Tensor) and v.is_floating_point() else v for k, v in batch.items()}
-    output = model(**inputs)
-    tensors = {k: v for k, v in output.items() if isinstance(v, Tensor) and v.is_floating_point()}
+    tensors = dict(_tensors(model(**inputs)))
     mask = batch.get("attention_mask")
     if isinstance(mask, Tensor) and mask.dim() == 2:
         tensors = {k: v[mask.bool()] if v.shape[:2] == mask.shape else v for k, v in tensors.items()}

@@ -8,6 +8,7 @@ original. Whoever watches a layer's calls (hooks, hidden_states) sees padded ten
 
 import functools
 import importlib
+import inspect
 import math
 import time
 import warnings
@@ -21,12 +22,16 @@ from . import ops
 from .files import UserError
 from .ops.few_rows_linear import takes
 from .ops.linear import joined_linear, linear
-from .patched_rows import Reads, Rows, arrange, last_rows, padding_mask, row_keys
+from .patched_rows import Reads, Rows, arrange, last_rows, padding_mask, row_keys, tracing
 
 try:
     from transformers.activations import GELUActivation
+    from transformers.integrations.flash_attention import flash_attention_forward
+    from transformers.integrations.flex_attention import flex_attention_forward
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
     from transformers.masking_utils import create_bidirectional_mask
     from transformers.modeling_outputs import BaseModelOutput, BaseModelOutputWithPastAndCrossAttentions
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
     from transformers.models.distilbert import modeling_distilbert
 except ImportError as error:
     raise UserError(f"bertfast.patch needs transformers (pip install 'bertfast[hf]'): {error}") from error
@@ -44,6 +49,14 @@ def hooked(module: nn.Module, transparent: tuple[str, ...] = _TRANSPARENT) -> bo
         return False
     hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
     return any(getattr(hook, "__module__", None) not in transparent for hook in hooks)
+
+
+def runs(module: nn.Module, cls: type) -> bool:
+    """Whether the module's `forward` is that of `cls`, maybe within wrappers that call it, as accelerate's do."""
+    if "forward" not in module.__dict__:
+        return type(module).forward is cls.forward  # type: ignore[attr-defined]
+    forward = inspect.unwrap(module.forward)
+    return getattr(forward, "__func__", forward) is inspect.unwrap(cls.forward)  # type: ignore[attr-defined]
 
 
 def _p(dropout: nn.Module, training: bool) -> float:
@@ -93,8 +106,8 @@ def _distilbert_parts(layer: Any) -> tuple[Parts, tuple[nn.Module, ...]]:
 
 
 def _parts(layer: Any) -> Parts | None:
-    """The layer's parts, or None where it must run as the original: an inner module is hooked or of another class."""
-    if not isinstance(layer, _Layer):
+    """The layer's parts, or None where it must run as the original: a module is replaced or hooked."""
+    if not isinstance(layer, _Layer) or "forward" in layer.__dict__:
         return None
     parts, between = layer.find_parts(layer)
     leaves = (parts.query, parts.key, parts.value, parts.out, parts.up, parts.down, parts.out_norm, parts.down_norm)
@@ -158,7 +171,7 @@ def _attend(parts: Parts, x: Tensor, rows: Rows, index: Tensor | None, final: Ro
     dropout = {"p": parts.p_attention, "seed": rows.seed, "stream": stream}
     joinable = index is None and rows.keys is None and all(map(plain, projections))
     # one gradient GEMM of x instead of three is worth a copy of the weights; few rows in inference need none
-    trained = torch.is_grad_enabled() and parts.query.weight.requires_grad
+    trained = joinable and torch.is_grad_enabled() and parts.query.weight.requires_grad
     worth = trained and not torch.is_autocast_enabled(x.device.type)
     if joinable and (worth or takes(x, parts.query)):  # type: ignore[arg-type]
         qkv = joined_linear(x, *projections).unflatten(1, (3, -1, parts.head_dim))  # type: ignore[arg-type]
@@ -188,7 +201,22 @@ def _add_norm(x, dense: nn.Module, norm: nn.LayerNorm, residual, p, seed, row_ke
     )
 
 
-class _Encoder:
+_ATTENTION = {None, sdpa_attention_forward, flash_attention_forward, flex_attention_forward}  # None: eager
+
+
+def _other_attention(config: Any, n_sequences: int, kwargs: dict) -> str | None:
+    """What attention this call asks for other than every row's to all of its sequence, if it does."""
+    function = ALL_ATTENTION_FUNCTIONS.get(config._attn_implementation)
+    if getattr(function, "func", function) not in _ATTENTION:  # a flash kernel of the hub is a partial
+        return f"the attention function {config._attn_implementation!r}"
+    packed, positions = kwargs.get("cu_seq_lens_q") is not None, kwargs.get("position_ids")
+    if not packed and function is not None and n_sequences == 1 and positions is not None:
+        # flash attention takes each restart of the positions for another sequence
+        packed = "flash" in config._attn_implementation and bool((positions.diff() != 1).any())
+    return "several sequences in one row" if packed else None
+
+
+class Encoder:
     """Stands before a Hugging Face encoder class: packs, runs the layers, pads back."""
 
     reads_padding = False  # set on the instance where a head reads padding rows, unless `Reads` says which
@@ -199,16 +227,17 @@ class _Encoder:
         if kwargs.pop("head_mask", None) is not None:
             raise ValueError("a patched model takes no head_mask; bertfast.unpatch(model) runs the original")
         config = config_of(self)
-        tracing = torch.compiler.is_compiling()
         mask, reason = bertfast_mask, None
         if bertfast_mask is None:
-            mask, reason = padding_mask(attention_mask, hidden_states.shape[1])
+            mask, reason = padding_mask(attention_mask, hidden_states.shape[:2])
         if kwargs.get("output_attentions", config.output_attentions):
             reason = "output_attentions"
         elif past_cache(kwargs) is not None:
             reason = "a cache of keys and values"
         elif kwargs.get("is_causal"):
             reason = "is_causal"
+        elif reason is None:
+            reason = _other_attention(config, hidden_states.shape[0], kwargs)
         if reason is not None:
             _say_once(f"bertfast: {reason}: such a call runs the original encoder")
             if bertfast_mask is not None:
@@ -217,19 +246,19 @@ class _Encoder:
 
         autocast = torch.is_autocast_enabled(hidden_states.device.type)
         if (
-            autocast and hidden_states.device.type == "cpu" and not tracing and fp32_multiplies_faster()
+            autocast and hidden_states.device.type == "cpu" and not tracing() and fp32_multiplies_faster()
             and all(p.dtype == torch.float32 for p in self.parameters())
         ):  # autocast permits a dtype for its speed; here fp32 is the faster one
             with torch.autocast("cpu", enabled=False):
-                return self._run(hidden_states.float(), mask, bertfast_reads, config, tracing, args, kwargs)
-        return self._run(hidden_states, mask, bertfast_reads, config, tracing, args, kwargs)
+                return self._run(hidden_states.float(), mask, bertfast_reads, config, args, kwargs)
+        return self._run(hidden_states, mask, bertfast_reads, config, args, kwargs)
 
-    def _run(self: Any, hidden_states: Tensor, mask: Tensor | None, reads: Reads | None, config: Any, tracing: bool,
-             args: tuple, kwargs: dict):
+    def _run(self: Any, hidden_states: Tensor, mask: Tensor | None, reads: Reads | None, config: Any, args: tuple,
+             kwargs: dict):
         """`args` and `kwargs` go to the layers that run as the original."""
         shape, device = hidden_states.shape[:2], hidden_states.device
-        longest = config.max_position_embeddings if tracing else shape[1]
-        every_row = tracing or (self.reads_padding and reads is None)
+        longest = config.max_position_embeddings if tracing() else shape[1]
+        every_row = tracing() or (self.reads_padding and reads is None)
         reads = reads or Reads()
         labels = None if reads.labels is None else reads.labels.to(device).reshape(shape)
         rows = arrange(shape, longest, mask, device, labels, every_row)
@@ -249,7 +278,7 @@ class _Encoder:
                 continue
             index = None
             if i == len(layers) - 1 and not pad and not collecting:
-                index, final = last_rows(rows, reads, labels, tracing)
+                index, final = last_rows(rows, reads, labels)
             x = layer(x, rows=rows, parts=parts, stream=3 * i + 1, index=index, final=final)
         if is_padded:
             x = rows.pack(x)
@@ -305,7 +334,7 @@ def _draw_seed(device: torch.device) -> Tensor:
 
 @functools.cache
 def _say_once(message: str) -> None:
-    if not torch.compiler.is_compiling():
+    if not tracing():
         warnings.warn(message, stacklevel=6)
 
 
@@ -340,12 +369,14 @@ class _Embeddings:
 
     def _fusable(self: Any, tables: tuple[nn.Embedding, ...]) -> bool:
         """Whether nothing here was replaced, hooked or set to what the op does not compute."""
+        if any(type(t) is not nn.Embedding for t in tables):
+            return False
         trained = torch.is_grad_enabled()
         # checkpointing has a hook that makes the output require a gradient, as ours does where the table does
         transparent = (*_TRANSPARENT, "transformers.modeling_utils") if tables[0].weight.requires_grad else _TRANSPARENT
         return (
-            all(type(t) is nn.Embedding and t.max_norm is None and not t.sparse and not t.scale_grad_by_freq
-                and not hooked(t, transparent) for t in tables)
+            all(t.max_norm is None and not t.sparse and not t.scale_grad_by_freq and not hooked(t, transparent)
+                for t in tables)
             and not (trained and any(t.padding_idx is not None for t in tables[1:]))  # the op knows the word table's
             and type(self.dropout) is nn.Dropout and type(self.LayerNorm) is nn.LayerNorm
             and not hooked(self.dropout) and not hooked(self.LayerNorm)
@@ -366,11 +397,11 @@ def _stand_in(source: Any, name: str, ours: type, **attributes) -> None:
 for _family, _prefix in FAMILIES.items():
     _home = importlib.import_module(f"transformers.models.{_family}.modeling_{_family}")
     _stand_in(_home, f"{_prefix}Embeddings", _Embeddings)
-    _stand_in(_home, f"{_prefix}Encoder", _Encoder)
+    _stand_in(_home, f"{_prefix}Encoder", Encoder)
     _stand_in(_home, f"{_prefix}Layer", _Layer, find_parts=staticmethod(_bert_parts), home=_home.__name__)
 # DistilBERT's embeddings have no token types: they stay
-_stand_in(modeling_distilbert, "Transformer", _Encoder, output_type=BaseModelOutput)
+_stand_in(modeling_distilbert, "Transformer", Encoder, output_type=BaseModelOutput)
 _stand_in(modeling_distilbert, "TransformerBlock", _Layer, find_parts=staticmethod(_distilbert_parts),
           home=modeling_distilbert.__name__)
 ORIGINALS = {ours: original for original, ours in STAND_INS.items()}
-ENCODERS = {cls for both in STAND_INS.items() if issubclass(both[1], _Encoder) for cls in both}
+ENCODERS = {cls for both in STAND_INS.items() if issubclass(both[1], Encoder) for cls in both}

@@ -90,15 +90,21 @@ def arrange(shape: torch.Size, longest: int, mask: Tensor | None, device: torch.
     return rows
 
 
-def padding_mask(mask: Tensor | None, length: int) -> tuple[Tensor | None, str | None]:
+def tracing() -> bool:
+    """Whether what runs here is recorded, to run later on other values."""
+    return torch.compiler.is_compiling() or torch.jit.is_tracing()
+
+
+def padding_mask(mask: Tensor | None, shape: torch.Size) -> tuple[Tensor | None, str | None]:
     """(the (B, S) padding mask behind what the model made of it, None) or (None, why it is not a padding mask)."""
     if mask is None:
         return None, None
-    if not isinstance(mask, Tensor) or mask.dim() not in (2, 4) or mask.shape[-1] != length:
+    if not isinstance(mask, Tensor) or mask.dim() not in (2, 4) or mask.shape[-1] != shape[1]:
         return None, f"an attention mask of another form, {getattr(mask, 'shape', type(mask))}"
+    mask = mask.expand(shape[0], *mask.shape[1:])  # one for all sequences broadcasts
     if mask.dim() == 2:
         return mask, None
-    if mask.shape[1] != 1 or torch.compiler.is_compiling():
+    if mask.shape[1] != 1 or tracing():
         return None, "a (batch, heads, queries, keys) attention mask"
     row = mask[:, 0, 0]
     if mask.shape[2] != 1 and not torch.equal(mask, row[:, None, None].expand_as(mask)):
@@ -111,7 +117,7 @@ def padding_mask(mask: Tensor | None, length: int) -> tuple[Tensor | None, str |
     return attended, None
 
 
-def last_rows(rows: Rows, reads: Reads, labels: Tensor | None, tracing: bool) -> tuple[Tensor | None, Rows]:
+def last_rows(rows: Rows, reads: Reads, labels: Tensor | None) -> tuple[Tensor | None, Rows]:
     """(index into the packed rows, the rows there) of what the last layer must compute; (None, all rows) if it is all.
 
     Column 0 is the first row of its sequence, in either arrangement.
@@ -122,7 +128,7 @@ def last_rows(rows: Rows, reads: Reads, labels: Tensor | None, tracing: bool) ->
         cu_seqlens = torch.arange(n_sequences + 1, dtype=torch.int32, device=device)
         index = rows.cu_seqlens[:-1].long()
         return index, rows.subset(index, cu_seqlens[:-1].long() * length, cu_seqlens)
-    if reads.head is None or labels is None or tracing:
+    if reads.head is None or labels is None or tracing():
         return None, rows
     wanted = labels != IGNORE_INDEX
     wanted[:, : reads.n_first] = True

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .files import UserError
-from .patched import ENCODERS, FAMILIES, ORIGINALS, STAND_INS, config_of, hooked, past_cache, plain
+from .patched import ENCODERS, FAMILIES, ORIGINALS, STAND_INS, Encoder, config_of, hooked, past_cache, plain, runs
 from .patched_rows import Reads
 
 READS = {  # what each of transformers' heads reads of the encoder's output
@@ -78,7 +78,7 @@ def patch(model: nn.Module) -> Report:
         elif _kind(module) and _is_base(module.base_model):
             if _kind(module) != "padding":
                 _hook(module, _before_head, _after_head if _projects(module) else None)
-            _encoder(module.base_model).reads_padding = _kind(module) != "first column"
+            _encoder(module.base_model).reads_padding |= _kind(module) != "first column"
     if not report.replaced and not report.left:
         known = ", ".join([*FAMILIES, "distilbert"])
         raise UserError(f"{type(model).__name__} holds no encoder that bertfast knows ({known})")
@@ -119,6 +119,17 @@ def _encoder(base: Any) -> Any:
     return getattr(base, "transformer", None) if hasattr(base, "transformer") else getattr(base, "encoder", None)
 
 
+def _home(module: nn.Module) -> Any:
+    """The class of transformers that the module is of, maybe as a subclass (FSDP2 makes one), or None."""
+    return next((c for c in type(module).__mro__ if c.__module__ in _HOMES), None)
+
+
+def _as_written(base: Any) -> bool:
+    """Whether base model and encoder run the `forward`s that the hooks know."""
+    home = _home(base)
+    return home is not None and runs(base, home) and runs(_encoder(base), Encoder)
+
+
 def _is_base(module: nn.Module) -> bool:
     """One of transformers' own base models (or a subclass), with a patched encoder."""
     return any(c.__module__ in _HOMES and c.__name__.endswith("Model") and "PreTrained" not in c.__name__
@@ -126,9 +137,9 @@ def _is_base(module: nn.Module) -> bool:
 
 
 def _kind(module: nn.Module) -> str | None:
-    """What the module, if it is exactly one of transformers' models with a head, reads; see READS."""
-    cls = type(module)
-    if cls.__module__ not in _HOMES:
+    """What the module, if it is one of transformers' models with a head, reads; see READS."""
+    cls = _home(module)
+    if cls is None:
         return None
     if cls.__name__ == "ElectraForMultipleChoice":  # its summary may read any column
         return "padding"
@@ -137,7 +148,7 @@ def _kind(module: nn.Module) -> str | None:
 
 def _projects(module: nn.Module) -> bool:
     """Whether the masked-language-model head is BERT's, whose loss we compute without logits."""
-    return type(module).__name__ in ("BertForMaskedLM", "BertForPreTraining")
+    return _home(module).__name__ in ("BertForMaskedLM", "BertForPreTraining")
 
 
 def _hook(module: nn.Module, before, after=None) -> None:
@@ -148,7 +159,7 @@ def _hook(module: nn.Module, before, after=None) -> None:
 
 
 def _argument(module: nn.Module, args: tuple, kwargs: dict, name: str) -> Any:
-    position = _POSITIONS[type(module), name]
+    position = _POSITIONS[_home(module), name]
     return args[position] if len(args) > position else kwargs.get(name)
 
 
@@ -161,7 +172,7 @@ def _without(args: tuple, kwargs: dict, position: int, name: str) -> tuple[tuple
 def _before_base(model: nn.Module, args: tuple, kwargs: dict):
     """Hand the padding mask to the encoder as it is."""
     mask = args[1] if len(args) > 1 else kwargs.get("attention_mask")
-    if not isinstance(mask, Tensor):
+    if not isinstance(mask, Tensor) or not _as_written(model):
         return None
     if mask.dim() == 3:
         raise ValueError(
@@ -179,35 +190,49 @@ def _before_base(model: nn.Module, args: tuple, kwargs: dict):
 def _before_head(model: Any, args: tuple, kwargs: dict):
     """Tell the encoder which rows this head reads; take the labels out where the encoder computes their loss."""
     config, base = model.config, model.base_model
+    if not runs(model, _home(model)) or not _as_written(base):
+        return None
     skip = kwargs.pop("skip_logits", None) if _projects(model) else False
     whole = (
         any(kwargs.get(f"output_{k}", getattr(config, f"output_{k}")) for k in ("hidden_states", "attentions"))
         or hooked(base) or hooked(_encoder(base))
     )
     if _kind(model) == "first column":
-        return args, {**kwargs, "bertfast_reads": Reads(first_only=not whole)}
+        return args, {**kwargs, "bertfast_reads": Reads(first_only=not whole and _takes_first(model))}
     labels = _argument(model, args, kwargs, "labels")
     reads = Reads(labels)
     if labels is not None and (model.training if skip is None else skip) and not whole and _fusable_head(model):
-        if type(model).__name__ == "BertForMaskedLM":
+        if _home(model).__name__ == "BertForMaskedLM":
             reads.head = model.cls.predictions
         elif _argument(model, args, kwargs, "next_sentence_label") is not None:  # the original wants both, or no loss
             reads.head, reads.n_first = model.cls.predictions, 1
     if reads.head is not None:
-        args, kwargs = _without(args, kwargs, _POSITIONS[type(model), "labels"], "labels")
+        args, kwargs = _without(args, kwargs, _POSITIONS[_home(model), "labels"], "labels")
     return args, {**kwargs, "bertfast_reads": reads}
 
 
+def _takes_first(model: Any) -> bool:
+    """Whether the module that gets the encoder's output, pooler or classifier, is transformers' own."""
+    if hasattr(model.base_model, "transformer"):  # DistilBERT's heads take column 0 themselves
+        return True
+    taker = getattr(model.base_model, "pooler", None) or model.classifier
+    # peft trains a copy of the classifier, beside the original
+    return type(getattr(taker, "original_module", taker)).__module__ in _HOMES and not hooked(taker)
+
+
 def _fusable_head(model: Any) -> bool:
-    head = model.cls.predictions
-    inner = (model.cls, head, head.transform, head.transform.dense, head.transform.LayerNorm, head.decoder)
+    head: Any = getattr(model.cls, "predictions", None)
+    own = (model.cls, head, getattr(head, "transform", None))
+    if any(type(m).__module__ not in _HOMES for m in own):
+        return False
+    inner = (*own, head.transform.dense, head.transform.LayerNorm, head.decoder)
     return plain(head.decoder) and type(head.transform.LayerNorm) is nn.LayerNorm and not any(map(hooked, inner))
 
 
 def _after_head(model: Any, args: tuple, kwargs: dict, output):
     """Put the loss where the original has it, in place of the logits."""
-    reads = kwargs["bertfast_reads"]
-    if reads.head is None:
+    reads = kwargs.get("bertfast_reads")
+    if reads is None or reads.head is None:
         return None
     skipped, loss = reads.loss is not None, reads.loss
     if not skipped:  # the encoder ran as the original, so the logits are all there

@@ -1,15 +1,23 @@
 """bertfast.patch: every head and relative against its original, the calls around it, and what is left alone."""
 
 import copy
+import functools
+import inspect
 import multiprocessing
+import types
 import warnings
 from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
+from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from transformers import BertConfig, DistilBertConfig, ElectraConfig, RobertaConfig, XLMRobertaConfig
+from transformers import modeling_flash_attention_utils as flash
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
+from transformers.modeling_utils import AttentionInterface
 from transformers.models.bert import modeling_bert
 from transformers.models.distilbert import modeling_distilbert
 from transformers.models.electra import modeling_electra
@@ -17,6 +25,7 @@ from transformers.models.roberta import modeling_roberta
 from transformers.models.xlm_roberta import modeling_xlm_roberta
 
 import bertfast
+from bertfast import patch_parity
 from bertfast.files import UserError
 from bertfast.patched import ORIGINALS
 
@@ -171,6 +180,9 @@ def test_other_masks_run_right_or_are_refused():
         mask = mask[:, None, None].expand(B, 1, S, S)
         found, expected = (attended(model(IDS, mask)[0]) for model in (patched, original))
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    for mask in (MASK[1:2].bool(), (MASK[1:2] - 1.0) * 1e4):  # one for all sequences
+        found, expected = (model(IDS, mask[:, None, None])[0][:, :9] for model in (patched, original))
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
     with pytest.raises(ValueError, match=r"attention_mask has shape \(5, 17, 17\)"):
         patched(IDS, causal[:, 0])
     with pytest.raises(ValueError, match="head_mask"):
@@ -229,6 +241,27 @@ def test_dropout_is_governed_by_the_seed_and_by_each_module():
     assert torch.equal(model(**INPUTS).last_hidden_state, rest) and torch.equal(torch.get_rng_state(), state)
     model.encoder.layer[1].output.dropout.train()  # Monte Carlo dropout
     assert not torch.equal(model(**INPUTS).last_hidden_state, rest)
+
+
+@pytest.mark.parametrize("cls", [modeling_bert.BertModel, modeling_bert.BertForSequenceClassification])
+def test_every_dropout_keeps_its_p_and_has_a_stream_of_its_own(cls, monkeypatch):
+    asked = []
+
+    def recorded(op):
+        def call(*args, **kwargs):
+            given = inspect.signature(op).bind(*args, **kwargs)
+            given.apply_defaults()
+            asked.append((given.arguments["p"], given.arguments["stream"]))
+            return op(*args, **kwargs)
+        return call
+
+    for name in ("embedding_sum", "attention", "attention_packed", "add_layer_norm"):
+        monkeypatch.setattr(bertfast.ops, name, recorded(getattr(bertfast.ops, name)))
+    _, model = pair(cls, dropout=0.3)
+    for i, module in enumerate(m for m in model.modules() if type(m) is nn.Dropout):
+        module.p = (i + 1) / 32
+    model.train()(**INPUTS)
+    assert asked == [((i + 1) / 32, i) for i in range(10)]
 
 
 @pytest.mark.parametrize("reentrant", [True, False])
@@ -291,6 +324,200 @@ def test_replaced_submodules_are_called():
         torch.manual_seed(5)
         model.encoder.layer[1].output.dense = Doubled(96, 64)
     assert_equal_training(original, patched, INPUTS)
+
+
+@pytest.mark.parametrize("given", ["position_ids", "cu_seq_lens"])
+def test_flattened_sequences_do_not_see_each_other(given, monkeypatch):
+    def attend(q, k, v, cu_seqlens_q, softmax_scale, **kwargs):  # what the flash-attention package does, on a CPU
+        pieces = zip(*(t.transpose(0, 1).split(cu_seqlens_q.diff().tolist(), 1) for t in (q, k, v)), strict=True)
+        out = [nn.functional.scaled_dot_product_attention(*piece, scale=softmax_scale) for piece in pieces]
+        return torch.cat(out, 1).transpose(0, 1)
+
+    monkeypatch.setattr(flash, "_lazy_imports", lambda *args, **kwargs: (None, attend, None, None, None))
+    monkeypatch.setattr(flash, "_loaded_implementation", None)
+    original, patched = pair()
+    patched.config._attn_implementation = "flash_attention_2"
+    flat = {"input_ids": IDS[MASK.bool()][None], "position_ids": torch.cat([torch.arange(n) for n in LENGTHS])[None]}
+    if given == "cu_seq_lens":
+        ends = nn.functional.pad(LENGTHS.cumsum(0), (1, 0)).int()
+        flat |= {"cu_seq_lens_q": ends, "cu_seq_lens_k": ends, "max_length_q": S, "max_length_k": S}
+    torch.testing.assert_close(patched(**flat)[0][0], attended(original(**INPUTS)[0]), rtol=1e-4, atol=1e-5)
+
+
+def test_an_attention_function_of_ones_own_is_called(monkeypatch):
+    @functools.wraps(sdpa_attention_forward)
+    def doubled(*args, **kwargs):
+        out, weights = sdpa_attention_forward(*args, **kwargs)
+        return 2 * out, weights
+
+    monkeypatch.setitem(AttentionInterface._global_mapping, "doubled", doubled)
+    original, patched = pair(attn_implementation="doubled")
+    torch.testing.assert_close(patched(IDS)[0], original(IDS)[0], rtol=1e-4, atol=1e-5)
+
+
+class _Replacement(nn.Module):
+    """Has no weight of its own and reads all columns."""
+
+    def __init__(self, inner, reduce=None):
+        super().__init__()
+        self.inner, self.reduce = inner, reduce
+
+    def forward(self, x):
+        return self.inner(x if self.reduce is None else self.reduce(x, 1))
+
+
+@pytest.mark.parametrize("cls, path, replace", [
+    (modeling_bert.BertForSequenceClassification, "bert.encoder.layer.1.attention.self.query", _Replacement),
+    (modeling_bert.BertForSequenceClassification, "bert.embeddings.word_embeddings", _Replacement),
+    (modeling_bert.BertForSequenceClassification, "bert.pooler", lambda m: _Replacement(m.dense, torch.mean)),
+    (modeling_roberta.RobertaForSequenceClassification, "classifier", lambda m: _Replacement(m.out_proj, torch.mean)),
+], ids=lambda p: p if isinstance(p, str) else "")
+def test_replacements_need_no_weight_and_read_every_column(cls, path, replace):
+    original = build(cls)
+    original.set_submodule(path, replace(original.get_submodule(path)))
+    patched = copy.deepcopy(original)
+    bertfast.patch(patched)
+    torch.testing.assert_close(patched(IDS).logits, original(IDS).logits, rtol=1e-4, atol=1e-5)
+
+
+def test_a_hooked_pooler_sees_every_column():
+    seen = []
+    for model in pair(modeling_bert.BertForSequenceClassification):
+        model.bert.pooler.register_forward_hook(lambda m, args, out: seen.append(args[0]))
+        model(IDS)
+    torch.testing.assert_close(seen[1], seen[0], rtol=1e-4, atol=1e-5)
+
+
+def _doubled(self, hidden_states, attention_mask=None, *args, **kwargs):
+    return 2 * self.feed_forward_chunk(self.attention(hidden_states, attention_mask)[0])
+
+
+def _two_layers(self, hidden_states, attention_mask=None, *args, **kwargs):
+    for layer in self.layer[:2]:
+        hidden_states = layer(hidden_states, attention_mask)
+    return BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=hidden_states)
+
+
+def _rotated(self, input_ids, attention_mask, **kwargs):
+    out = type(self).forward(self, input_ids, attention_mask)
+    weights = attention_mask / attention_mask.sum(1, keepdim=True)
+    mean = (out.last_hidden_state * weights.unsqueeze(-1)).sum(1, keepdim=True)
+    return BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=out.last_hidden_state + mean)
+
+
+def _mean(self, input_ids, attention_mask):
+    return {"logits": self.bert(input_ids, attention_mask)[0][attention_mask.bool()].mean(0)}
+
+
+@pytest.mark.parametrize("name, forward", {"bert.encoder.layer.1": _doubled, "bert.encoder": _two_layers,
+                                           "bert": _rotated, "": _mean}.items())
+@pytest.mark.parametrize("first", ["patched", "replaced"])
+def test_a_replaced_forward_runs(name, forward, first):
+    original, patched = (build(modeling_bert.BertForTokenClassification) for _ in range(2))
+    if first == "patched":
+        bertfast.patch(patched)
+    for model in (original, patched):
+        module = model.get_submodule(name)
+        module.forward = types.MethodType(forward, module)
+    bertfast.patch(patched)
+    expected, found = (attended(model(**INPUTS)["logits"]) for model in (original, patched))
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_wrapped_forward_keeps_the_fused_loss():
+    accelerate = pytest.importorskip("accelerate")
+    _, patched = pair(modeling_bert.BertForMaskedLM)
+    patched.forward = types.MethodType(accelerate.utils.convert_outputs_to_fp32(type(patched).forward), patched)
+    assert patched(**INPUTS, labels=LABELS).logits is None
+
+
+class _MeanOfMasked(modeling_bert.BertModel):
+    def forward(self, input_ids, attention_mask=None):
+        mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        hidden = super().forward(input_ids, attention_mask)[0]
+        return (hidden * mask.unsqueeze(-1)).sum(1) / mask.sum(1, keepdim=True)
+
+
+class _Asked(modeling_bert.BertForQuestionAnswering):
+    def forward(self, input_ids, attention_mask, start_positions, end_positions):
+        return super().forward(input_ids, attention_mask, start_positions=start_positions, end_positions=end_positions)
+
+
+def test_a_subclass_with_its_own_forward_gets_what_it_reads():
+    original = _MeanOfMasked(build(modeling_bert.BertModel).config)
+    patched = copy.deepcopy(original)
+    bertfast.patch(patched)
+    torch.testing.assert_close(patched(**INPUTS), original(**INPUTS), rtol=1e-4, atol=1e-5)
+    original = build(modeling_bert.BertForQuestionAnswering)
+    patched = copy.deepcopy(original)
+    patched.__class__ = _Asked
+    bertfast.patch(patched)
+    assert_equal_training(original, patched, inputs_of(type(original)))
+
+
+@pytest.fixture
+def one_process(tmp_path):
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("name", ["MaskedLM", "TokenClassification", "SequenceClassification", "QuestionAnswering"])
+@pytest.mark.parametrize("first", ["patch", "shard"])
+def test_fully_sharded_models(name, first, one_process):
+    original = build(getattr(modeling_bert, f"BertFor{name}"))
+    patched = copy.deepcopy(original)
+    for step in (bertfast.patch, fully_shard)[:: 1 if first == "patch" else -1]:
+        step(patched)
+    given = inputs_of(type(original))
+    torch.testing.assert_close(patched(**given).loss, original(**given).loss, rtol=1e-5, atol=1e-6)
+    assert name != "MaskedLM" or patched(**given).logits is None  # the loss is still fused
+
+
+@pytest.mark.parametrize("asked_first", [True, False])
+def test_heads_that_share_an_encoder_each_read_theirs(asked_first):
+    asked, other = build(modeling_bert.BertForQuestionAnswering), build(modeling_bert.BertForSequenceClassification)
+    given = inputs_of(type(asked))
+    expected = asked(**given).loss
+    other.bert.encoder = asked.bert.encoder
+    bertfast.patch(nn.ModuleList([asked, other] if asked_first else [other, asked]))
+    torch.testing.assert_close(asked(**given).loss, expected, rtol=1e-5, atol=1e-6)
+
+
+class _Cooled(modeling_bert.BertLMPredictionHead):
+    def forward(self, hidden_states):
+        return super().forward(hidden_states) / 4
+
+
+class _Residual(modeling_bert.BertPredictionHeadTransform):
+    def forward(self, hidden_states):
+        return hidden_states + super().forward(hidden_states)
+
+
+class _Offset(modeling_bert.BertOnlyMLMHead):
+    def forward(self, sequence_output):
+        return super().forward(sequence_output) ** 2
+
+
+@pytest.mark.parametrize("path, cls", [("cls", _Offset), ("cls.predictions", _Cooled),
+                                       ("cls.predictions.transform", _Residual), ("cls", nn.Linear)])
+def test_changed_heads_of_masked_models_run(path, cls):
+    original = build(modeling_bert.BertForMaskedLM)
+    if cls is nn.Linear:
+        original.cls = nn.Linear(64, 99)
+    else:
+        original.get_submodule(path).__class__ = cls
+    patched = copy.deepcopy(original)
+    bertfast.patch(patched)
+    assert_equal_training(original, patched, inputs_of(type(original)))
+
+
+def test_jit_trace_keeps_the_mask():
+    original, patched = (model.eval() for model in pair(return_dict=False))
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("ignore")
+        traced = torch.jit.trace(patched, (IDS, torch.ones_like(MASK)), strict=False, check_trace=False)
+    torch.testing.assert_close(attended(traced(IDS, MASK)[0]), attended(original(IDS, MASK)[0]), rtol=1e-4, atol=1e-5)
 
 
 def test_what_is_left_alone_is_said():
@@ -433,6 +660,18 @@ def test_parity_reports_both_sides():
     assert not any(m._forward_pre_hooks or type(m) in ORIGINALS for m in model.modules())  # it worked on copies
     with pytest.raises(ValueError, match="no floating-point output"):
         bertfast.parity(_Silent(), {"x": torch.ones(2)})
+
+
+@pytest.mark.parametrize("changes, name", [({"output_hidden_states": True}, "hidden_states.3"),
+                                           ({"return_dict": False}, "1")])
+def test_parity_reads_tuples(changes, name):
+    found = bertfast.parity(build(modeling_bert.BertModel, **changes), INPUTS)
+    assert name in found and found.worst()[1].patched < 1e-5
+
+
+def test_parity_hides_no_nan():
+    found = patch_parity.Parity(a=patch_parity.Deviation(1e-7, 0, 0), b=patch_parity.Deviation(float("nan"), 0, 0))
+    assert found.worst()[0] == "b"
 
 
 class _Silent(nn.Module):
