@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from .batch import PackedBatch
 from .checkpoint import Checkpointed
 from .config import BertConfig
-from .model import BertModel, _initialise, _packed
+from .model import BertModel, _first_rows, _initialise, _packed
 from .ops import dropout
 from .ops.masked_vocab_projection import IGNORE_INDEX
 
@@ -51,18 +51,23 @@ def _cross_entropy(logits: Tensor, labels: Tensor, scale: Tensor | None) -> Tens
 
 def _span_loss(logits: Tensor, cu_seqlens: Tensor, longest: int, span: tuple[Tensor, Tensor],
                scale: Tensor | None) -> Tensor:
-    """Mean of the losses of a span's two ends, (B,) each; logits (rows, 2), the softmax over the rows of a sequence."""
+    """Mean of the losses of a span's two ends, (B,) each; logits (rows, 2), the softmax over the rows of a sequence.
+
+    An end outside its sequence is ignored, as transformers ignores one beyond the padded length.
+    """
+    lengths = cu_seqlens.diff().long()
+    ends = [torch.where((end >= 0) & (end < lengths), end, IGNORE_INDEX) for end in span]
     row = torch.arange(len(logits), device=logits.device)
     sequence = torch.searchsorted(cu_seqlens[1:].long(), row, right=True)
-    padded = logits.new_full((len(span[0]), longest, 2), -torch.inf)
+    padded = logits.new_full((len(span[0]), max(1, longest), 2), -torch.inf)
     padded = padded.index_put((sequence, row - cu_seqlens[sequence]), logits)
-    first, last = (_cross_entropy(padded[..., i], labels, scale) for i, labels in enumerate(span))
+    first, last = (_cross_entropy(padded[..., i], labels, scale) for i, labels in enumerate(ends))
     return (first + last) / 2
 
 
 def options_apart(scores: Tensor, n_options: Tensor) -> Tensor:
     """One score an option, all in a row, as (questions, most options), -inf where a question has fewer."""
-    column = torch.arange(int(n_options.max()), device=scores.device)
+    column = torch.arange(int(n_options.max()) if len(n_options) else 0, device=scores.device)
     used = column < n_options.unsqueeze(1)
     return scores.new_full(used.shape, -torch.inf).masked_scatter(used, scores)
 
@@ -102,8 +107,10 @@ class Headed(Checkpointed):
     def _classify_cls(self, batch: PackedBatch, seed: Tensor | None) -> Tensor:
         seed = self._seed(seed, batch.input_ids.device)
         x = self.bert.encode(batch, seed)
-        row_key = batch.row_key[batch.read_rows[batch.cls_index]]
-        return self.classifier(self._dropped(self.bert.pool(x[batch.cls_index]), row_key, seed))
+        pooled = self.bert.pool(_first_rows(x, batch.cu_seqlens_read))
+        if len(x):  # not all of it padding
+            pooled = self._dropped(pooled, batch.row_key[batch.read_rows[batch.cls_index]], seed)
+        return self.classifier(pooled)
 
 
 class BertForSequenceClassification(Headed):
@@ -167,8 +174,11 @@ class BertForTokenClassification(Headed):
 
     def forward(self, input_ids, attention_mask=None, token_type_ids=None, position_ids=None, labels=None, *,
                 seed=None, scale: Tensor | None = None) -> HeadOutput:
-        """input_ids: a PackedBatch (which may hold its labels), or (B, S) ids with labels (B, S): logits (B, S, C)."""
-        batch, padding = _packed(input_ids, attention_mask, token_type_ids, position_ids)
+        """input_ids: a PackedBatch (which may hold its labels), or (B, S) ids with labels (B, S): logits (B, S, C).
+
+        Raises ValueError for a label on a padded position, which has no logits.
+        """
+        batch, padding = _packed(input_ids, attention_mask, token_type_ids, position_ids, labels)
         seed = self._seed(seed, batch.input_ids.device)
         if padding is None:
             x, rows = self.bert.encode(batch, seed)[batch.mask_index], batch.read_rows[batch.mask_index]
@@ -194,7 +204,8 @@ class BertForQuestionAnswering(Headed):
 
     def forward(self, input_ids, attention_mask=None, token_type_ids=None, position_ids=None, start_positions=None,
                 end_positions=None, *, seed=None, scale: Tensor | None = None) -> HeadOutput:
-        """start_positions, end_positions: (B,) int64, positions in their sequences (0 = [CLS] = no answer here)."""
+        """start_positions, end_positions: (B,) int64, positions in their sequences (0 = [CLS] = no answer here); one
+        outside its sequence is ignored."""
         batch, padding = _packed(input_ids, attention_mask, token_type_ids, position_ids)
         x = self.bert.encode(batch, self._seed(seed, batch.input_ids.device), read=False)
         logits = self.qa_outputs(x)

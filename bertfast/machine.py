@@ -17,9 +17,8 @@ def choose_device() -> torch.device:
 
 def choose_precision(wanted: str, device: torch.device) -> tuple[str, str]:
     """(precision, reason) for `auto`, `fp32`, `bf16` or `fp16`. Raises UserError for what the device cannot do."""
+    check_precision(wanted)
     if wanted != "auto":
-        if wanted not in DTYPES:
-            raise UserError(f"precision {wanted!r} is unknown; known: auto, {', '.join(DTYPES)}")
         if wanted == "fp16" and device.type == "cpu":
             raise UserError("fp16 trains on GPUs only; on CPUs use --precision bf16 or fp32")
         if wanted == "bf16" and not multiplies_bf16(device):
@@ -35,6 +34,11 @@ def choose_precision(wanted: str, device: torch.device) -> tuple[str, str]:
     bf16, fp32 = (gemm_rate(dtype, device) / 1e9 for dtype in (torch.bfloat16, torch.float32))
     rates = f"GEMM {bf16:,.0f} GFLOP/s in bf16, {fp32:,.0f} in fp32"
     return ("bf16", f"the CPU has bf16: {rates}") if bf16 > fp32 else ("fp32", f"faster than bf16 here: {rates}")
+
+
+def check_precision(wanted: str) -> None:
+    if wanted not in ("auto", *DTYPES):
+        raise UserError(f"precision {wanted!r} is unknown; known: auto, {', '.join(DTYPES)}")
 
 
 def multiplies_bf16(device: torch.device) -> bool:

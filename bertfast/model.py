@@ -174,6 +174,8 @@ class BertModel(Checkpointed):
             seed = None
         elif seed is None and max(self.config.hidden_dropout_prob, self.config.attention_probs_dropout_prob) > 0:
             seed = torch.randint(-(2**62), 2**62, (1,), device=batch.input_ids.device)
+        if torch.is_autocast_enabled(batch.input_ids.device.type):
+            raise ValueError("bertfast's own models take no autocast: give bertfast.optim.Optimizer a compute dtype")
         if batch.max_seqlen > self.config.max_position_embeddings:
             raise ValueError(
                 f"sequences of up to {batch.max_seqlen} tokens, but the model has "
@@ -211,7 +213,7 @@ class BertModel(Checkpointed):
         restore = padding.restore if padding else lambda rows: rows
         return ModelOutput(
             last_hidden_state=restore(x),
-            pooler_output=self.pool(_first_rows(x, batch)) if self.pooler else None,
+            pooler_output=self.pool(_first_rows(x, batch.cu_seqlens)) if self.pooler else None,
             hidden_states=tuple(restore(s) for s in states) if states is not None else None,
         )
 
@@ -257,7 +259,7 @@ class _Pretraining(Checkpointed):
             logits = heads["predictions"].logits(x, self.bert.embeddings.word_embeddings.weight)
             out.logits = padding.restore(logits) if padding else logits
         if self.nsp:
-            cls = x[batch.cls_index] if with_labels else _first_rows(x, batch)
+            cls = _first_rows(x, batch.cu_seqlens_read if with_labels else batch.cu_seqlens)
             out.seq_relationship_logits = heads["seq_relationship"](self.bert.pool(cls))
             if packed_call or next_sentence_label is not None:
                 self._next_sentence_loss(out, out.seq_relationship_logits.float(), batch.next_sentence_label, nsp_scale)
@@ -295,9 +297,9 @@ def _packed(input_ids, attention_mask, token_type_ids, position_ids, labels=None
     return unpad(input_ids, attention_mask, token_type_ids, position_ids, labels, next_sentence_label)
 
 
-def _first_rows(x: Tensor, batch: PackedBatch) -> Tensor:
-    """The first row of every sequence, zeros for an empty one: (T, H) -> (B, H)."""
-    start, empty = batch.cu_seqlens[:-1].long(), batch.cu_seqlens[1:] == batch.cu_seqlens[:-1]
+def _first_rows(x: Tensor, cu_seqlens: Tensor) -> Tensor:
+    """[CLS]: the first row of every sequence, zeros for an empty one, (T, H) -> (B, H); (R, H) with cu_seqlens_read."""
+    start, empty = cu_seqlens[:-1].long(), cu_seqlens[1:] == cu_seqlens[:-1]
     if x.shape[0] == 0:
         return x.new_zeros(start.numel(), x.shape[1])
     return x[start.clamp(max=x.shape[0] - 1)].masked_fill(empty.unsqueeze(1), 0.0)

@@ -6,6 +6,7 @@ Parameters are laid out one after another in one buffer per decay group, so that
 matrix (bertfast.ops.linear). Skipping, clipping and loss scaling are tensors on the device: a step reads nothing back.
 """
 
+import math
 from collections.abc import Callable, Sequence
 
 import torch
@@ -25,6 +26,19 @@ def linear_schedule(peak: float, warmup: float, steps: int, step: int) -> float:
     if step < rising:
         return peak * (step + 1) / rising
     return peak * max(0.0, (steps - step) / max(1, steps - rising))
+
+
+def check_numbers(*, lr: float | None, weight_decay: float, max_grad_norm: float, dropout: float | None,
+                  seed: int) -> None:
+    """Raises UserError for what no training can have; None is a default."""
+    if lr is not None and not (0 < lr < math.inf):
+        raise UserError(f"a learning rate of {lr} is out of range: more than 0")
+    if not (0 <= weight_decay < math.inf and 0 <= max_grad_norm < math.inf):
+        raise UserError("--weight-decay and --max-grad-norm must be 0 or more")
+    if dropout is not None and not 0 <= dropout < 1:
+        raise UserError(f"a dropout of {dropout} is out of range: 0 to less than 1")
+    if not -(2**63) <= seed < 2**63:
+        raise UserError(f"seed {seed} does not fit 64 bits")
 
 
 class Optimizer:

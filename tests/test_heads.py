@@ -181,3 +181,24 @@ def test_a_head_of_another_task_is_replaced_not_misread(tmp_path, capsys):
     assert json.loads((tmp_path / "config.json").read_text())["hidden_size"] == 64
     with pytest.raises(UserError, match="mis-shaped: bert.pooler.dense.weight"):
         bertfast.BertForSequenceClassification.from_pretrained(tmp_path, new_heads=True, extra=config.extra)
+
+
+def test_padding_and_what_lies_outside_count_for_nothing():
+    config = bertfast.BertConfig.preset("tiny", vocab_size=211)
+    ids, mask = BATCH["input_ids"], BATCH["attention_mask"].clone()
+    mask[1] = 0
+    sentences = bertfast.BertForSequenceClassification(config).eval()
+    other = ids.clone()
+    other[2] = 7
+    assert torch.equal(sentences(ids, mask).logits[1], sentences(other, mask).logits[1])
+    assert torch.isfinite(sentences.train()(ids, mask * 0).logits).all()
+    with pytest.raises(ValueError, match="label stands on a padded"):
+        bertfast.BertForTokenClassification(config)(ids, mask, labels=torch.zeros_like(ids))
+    spans = bertfast.BertForQuestionAnswering(config)
+    last = mask.sum(1) - 1
+    inside = spans.eval()(ids, mask, start_positions=last.masked_fill(mask.sum(1) == 0, -100), end_positions=last * 0)
+    outside = spans(ids, mask, start_positions=last, end_positions=(last * 0).index_fill(0, torch.tensor([1]), 40))
+    assert torch.isfinite(inside.loss) and inside.loss == outside.loss
+    assert spans(ids, mask * 0, start_positions=last, end_positions=last).loss == 0
+    options = bertfast.BertForMultipleChoice(config)
+    assert options(ids.new_zeros(0, 2, 8), labels=ids.new_zeros(0)).loss == 0

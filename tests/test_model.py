@@ -1,5 +1,6 @@
 """The model against transformers, and against itself: padded, packed, recomputed, saved and loaded."""
 
+import inspect
 import json
 
 import pytest
@@ -128,6 +129,25 @@ def test_dropout_does_not_depend_on_padding_or_company(batch, tmp_path):
     assert torch.equal(first, ours.bert(**inputs).last_hidden_state)
 
 
+@pytest.mark.parametrize("form", ["padded", "packed"])
+def test_every_site_drops_its_share_from_a_stream_of_its_own(form, batch, monkeypatch):
+    asked = []
+
+    def recorded(op):
+        def call(*args, **kwargs):
+            given = inspect.signature(op).bind(*args, **kwargs).arguments
+            asked.append((given["p"], given["stream"]))
+            return op(*args, **kwargs)
+        return call
+
+    for name in ("embedding_sum", "attention", "attention_packed", "add_layer_norm"):
+        monkeypatch.setattr(bertfast.ops, name, recorded(getattr(bertfast.ops, name)))
+    config = bertfast.BertConfig(**SIZES, hidden_dropout_prob=0.1, attention_probs_dropout_prob=0.2)
+    model = bertfast.BertForPreTraining(config).train()
+    model(unpad(**batch)[0]) if form == "packed" else model.bert(batch["input_ids"], batch["attention_mask"])
+    assert asked == [(0.2 if stream % 3 == 1 else 0.1, stream) for stream in range(10)]
+
+
 def test_recompute_is_bit_equal(batch, tmp_path):
     ours = ours_of(original(dropout=0.1), tmp_path)
     gradients = []
@@ -148,8 +168,18 @@ def test_an_all_padding_sequence_gives_no_nan(batch, tmp_path):
                next_sentence_label=batch["next_sentence_label"])
     out.loss.backward()
     assert torch.isfinite(out.loss) and all(torch.isfinite(p.grad).all() for p in ours.parameters())
+    unlabelled = ours(batch["input_ids"], mask, batch["token_type_ids"])  # the other sequences' [CLS] are theirs alone
+    torch.testing.assert_close(out.seq_relationship_logits, unlabelled.seq_relationship_logits)
     out = ours.bert(batch["input_ids"], torch.zeros_like(mask))
     assert not out.last_hidden_state.any() and torch.isfinite(out.pooler_output).all()
+    out = ours(batch["input_ids"], torch.zeros_like(mask), labels=torch.full_like(labels, -100),
+               next_sentence_label=torch.full_like(batch["next_sentence_label"], -100))
+    assert out.loss == 0
+
+
+def test_autocast_is_refused(batch, tmp_path):
+    with torch.autocast("cpu", torch.bfloat16), pytest.raises(ValueError, match="no autocast"):
+        ours_of(original(), tmp_path)(**batch)
 
 
 @pytest.mark.parametrize(("change", "message"), [
