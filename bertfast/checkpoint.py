@@ -6,6 +6,7 @@ another shape is an error that lists it. Pickled files are read with weights_onl
 """
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -45,9 +46,7 @@ class Checkpointed(torch.nn.Module):
         """
         folder = find(name)
         config = BertConfig.from_file(folder / "config.json")
-        for key, value in config_changes.items():
-            setattr(config, key, value)
-        model = cls(config)
+        model = cls(replace(config, **config_changes))
         load(model, read_tensors(folder), str(name), new_heads)
         return model.eval()
 
@@ -69,6 +68,9 @@ def find(name: str | Path) -> Path:
     if folder.is_dir():
         if not (folder / "config.json").exists():
             raise UserError(f"{folder} holds no config.json: not a checkpoint")
+        if "settings" in read_json(folder / "config.json"):
+            newest = max(folder.glob("checkpoint*"), key=lambda path: path.stat().st_mtime, default=None)
+            raise UserError(f"{folder} is a run's folder, not a checkpoint: {newest or 'it has none yet'}")
         return folder
     if folder.exists() or str(name).count("/") != 1 or str(name).startswith((".", "/")):
         raise UserError(f"no checkpoint at {name}")

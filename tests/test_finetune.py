@@ -288,6 +288,20 @@ def test_freezing_and_layer_decay(start, tmp_path):
             ] == [1.0, 0.5, 0.25, 0.125]
 
 
+def test_a_lower_layer_moves_by_its_share_of_the_learning_rate(start, tmp_path):
+    work = FineTuning(tmp_path, settings("classification", start, tmp_path, layer_decay=0.5, weight_decay=0.0))
+    model = work.model_for(1)
+    optimizer = work.optimizer_for(model)
+    before = {n: p.detach().clone() for n, p in model.named_parameters()}
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
+    optimizer.step(0.1)
+    moved = {n: float((before[n] - p.detach()).mean()) for n, p in model.named_parameters()}
+    assert [moved[n] for n in ("classifier.bias", "bert.encoder.layer.1.output.dense.weight",
+                               "bert.encoder.layer.0.output.dense.weight", "bert.embeddings.LayerNorm.bias")
+            ] == pytest.approx([0.1, 0.05, 0.025, 0.0125], rel=1e-3)
+
+
 def test_interruption_keeps_the_best(start, tmp_path):
     chosen = settings("classification", start, tmp_path, steps=100_000, eval_every=5)
     arguments = ["finetune", "--out", str(tmp_path / "run"), "--steps", "100000", "--eval-every", "5"]
@@ -421,6 +435,21 @@ FAULTS = {  # name: (task, content of train.tsv or .jsonl, options, what the one
     "length": ("classification", "text\tlabel\na\tx\nb\ty\n", {"max_length": 65}, "the model has 64 positions"),
     "task": ("summary", "text\tlabel\na\tx\nb\ty\n", {}, "task 'summary' is unknown"),
     "symmetric": ("regression", "text\tscore\na\t1\nb\t2\n", {"symmetric": True}, "--symmetric needs pairs"),
+    "twice": ("classification", "text\ttext\tlabel\na\tb\tx\n", {}, "two columns have the same name"),
+    "half a character": ("classification", '{"text": "a \\ud83d", "label": "x"}', {},
+                         "train.jsonl:1: half of a character"),
+    "scalar answer": ("qa", '{"context": "abc", "question": "x", "answers": {"text": "b", "answer_start": 1}}', {},
+                      "train.jsonl:1: answers needs a list of texts"),
+    "answer without start": ("qa", '{"context": "abc", "question": "x", "answers": {"text": ["b", "c"], '
+                             '"answer_start": [1]}}', {}, "train.jsonl:1: answers needs a list of texts"),
+    "no tags": ("tagging", '{"tokens": ["a"], "tags": [null]}', {}, "train.jsonl:1: tags is not a list of tags"),
+    **{f"{name} {value}": ("classification", "text\tlabel\na\tx\nb\ty\n", {name: value}, message)
+       for name, value, message in (
+        ("lr", 0.0, "a learning rate of 0.0"), ("lr", float("nan"), "a learning rate of nan"),
+        ("epochs", 0.0, "--epochs"), ("epochs", float("inf"), "--epochs"), ("max_length", 0, "--max-length 0"),
+        ("dropout", 1.0, "a dropout of 1.0"), ("seed", 2**64, "does not fit"), ("weight_decay", -1.0, "--weight-decay"),
+        ("label_separator", "", "--label-separator is empty"), ("choices", ["a"], "--choices is for"),
+        ("beams", 4, "--beams are for"), ("freeze", "\u00b2", "--freeze"))},
 }
 
 
@@ -607,6 +636,16 @@ def test_the_trainer_of_transformers_sees_the_same_losses_patched(start, tmp_pat
     assert list(benchmark.agreement(facts)) == ["patched fp32"]
 
 
+def test_nobody_agrees_with_a_reference_that_failed():
+    from bertfast.benchmarks import finetune as loops
+    from bertfast.benchmarks import trainer
+
+    facts = {"machine": {}, "bertfast fp32": {"losses": [1.0]}, "transformers bf16": {"losses": [1.0]}}
+    assert list(loops.agreement(facts)) == ["bertfast fp32", "transformers bf16"]
+    facts = {"machine": {}, "patched fp32": {"losses": [1.0]}, "original bf16": {"losses": [1.0]}}
+    assert list(trainer.agreement(facts)) == ["patched fp32", "original bf16"]
+
+
 @pytest.mark.full
 @pytest.mark.parametrize("kind", [k for k in KINDS if k not in ("prefix-lm", "regression")])
 def test_the_benchmarks_peer_trains_the_same(kind, start, tmp_path):
@@ -631,3 +670,54 @@ def test_the_benchmarks_peer_trains_the_same(kind, start, tmp_path):
         assert loss == pytest.approx(float(window.loss), rel=2e-4), step
     ours, theirs = work.evaluate(model)[0], peer.evaluate()
     assert theirs == {name: pytest.approx(value, abs=0.02) for name, value in ours.items()}
+
+
+def test_a_model_or_another_run_is_not_written_over(start, tmp_path):
+    chosen = settings("classification", start, tmp_path)
+    config = (start / "config.json").read_bytes()
+    with pytest.raises(UserError, match="is to be written"):
+        finetune(start, chosen, "", overwrite=True)
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/config.json").write_bytes(config)
+    with pytest.raises(UserError, match="holds a model or another run"):
+        finetune(tmp_path / "run", chosen, "", overwrite=True)
+    assert (start / "config.json").read_bytes() == (tmp_path / "run/config.json").read_bytes() == config
+
+
+def test_predict_reads_what_training_read(start, tmp_path):
+    """A pair stays a pair, a single text single; every row gives one, also an empty one; nothing is lost to a fault."""
+    rows = [f"cat {i}\tdog\t{i % 2}" for i in range(20)]
+    (tmp_path / "train.tsv").write_text("sentence1\tsentence2\tlabel\n" + "\n".join(rows))
+    finetune(tmp_path / "run", Settings("classification", str(start), str(tmp_path / "train.tsv"), steps=1,
+                                        precision="fp32"), "")
+    predictor, out = Predictor(tmp_path / "run"), tmp_path / "out.jsonl"
+    (tmp_path / "test.tsv").write_text("sentence1\tsentence_2\na\tb\n")
+    with pytest.raises(UserError, match="the training file has a text pair"):
+        predict_file(predictor, tmp_path / "test.tsv", out)
+    (tmp_path / "test.tsv").write_text("sentence1\tsentence2\na\tb\n\t\nc\td\n \t \n\n")
+    assert predict_file(predictor, tmp_path / "test.tsv", out)["rows"] == 4
+    before = out.read_bytes()
+    (tmp_path / "test.tsv").write_text("sentence1\tsentence2\n")
+    with pytest.raises(UserError, match="holds no examples"):
+        predict_file(predictor, tmp_path / "test.tsv", out)
+    assert out.read_bytes() == before
+    (tmp_path / "single.tsv").write_text("text\na\n\nb\n\n")
+    assert [row.values["text"] for row in open_table(tmp_path / "single.tsv")] == ["a", "", "b"]
+
+
+def test_a_failed_save_is_not_called_the_best(start, tmp_path, monkeypatch):
+    def full(*_):
+        raise UserError("disk full")
+
+    monkeypatch.setattr(FineTuning, "save", full)
+    with pytest.raises(UserError, match="disk full"):
+        finetune(tmp_path / "run", settings("classification", start, tmp_path), "")
+    assert json.loads((tmp_path / "run/metrics.json").read_text())["best"] is None
+
+
+def test_spans_in_bilou_and_words_of_any_alphabet():
+    gold, guess = [["U-A", "U-A", "B-B", "L-B"]], [["U-A", "O", "B-B", "L-B"]]
+    assert metrics.spans(gold, guess)["f1"] == pytest.approx(0.8)
+    assert metrics.spans([["B-PER-x"]], [["B-LOC-x"]])["f1"] == 0
+    assert metrics.texts([["\u6211\u4eec\u53bb"]], ["\u6211\u4eec\u53bb"])["rouge_l"] == 1
+    assert metrics.texts([["The cat's hat"]], ["the cat s HAT!"])["rouge_l"] == 1

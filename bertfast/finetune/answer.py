@@ -41,7 +41,12 @@ class Answering(Task):
         answers = row.values.get(columns["answers"])
         if not isinstance(answers, dict) or not {"text", "answer_start"} <= set(answers):
             raise UserError(f'{row.where}: answers must be {{"text": […], "answer_start": […]}}, got {answers!r}')
-        spans = [(int(start), text) for start, text in zip(answers["answer_start"], answers["text"]) if text.strip()]
+        starts, texts = answers["answer_start"], answers["text"]
+        if not (isinstance(starts, list) and isinstance(texts, list) and len(starts) == len(texts)
+                and all(isinstance(s, int) for s in starts) and all(isinstance(t, str) for t in texts)):
+            raise UserError(f"{row.where}: answers needs a list of texts and as many whole numbers, got {answers!r}")
+        # without the spaces at a text's ends, which belong to no token
+        spans = [(s + len(t) - len(t.lstrip()), t.strip()) for s, t in zip(starts, texts) if t.strip()]
         for start, text in spans[:1]:
             if context[start : start + len(text)] != text:
                 raise UserError(f"{row.where}: the answer {text[:40]!r} is not at character {start} of its context")

@@ -47,8 +47,9 @@ class Classification(Task):
     def label_of(self, row: Row, column: str) -> Any:
         value = row.values.get(column)
         if self.several:
-            parts = value if isinstance(value, list) else str(value or "").split(self.settings.label_separator)
-            return sorted({str(part).strip() for part in parts} - {""})
+            parts = value if isinstance(value, list) else str("" if value is None else value).split(
+                self.settings.label_separator)
+            return sorted({str(part).strip() for part in parts if part is not None} - {""})
         if isinstance(value, list):
             raise UserError(f"{row.where}: {column} is a list: say --multi-label if a row may have several labels")
         if value is None or not str(value).strip():
@@ -239,7 +240,8 @@ class MultipleChoice(Task):
         return [o[: len(item.sequences)] for o, item in zip(super().outputs(out, items), items)]
 
     def predictions(self, examples: list[Example], items: list[Item], outputs: list[np.ndarray]) -> list[dict]:
-        return [{"choice": self.labels[int(o.argmax())] if self.labels else int(o.argmax()),
+        named = lambda i: self.labels[i] if i < len(self.labels) else i
+        return [{"choice": named(int(o.argmax())),
                  "scores": [round(float(p), 6) for p in _softmax(o)]} for o in outputs]
 
     def score(self, examples: list[Example], predictions: list[dict]) -> dict[str, float]:
@@ -248,7 +250,7 @@ class MultipleChoice(Task):
     def shown(self, example: Example) -> dict[str, str]:
         context, question, options = example.inputs
         return {"text": context, "question": question.strip(),
-                "options": " | ".join(f"{self.labels[i]}: {o}" for i, o in enumerate(options)),
+                "options": " | ".join(f"{name}: {o}" for name, o in zip(self.labels, options)),
                 "label": str(example.label)}
 
 

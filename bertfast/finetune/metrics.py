@@ -30,7 +30,7 @@ def need(module: str):
 
 
 def classification(gold: Sequence[int], guess: Sequence[int], n_labels: int) -> dict[str, float]:
-    """Accuracy; F1 of the second label where there are two, else the labels' mean; Matthews correlation."""
+    """Accuracy; F1 of the second label where there are two, else the mean of the labels in `gold`; Matthews."""
     sklearn = need("sklearn.metrics")
     average = {"average": "binary"} if n_labels == 2 else {"average": "macro", "labels": sorted(set(gold))}
     return {
@@ -65,6 +65,9 @@ def tags(gold: list[list[str]], guess: list[list[str]]) -> dict[str, float]:
 def spans(gold: list[list[str]], guess: list[list[str]]) -> dict[str, float]:
     """Precision, recall and F1 of whole spans (as conlleval counts them), and the words' accuracy."""
     seqeval = need("seqeval.metrics")
+    # BILOU as BIOES, which seqeval knows; its old versions take a kind from the last hyphen on
+    known = lambda tag: {"U": "S", "L": "E"}.get(tag[0], tag[0]) + tag[1:2] + tag[2:].replace("-", "\0")
+    gold, guess = ([[known(tag) for tag in row] for row in rows] for rows in (gold, guess))
     with warnings.catch_warnings():  # a model that predicts no span yet is no reason to warn
         warnings.simplefilter("ignore")
         values = {name: float(getattr(seqeval, f"{name}_score")(gold, guess)) for name in ("f1", "precision", "recall")}
@@ -93,10 +96,18 @@ def texts(references: list[list[str]], guess: list[str]) -> dict[str, float]:
     sacrebleu, rouge = need("sacrebleu"), need("rouge_score.rouge_scorer")
     most = max(map(len, references))
     columns = [[row[i] if i < len(row) else None for row in references] for i in range(most)]
-    scorer = rouge.RougeScorer(["rougeL"])
+    scorer = rouge.RougeScorer(["rougeL"], tokenizer=_Words)
     best = [max(scorer.score(reference, text)["rougeL"].fmeasure for reference in row)
             for row, text in zip(references, guess)]
     return {"bleu": sacrebleu.corpus_bleu(guess, columns).score / 100, "rouge_l": float(np.mean(best))}
+
+
+class _Words:
+    """rouge_score's words, in lower case and without punctuation, of any alphabet; an ideograph is one."""
+
+    @staticmethod
+    def tokenize(text: str) -> list[str]:
+        return re.findall(r"[\u3400-\u9fff]|(?:(?![\u3400-\u9fff])[^\W_])+", text.lower())
 
 
 def _overlap(gold: list[str], guess: list[str]) -> float:

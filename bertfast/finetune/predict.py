@@ -13,6 +13,7 @@ from bertfast import machine, report
 from bertfast.checkpoint import find
 from bertfast.data.tokenizer import Tokenizer
 from bertfast.files import UserError, atomic_path, read_json
+from bertfast.finetune import show
 from bertfast.finetune.batches import Item, by_budget, pack
 from bertfast.finetune.read import Row, open_table
 from bertfast.finetune.task import Settings, Task
@@ -64,6 +65,7 @@ class Predictor:
         config = read_json(folder / "config.json")
         positions = config.get("encoder", config)["max_position_embeddings"]
         self.task = TASKS[self.settings.task](self.settings, self.tokenizer, positions, stored["labels"])
+        self.task.read_roles = stored.get("roles")
         device = machine.choose_device()
         self.precision, _ = machine.choose_precision(precision, device)
         self.model = self.task.head.from_pretrained(folder).to(device, machine.DTYPES[self.precision]).eval()
@@ -83,14 +85,17 @@ def predict_file(predictor: Predictor, source: Path, out: Path, columns: list[st
     """
     settings = predictor.settings
     table = open_table(source, columns or settings.columns or None, words=settings.task == "tagging")
-    found = predictor.task.find_columns(table, labelled=False)
+    found = predictor.task.as_in_training(table, predictor.task.find_columns(table, labelled=False))
+    if out.is_dir():
+        raise UserError(f"{out} is a folder, not a file to write")
     began, n = time.perf_counter(), 0
     with atomic_path(out) as path, open(path, "w", encoding="utf-8") as file, report.counter("predicted") as count:
         for n, prediction in enumerate(predictor.predict(iter(table), found), 1):
             file.write(json_line(prediction))
             count(n)
-    if n == 0:
-        raise UserError(f"{source} holds no examples")
+        if n == 0:
+            raise UserError(f"{source} holds no examples")
+    show.understood(table, found, n)
     return {"rows": n, "seconds": time.perf_counter() - began, "decisions": dict(predictor.task.counts)}
 
 

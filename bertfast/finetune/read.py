@@ -50,8 +50,10 @@ def open_table(path: str | Path, columns: list[str] | None = None, words: bool =
     """
     path = Path(path)
     if not path.is_file():
-        raise UserError(f"there is no file {path}")
+        raise UserError(f"{path} is a folder, not a file" if path.is_dir() else f"there is no file {path}")
     kind = path.suffix.lower()
+    if kind == ".gz":
+        raise UserError(f"{path} is compressed: unpack it first (gunzip)")
     if kind == ".parquet":
         return _parquet(path)
     encoding, notes = _encoding(path)
@@ -105,7 +107,14 @@ def _delimited(path: Path, encoding: str, delimiter: str, columns: list[str] | N
 
     def records() -> Iterator[tuple[int, list[str]]]:
         if not quoted:
-            yield from ((number, line.split("\t")) for number, line in _lines(path, encoding) if line.strip())
+            blank: list[int] = []
+            for number, line in _lines(path, encoding):
+                if not line:
+                    blank.append(number)  # at the end of the file they are nothing
+                    continue
+                yield from ((earlier, [""]) for earlier in blank)
+                blank = []
+                yield number, line.split("\t")
             return
         with open(path, encoding=encoding, newline="") as file:
             reader, number = csv.reader(file, delimiter=delimiter, strict=True), 1
@@ -117,16 +126,20 @@ def _delimited(path: Path, encoding: str, delimiter: str, columns: list[str] | N
             except csv.Error as error:
                 raise UserError(f"{path}:{number}: {error}") from error
 
-    first = next(records(), None)
+    first = next((record for _, record in records() if any(map(str.strip, record))), None)
     if first is None:
         raise UserError(f"{path} is empty")
-    names = columns or [name.strip() for name in first[1]]
+    names = columns or [name.strip() for name in first]
+    if len(set(names)) < len(names):
+        raise UserError(f"{path}: two columns have the same name: {', '.join(names)}")
 
     def rows() -> Iterator[Row]:
         reader = records()
         if not columns:
-            next(reader)
+            next(record for _, record in reader if record == first)
         for number, record in reader:
+            if len(names) > 1 and len(record) == 1 and not record[0].strip():
+                continue  # a blank line; where there is one column it is an empty text
             if len(record) < len(names) or (len(record) > len(names) and not columns):
                 raise UserError(
                     f"{path}:{number}: {len(record)} fields, but "
@@ -184,16 +197,28 @@ def _json(path: Path, encoding: str) -> Table:
                 raise UserError(f"{path}:{number}: not JSON: {error}") from error
             if not isinstance(value, dict):
                 raise UserError(f"{path}:{number}: not a JSON object")
+            _whole_characters(line, value, f"{path}:{number}")
             yield Row(value, f"{path}:{number}")
 
     return Table(path, "JSONL", list(next(rows()).values), rows)
 
 
+def _whole_characters(text: str, value: Any, where: str) -> None:
+    """Raises UserError where JSON's escapes leave half of a surrogate pair, which no file can hold."""
+    if "\\u" in text:
+        try:
+            json.dumps(value, ensure_ascii=False).encode()
+        except UnicodeEncodeError:
+            raise UserError(f"{where}: half of a character (a \\ud… escape without its other half)") from None
+
+
 def _whole_json(path: Path, encoding: str) -> Table:
+    text = path.read_text(encoding=encoding)
     try:
-        value = json.loads(path.read_text(encoding=encoding))
+        value = json.loads(text)
     except ValueError as error:
         raise UserError(f"{path} is not JSON: {error}") from error
+    _whole_characters(text, value, str(path))
     if isinstance(value, dict) and isinstance(value.get("data"), list):
         squad = list(_squad(path, value["data"]))
         return Table(path, "SQuAD JSON", list(squad[0].values) if squad else [], lambda: iter(squad))
@@ -232,8 +257,14 @@ def _parquet(path: Path) -> Table:
         raise UserError(f"{path} is not a Parquet file: {str(error).splitlines()[0]}") from error
 
     def rows() -> Iterator[Row]:
-        number = 0
-        for batch in ParquetFile(path).iter_batches(1024):
+        number, batches = 0, ParquetFile(path).iter_batches(1024)
+        while True:
+            try:
+                batch = next(batches, None)
+            except (pyarrow.ArrowException, OSError) as error:
+                raise UserError(f"{path} is damaged after row {number}: {str(error).splitlines()[0]}") from error
+            if batch is None:
+                return
             for value in batch.to_pylist():
                 number += 1
                 yield Row(value, f"{path}: row {number}")

@@ -59,7 +59,10 @@ class Tagging(Task):
         if not labelled:
             return Example(row.where, words, None)
         given = row.values.get(columns["tags"])
-        tags = [str(t) for t in (given.split() if isinstance(given, str) else given or [])]
+        given = given.split() if isinstance(given, str) else given
+        if not isinstance(given, list) or any(t is None for t in given):
+            raise UserError(f"{row.where}: {columns['tags']} is not a list of tags: {given!r}")
+        tags = [str(t) for t in given]
         if len(tags) != len(words):
             raise UserError(f"{row.where}: {len(words)} words, but {len(tags)} tags")
         if "" in tags:

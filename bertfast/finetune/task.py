@@ -129,6 +129,7 @@ class Task:
                 raise UserError(f"--features is not for {settings.task}: a linear head cannot write text")
             self.head = BertForFeatures
         self.counts: Counter[str] = Counter()  # decisions: sentence -> how often
+        self.read_roles: list[str] | None = None  # what the training file gave, labels apart
 
     # ---- rows
 
@@ -153,6 +154,17 @@ class Task:
                     + ("" if given or self.settings.columns else " (no header? Name the columns with --columns)")
                 )
         return found
+
+    def as_in_training(self, table: Table, columns: dict[str, str]) -> dict[str, str]:
+        """The columns, less those of roles that the training file lacked. Raises UserError where it had more."""
+        if self.read_roles is None:
+            self.read_roles = [role for role in self.roles[:-1] if role in columns]
+        missing = [role for role in self.read_roles if role not in columns]
+        if missing:
+            option = "--" + OPTIONS.get(missing[0], missing[0]).replace("_", "-")
+            raise UserError(f"{table.path}: the training file has a {missing[0].replace('_', ' ')}, this one does not, "
+                            f"or under another name ({option}); there are: {', '.join(table.columns)}")
+        return {role: c for role, c in columns.items() if role in (*self.read_roles, self.roles[-1])}
 
     def example(self, row: Row, columns: dict[str, str], labelled: bool = True) -> Example:
         """Raises UserError, with the row's place, for a row that cannot be used."""

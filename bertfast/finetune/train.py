@@ -7,6 +7,7 @@ and its predictions are on disk: a Ctrl-C loses nothing but the steps since.
 
 import math
 import re
+import shutil
 import time
 from collections.abc import Iterator
 from dataclasses import asdict
@@ -20,7 +21,7 @@ from bertfast import machine, report
 from bertfast.checkpoint import Checkpointed, find
 from bertfast.config import BertConfig
 from bertfast.data.tokenizer import Tokenizer
-from bertfast.files import UserError, atomic_folder, create_folder, write_bytes, write_json
+from bertfast.files import UserError, atomic_folder, create_folder, read_json, write_bytes, write_json
 from bertfast.finetune import show
 from bertfast.finetune.answer import Answering
 from bertfast.finetune.batches import Item, by_budget, epoch_batches
@@ -30,7 +31,7 @@ from bertfast.finetune.read import Table, open_table
 from bertfast.finetune.tag import Tagging
 from bertfast.finetune.task import LEARNING_RATES, Example, Settings, Task
 from bertfast.finetune.write import Writing
-from bertfast.optim import Optimizer, linear_schedule
+from bertfast.optim import Optimizer, check_numbers, linear_schedule
 from bertfast.pretrain import step_seed, stop_on_interrupt
 from bertfast.seq2seq import BertForSeq2Seq
 from bertfast.version import __version__
@@ -182,8 +183,8 @@ class FineTuning:
                 if stale == 0:
                     best = {"seed": seed, "step": step, **scores}
                     if self.best is None or best[self.metric] > self.best[self.metric]:
+                        self.save(model, optimizer, predictions, best)
                         self.best = best
-                        self.save(model, optimizer, predictions)
                 window.began += time.perf_counter() - began
                 if settings.patience and stale >= settings.patience:
                     show.note(f"stopped at step {step}: {stale} evaluations without a better {self.metric}")
@@ -192,7 +193,7 @@ class FineTuning:
 
     def learning_rate(self, step: int) -> float:
         """Of a step, counted from 1."""
-        peak = self.settings.lr or LEARNING_RATES[self.settings.features]
+        peak = LEARNING_RATES[self.settings.features] if self.settings.lr is None else self.settings.lr
         return linear_schedule(peak, self.settings.warmup, self.steps, step - 1)
 
     def _batches(self, seed: int) -> Iterator[list[Item]]:
@@ -228,7 +229,7 @@ class FineTuning:
 
     # ---- what is written
 
-    def save(self, model, optimizer: Optimizer, predictions: list[dict]) -> None:
+    def save(self, model, optimizer: Optimizer, predictions: list[dict], best: dict) -> None:
         """checkpoint/, a folder for transformers and for `bertfast predict`, and predictions.jsonl."""
         masters = optimizer.master_state()
         state = {name: masters.get(name, tensor).float() for name, tensor in model.state_dict().items()}
@@ -237,7 +238,7 @@ class FineTuning:
             self.tokenizer.save(folder)
             write_json(folder / "finetune.json", {
                 "bertfast": __version__, "settings": asdict(self.settings), "labels": self.task.labels,
-                "best": self.best,
+                "roles": self.task.read_roles, "best": best,
             })
         lines = (json_line({"example": e.where, "gold": self.task.gold(e), **p})
                  for e, p in zip(self.dev_examples, predictions))
@@ -289,15 +290,27 @@ def check(settings: Settings) -> None:
         raise UserError("--characters is for tagging")
     if settings.style not in ("encoder-decoder", "prefix-lm"):
         raise UserError(f"--style {settings.style}: say encoder-decoder or prefix-lm")
-    if settings.features and settings.freeze != "none":
-        raise UserError("--features trains no part of the encoder: leave --freeze out")
+    if settings.choices and settings.task != "multiple-choice":
+        raise UserError("--choices is for multiple-choice")
+    if settings.task != "seq2seq" and (settings.style, settings.beams) != ("encoder-decoder", 1):
+        raise UserError("--style and --beams are for seq2seq")
+    if settings.features and (settings.freeze != "none" or settings.layer_decay != 1):
+        raise UserError("--features trains no part of the encoder: leave --freeze and --layer-decay out")
+    if not settings.label_separator:
+        raise UserError("--label-separator is empty")
+    if not (0 < settings.epochs < math.inf and (settings.steps is None or settings.steps > 0)):
+        raise UserError("--epochs and --steps must be more than 0")
+    if settings.max_length is not None and settings.max_length < 8:
+        raise UserError(f"--max-length {settings.max_length} is too short: 8 tokens at least")
+    check_numbers(lr=settings.lr, weight_decay=settings.weight_decay, max_grad_norm=settings.max_grad_norm,
+                  dropout=settings.dropout, seed=settings.seed)
     if not 0 <= settings.warmup <= 1 or not 0 < settings.layer_decay <= 1:
         raise UserError("--warmup is a share of the steps, between 0 and 1, --layer-decay a factor of at most 1")
 
 
 def read(task: Task, table: Table) -> list[Example]:
     """All examples of a table, checked."""
-    columns = task.find_columns(table)
+    columns = task.as_in_training(table, task.find_columns(table))
     examples = [task.example(row, columns) for row in table]
     if not examples:
         raise UserError(f"{table.path} holds no examples")
@@ -318,7 +331,7 @@ def freeze(model, what: str) -> None:
     Pooler and head always learn. Raises UserError for anything else.
     """
     layers = model.config.num_hidden_layers
-    if what not in ("none", "embeddings", "all") and not (what.isdigit() and int(what) <= layers):
+    if what not in ("none", "embeddings", "all") and not (what.isdecimal() and int(what) <= layers):
         raise UserError(f"--freeze {what}: say none, embeddings, a number of layers up to {layers}, or all")
     n = {"none": -1, "embeddings": 0, "all": layers}.get(what)
     n = int(what) if n is None else n
@@ -349,12 +362,19 @@ def finetune(folder: Path, settings: Settings, allocator: str, overwrite: bool =
     """
     if (folder / "checkpoint").exists() and not overwrite:
         raise UserError(f"{folder} already holds a fine-tuning: choose another --out, or add --overwrite")
+    if find(settings.model).resolve().is_relative_to(folder.resolve()):
+        raise UserError(f"{settings.model} lies in {folder}, which is to be written: choose another --out")
+    if (folder / "config.json").exists() and "task" not in read_json(folder / "config.json").get("settings", {}):
+        raise UserError(f"{folder} holds a model or another run: choose another --out")
     began = time.perf_counter()
     work = FineTuning(folder, settings)
     show.decisions(work.task)
     show.examples(work.task, work.train_examples[:3], work.train_items)
     report.header(work.describe(allocator))
     create_folder(folder)
+    for name in ("predictions.jsonl", "metrics.json", "loss.png", "confusion.png"):  # of what is overwritten
+        (folder / name).unlink(missing_ok=True)
+    shutil.rmtree(folder / "checkpoint", ignore_errors=True)
     write_json(folder / "config.json", {
         "settings": asdict(settings), "bertfast": __version__, "torch": torch.__version__,
         "precision": work.precision, "threads": torch.get_num_threads(),
