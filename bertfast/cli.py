@@ -1,8 +1,10 @@
-"""The command line: `bertfast COMMAND --help` explains each. A user's mistake is one line on stderr and exit code 2.
+"""The command line: `bertfast COMMAND --help` explains each. A user's mistake is one line on stderr (of options, with
+the command's usage) and exit code 2.
 
 Heavy imports stand inside the commands, so that --help answers at once.
 """
 
+import re
 import signal
 import sys
 from pathlib import Path
@@ -90,7 +92,7 @@ def pretrain(
 
     Without --data it learns from the documentation that is already on this machine (docstrings of Python and its
     packages), with a vocabulary of 8,192 made from it. Ctrl-C writes a checkpoint; --resume goes on from there, with
-    the settings the run began with.
+    the settings the run began with (--data may name the same set where it is now).
 
     Example: bertfast pretrain --data data/mine --preset small --steps 20000 --out runs/mine
     """
@@ -105,27 +107,31 @@ def pretrain(
     from bertfast.data.prepare import prepare
     from bertfast.pretrain import Settings, latest, stored_settings
 
+    own_data = out / "data"
     given: dict[str, Any] = {
         name: str(value) if isinstance(value, Path) else value
         for name, value in context.params.items()
         if name not in ("out", "resume") and str(context.get_parameter_source(name)).endswith("COMMANDLINE")
     }
-    if resume and latest(out):
+    begun = resume and bool(latest(out) or (out / "config.json").exists())
+    if begun:
         settings = stored_settings(out)
+        if latest(out):
+            settings = replace(settings, data=given.pop("data", settings.data))  # a checkpoint knows its data
+        else:
+            report.console.print(f"no checkpoint in {out} yet: beginning this run anew")
         changed = [f"--{n.replace('_', '-')} {v} (it began with {getattr(settings, n)})"
                    for n, v in given.items() if getattr(settings, n) != v]
         if changed:
             raise UserError(f"{out} cannot be resumed with other settings: {', '.join(changed)}")
     else:
         if resume:
-            report.console.print(f"no checkpoint in {out} yet: starting anew")
-        if data is None:
-            given["data"] = str(out / "data")
-        settings = replace(Settings(data=""), **given)
+            report.console.print(f"no run in {out} yet: starting one")
+        settings = replace(Settings(data=""), **{"data": str(own_data), **given})
         settings.check()
-        if data is None:
-            report.console.print("no --data: learning from the documentation on this machine")
-            prepare(None, out / "data", vocab_size=8192, console=report.console)
+    if data is None and Path(settings.data).resolve() == own_data.resolve() and not (begun and own_data.exists()):
+        report.console.print("no --data: learning from the documentation on this machine")
+        prepare(None, own_data, vocab_size=8192, console=report.console)
     began = time.perf_counter()
     run = engine.start(out, settings, resume)
     report.header(run.describe(allocator))
@@ -250,6 +256,7 @@ def fill_mask(
     """
     from bertfast.fill_mask import FillMask
 
+    text = text.encode(errors="surrogateescape").decode(errors="replace")  # what the terminal sent may not be UTF-8
     for candidates in FillMask(model)(text, top):
         print("  ".join(f"{token} {probability:.1%}" for token, probability in candidates))
 
@@ -269,6 +276,12 @@ def main() -> None:
         app()
     except UserError as error:
         print(f"bertfast: {error}", file=sys.stderr)
+        sys.exit(2)
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and not re.search("allocate memory|out of memory", str(error)):
+            raise
+        print(f"bertfast: out of memory; fewer tokens or a smaller model need less: {str(error).splitlines()[0]}",
+              file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("bertfast: interrupted", file=sys.stderr)

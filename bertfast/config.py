@@ -28,6 +28,15 @@ class BertConfig:
     extra: dict[str, Any] = field(default_factory=dict)  # fields of the file that we carry through unread
 
     def __post_init__(self):
+        for name in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size",
+                     "max_position_embeddings", "type_vocab_size"):
+            if type(value := getattr(self, name)) is not int or value < 1:
+                raise UserError(f"{name} must be a whole number of 1 or more, got {value!r}")
+        for name in ("hidden_dropout_prob", "attention_probs_dropout_prob", "initializer_range", "layer_norm_eps"):
+            if not isinstance(value := getattr(self, name), (int, float)):
+                raise UserError(f"{name} must be a number, got {value!r}")
+        if type(self.pad_token_id) is not int or not 0 <= self.pad_token_id < self.vocab_size:
+            raise UserError(f"pad_token_id {self.pad_token_id!r} is not in the vocabulary of {self.vocab_size}")
         if self.hidden_act not in ("gelu", *ACTIVATIONS):
             raise UserError(f"hidden_act {self.hidden_act!r} is unknown; known: gelu, {', '.join(ACTIVATIONS)}")
         if self.hidden_size % self.num_attention_heads:
@@ -76,7 +85,9 @@ class BertConfig:
     def save(self, path: Path, architecture: str) -> None:
         values = asdict(self)
         extra = values.pop("extra")
-        write_json(path, {**extra, "architectures": [architecture], "model_type": "bert", **values})
+        extra.pop("torch_dtype", None)  # of the file that was read, as an older transformers calls dtype
+        own = {"architectures": [architecture], "model_type": "bert", "dtype": "float32"}
+        write_json(path, {**extra, **own, **values})
 
 
 PRESETS = {  # (layers, hidden size); heads of 64, intermediate size 4 H (Turc et al. 2019; Devlin et al. 2019)

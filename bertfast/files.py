@@ -52,13 +52,15 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
 def atomic_folder(path: str | Path) -> Iterator[Path]:
     """Yields an empty temporary sibling folder for the body to fill; afterwards that folder is `path`.
 
-    A folder already at `path` is replaced as a whole. Whatever stops the body, Ctrl-C included, leaves the old state; a
-    killed process leaves the temporary folder, and the next one clears it away. Raises UserError where the folder
-    cannot be written, or is being written by another process.
+    A folder already at `path` is replaced as a whole (of a link, what it points to). Whatever stops the body, Ctrl-C
+    included, leaves the old state; a killed process leaves the temporary folder, and the next one clears it away.
+    Raises UserError where the folder cannot be written or renamed, or is being written by another process.
     """
-    path = Path(path).absolute()
-    temporary, old = path.with_name(f".{path.name}.tmp"), path.with_name(f".{path.name}.old")
+    path = Path(os.path.realpath(path))
+    temporary, old = siblings(path)
     try:
+        if os.path.ismount(path) or Path.cwd().is_relative_to(path):
+            raise UserError(f"{path} is a mount point or the current folder, which cannot be replaced: name one in it")
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary.mkdir(exist_ok=True)
     except OSError as error:
@@ -88,6 +90,11 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
         if lock is not None:
             os.close(lock)
+
+
+def siblings(path: Path) -> tuple[Path, Path]:
+    """Where `atomic_folder` writes what will be `path`, and where it keeps what was there."""
+    return path.parent / f".{path.name}.tmp", path.parent / f".{path.name}.old"
 
 
 def _locked(folder: Path, path: Path) -> int | None:
@@ -120,7 +127,7 @@ def read_json(path: str | Path) -> Any:
         return json.loads(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is damaged: {error}") from error
 
 

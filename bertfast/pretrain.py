@@ -5,6 +5,7 @@ sentence pairs) of the whole step. Everything random is a function of (seed, ste
 interrupted and resumed is the run that was not.
 """
 
+import re
 import shutil
 import signal
 import threading
@@ -21,13 +22,14 @@ from safetensors.torch import load_file, save_file
 
 from . import machine, report
 from .batch import PackedBatch
-from .checkpoint import read_tensors
+from .checkpoint import find, read_tensors
 from .config import BertConfig
 from .data.dataset import Dataset, Loader
+from .data.tokenizer import Tokenizer
 from .files import UserError, atomic_folder, create_folder, read_json, write_json
 from .initial import start_from_counts, with_ordinary_tables
 from .model import BertForMaskedLM, BertForPreTraining
-from .optim import Optimizer, linear_schedule
+from .optim import Optimizer, check_numbers, linear_schedule
 from .step_graph import StepGraph
 from .version import __version__
 
@@ -84,7 +86,15 @@ class Settings:
             raise UserError(f"optimizer {self.optimizer!r} is unknown; known: adamw, lamb")
         if self.start not in ("counts", "normal"):
             raise UserError(f"--start {self.start!r} is unknown; known: counts, normal")
+        check_numbers(lr=self.lr, weight_decay=self.weight_decay, max_grad_norm=self.max_grad_norm,
+                      dropout=self.dropout, seed=self.seed)
+        machine.check_precision(self.precision)
+        BertConfig.preset(self.preset)
+        if self.preset != "mini" and (self.model_config or self.init_from):
+            raise UserError("--preset, or --model-config, or --init-from: one of them says what the model is")
         for _, _, length in self.phases():
+            if length < 8:
+                raise UserError(f"a sequence length of {length} is out of range: 8 at least")
             if self.tokens < length:
                 raise UserError(f"a budget of {self.tokens} tokens is smaller than a sequence of {length} (--tokens)")
 
@@ -140,22 +150,29 @@ def stop_on_interrupt(run: Any) -> Iterator[None]:
 class Run:
     """One pretraining run in its folder: everything between `bertfast pretrain` and its closing table."""
 
-    def __init__(self, folder: Path, settings: Settings, precision: str | None = None):
-        """precision: what a resumed run had, where the settings say auto."""
+    def __init__(self, folder: Path, settings: Settings, checkpoint: Path | None = None):
+        """checkpoint: what `resume` is to go on from. Raises UserError for what no run can be made of."""
         self.folder, self.settings = folder, settings
         settings.check()
         self.device = machine.choose_device()
-        self.precision, self.precision_reason = machine.choose_precision(precision or settings.precision, self.device)
+        trainer = _trainer_state(checkpoint) if checkpoint else {}
+        precision = trainer["precision"] if checkpoint else settings.precision
+        self.precision, self.precision_reason = machine.choose_precision(precision, self.device)
         self.train_data = Dataset(settings.data, split="train")
+        if checkpoint and trainer["data_files"] != self.train_data.manifest["files"]:
+            raise UserError(f"{checkpoint} was trained on other data than {settings.data} holds now")
         self.validation_data = Dataset(settings.data, split="validation")
         self.tokenizer = self.train_data.tokenizer
-        self.model = self._build_model().to(self.device).train()
+        self.validation = {n: self._loader(self.validation_data, n, validation=True) for _, _, n in settings.phases()}
+        self.model = self._build_model(checkpoint).to(self.device).train()
         self.config = self.model.config
         longest = max(length for _, _, length in settings.phases())
         if longest > self.config.max_position_embeddings:
             raise UserError(
                 f"sequences of {longest} tokens, but the model has {self.config.max_position_embeddings} positions"
             )
+        if settings.nsp and self.config.type_vocab_size < 2:
+            raise UserError("next-sentence prediction needs two token types, but the model has one: add --no-nsp")
         self.model.bert.recompute = settings.recompute
         dtype = machine.DTYPES[self.precision]
         self.replayed = settings.cuda_graph and self.device.type == "cuda"
@@ -167,14 +184,18 @@ class Run:
         self.step = 0
         self.tokens_seen = 0
         self.loader_state: dict | None = None
+        self.window_state: dict | None = None
         self.peak = machine.gemm_rate(dtype, self.device)
         self.stopping = False
 
-    def _build_model(self):
+    def _build_model(self, checkpoint: Path | None):
         settings = self.settings
         cls = BertForPreTraining if settings.nsp else BertForMaskedLM
         torch.manual_seed(settings.seed)
-        if settings.init_from:
+        if checkpoint:  # holds all of the model; what that was made from may have changed since, or be gone
+            config = BertConfig.from_file(checkpoint / "config.json")
+            model = cls(config)
+        elif settings.init_from:
             model = cls.from_pretrained(settings.init_from, new_heads=True)
             config = model.config
         else:
@@ -194,6 +215,12 @@ class Run:
                 f"{settings.data} was prepared with a vocabulary of {self.tokenizer.vocab_size}, "
                 f"the model has {config.vocab_size}: prepare it with the model's own vocabulary (--vocab)"
             )
+        if settings.init_from and not checkpoint:
+            folder = find(settings.init_from)
+            told = any((folder / name).is_file() for name in ("tokenizer.json", "vocab.txt"))
+            if told and Tokenizer.load(folder).sha256 != self.tokenizer.sha256:
+                raise UserError(f"{settings.data} was prepared with another vocabulary than that of "
+                                f"{settings.init_from}: prepare it with the model's own (--vocab)")
         return model
 
     def describe(self, allocator: str) -> dict[str, str]:
@@ -220,7 +247,8 @@ class Run:
     # ---- the loop
 
     def train(self) -> tuple[dict[int, dict], Path]:
-        """Run to the end; the whole validation split's result by sequence length, and the last checkpoint.
+        """Run to the end; the result on the validation split (256 batches of it at most) by sequence length, and the
+        last checkpoint.
 
         Raises KeyboardInterrupt after a Ctrl-C.
         """
@@ -232,12 +260,13 @@ class Run:
             for start, end, length in settings.phases():
                 if self.step >= end:
                     continue
-                loader = self._loader(self.train_data, length)
+                loader, window = self._loader(self.train_data, length), report.Window()
                 if self.loader_state and self.step > start:
                     loader.load_state_dict(self.loader_state)
+                    if self.window_state:
+                        window.load_state_dict(self.window_state)
                 batches = iter(loader)
                 self.step_graph = None  # shapes are constants of a phase
-                window = report.Window()
                 while self.step < end:
                     micro = [next(batches) for _ in range(settings.micro_batches)]
                     norm = self._train_step(micro, window)
@@ -258,7 +287,7 @@ class Run:
                             bar.note(self.step, n, results[n])
                         window.paused(time.perf_counter() - began)
                     if self.step % settings.save_every == 0 or self.step == settings.steps or self.stopping:
-                        self.loader_state = loader.state_dict()
+                        self.loader_state, self.window_state = loader.state_dict(), window.state_dict()
                         began = time.perf_counter()
                         checkpoint = self.save()
                         window.paused(time.perf_counter() - began)
@@ -294,9 +323,8 @@ class Run:
         """Losses and accuracies on the validation split: always the same sequences and masks, no dropout."""
         self.model.eval()
         totals = report.Window()
-        loader = self._loader(self.validation_data, length, validation=True)
         one = torch.ones((), device=self.device)
-        for host in loader.validation_batches(max_batches):
+        for host in self.validation[length].validation_batches(max_batches):
             totals.add(self.model(self._to_device(host), mlm_scale=one, nsp_scale=one), host, one, 1, 1, 0.0)
         self.model.train()
         return {f"validation_{name}": value for name, value in totals.means().items()}
@@ -354,42 +382,53 @@ class Run:
             save_file(self.optimizer.state_dict(), folder / "optimizer.safetensors")
             write_json(folder / "trainer.json", {
                 "step": self.step, "tokens_seen": self.tokens_seen, "settings": asdict(self.settings),
-                "precision": self.precision, "loader": self.loader_state,
+                "precision": self.precision, "loader": self.loader_state, "window": self.window_state,
                 "data_files": self.train_data.manifest["files"],
             })
-        for old in sorted(self.folder.glob("checkpoint-*"), key=_step_of)[:-KEEP_CHECKPOINTS]:
+        for old in _numbered(self.folder)[:-KEEP_CHECKPOINTS]:
             shutil.rmtree(old, ignore_errors=True)
         return path
 
     def resume(self, path: Path) -> None:
-        """Go on from a checkpoint of this run. Raises UserError where it belongs to another model or other data."""
-        trainer = read_json(path / "trainer.json")
-        if trainer["data_files"] != self.train_data.manifest["files"]:
-            raise UserError(f"{path} was trained on other data than {self.settings.data} holds now")
+        """Go on from the checkpoint that this run was made with. Raises UserError where it is damaged."""
+        trainer = _trainer_state(path)
         try:
             state = load_file(path / "optimizer.safetensors")
         except (SafetensorError, OSError) as error:
             raise UserError(f"{path / 'optimizer.safetensors'} is missing or damaged: {error}") from error
         self.optimizer.load_state_dict(read_tensors(path), state)
         self.step, self.tokens_seen, self.loader_state = trainer["step"], trainer["tokens_seen"], trainer["loader"]
+        self.window_state = trainer.get("window")  # checkpoints of before have none
 
 
 def _step_of(path: Path) -> int:
-    digits = path.name.removeprefix("checkpoint-")
-    return int(digits) if digits.isdigit() else -1
+    return int(path.name.removeprefix("checkpoint-"))
+
+
+def _numbered(folder: Path) -> list[Path]:
+    """A run's checkpoints, the newest last; checkpoint-best and the like are the user's own."""
+    return sorted((p for p in folder.glob("checkpoint-*") if re.fullmatch(r"checkpoint-[0-9]+", p.name)), key=_step_of)
 
 
 def latest(folder: Path) -> Path | None:
     """The newest checkpoint of a run's folder."""
-    found = [p for p in folder.glob("checkpoint-*") if (p / "trainer.json").exists()]
-    return max(found, key=_step_of, default=None)
+    return next((p for p in reversed(_numbered(folder)) if (p / "trainer.json").exists()), None)
+
+
+def _trainer_state(checkpoint: Path) -> dict[str, Any]:
+    """What a checkpoint says of the run. Raises UserError where it is damaged."""
+    trainer = read_json(checkpoint / "trainer.json")
+    if not isinstance(trainer, dict) or {"step", "tokens_seen", "precision", "loader", "data_files"} - set(trainer):
+        raise UserError(f"{checkpoint / 'trainer.json'} is damaged")
+    return trainer
 
 
 def stored_settings(folder: Path) -> Settings:
     """What a run's config.json says. Raises UserError where it is not one of ours."""
-    values = read_json(folder / "config.json").get("settings", {})
+    stored = read_json(folder / "config.json")
+    values = stored.get("settings") if isinstance(stored, dict) else None
     known = {f.name for f in fields(Settings)}
-    if "data" not in values or set(values) - known:
+    if not isinstance(values, dict) or "data" not in values or set(values) - known:
         raise UserError(f"{folder / 'config.json'} is not that of a pretraining run")
     return Settings(**values)
 
@@ -399,7 +438,7 @@ def start(folder: Path, settings: Settings, resume: bool) -> Run:
     checkpoint = latest(folder)
     if checkpoint and not resume:
         raise UserError(f"{folder} already holds a run ({checkpoint.name}): add --resume, or choose another --out")
-    run = Run(folder, settings, read_json(checkpoint / "trainer.json")["precision"] if checkpoint else None)
+    run = Run(folder, settings, checkpoint)
     if checkpoint:
         run.resume(checkpoint)
     create_folder(folder)

@@ -25,7 +25,7 @@ class Window:
 
     def __init__(self):
         self.began = time.perf_counter()
-        self.tokens = self.masked = self.flops = 0.0
+        self.tokens = self.flops = 0.0
         self.sums: dict[str, torch.Tensor | float] = {}
 
     def add(self, out: ModelOutput, host: PackedBatch, loss_scale, masked: int, pairs: int, flops: float) -> None:
@@ -43,6 +43,15 @@ class Window:
     def paused(self, seconds: float) -> None:
         """Time that was not training (evaluation, checkpoints)."""
         self.began += seconds
+
+    def state_dict(self) -> dict:
+        """In JSON's types, for a checkpoint between two rows: the row after it is that of an unbroken run."""
+        sums = {name: total.item() if isinstance(total, torch.Tensor) else total for name, total in self.sums.items()}
+        return {"seconds": time.perf_counter() - self.began, "tokens": self.tokens, "flops": self.flops, "sums": sums}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.began = time.perf_counter() - state["seconds"]
+        self.tokens, self.flops, self.sums = state["tokens"], state["flops"], dict(state["sums"])
 
     def means(self) -> dict[str, float]:
         """mlm_loss and nsp_loss per label in nats, and the two accuracies; those that were computed."""
@@ -79,7 +88,7 @@ class Metrics:
                 from torch.utils.tensorboard import SummaryWriter
             except ImportError as error:
                 raise UserError("--tensorboard needs the package tensorboard (pip install 'bertfast[log]')") from error
-            self.events = SummaryWriter(folder / "tensorboard", purge_step=step)
+            self.events = SummaryWriter(folder / "tensorboard", purge_step=step + 1)
 
     def write(self, row: dict) -> None:
         # JSON has no NaN: a loss that is not a number is null
@@ -229,7 +238,7 @@ def _smooth(values: list[float], weight: float = 0.8) -> list[float]:
 def closing_table(folder: Path, results: dict[int, dict], entropy: float) -> None:
     """The run's last figures, training beside validation on sequences of each length."""
     rows = [r for r in read_metrics(folder) if r.get("mlm_loss") is not None][-10:]
-    columns = [{name: sum(r[name] for r in rows) / len(rows) for name in rows[-1] if name in _CLOSING}]
+    columns = [{name: sum(r[name] for r in rows) / len(rows) for name in rows[-1] if name in _CLOSING} if rows else {}]
     columns += [{name.removeprefix("validation_"): value for name, value in r.items()} for r in results.values()]
     table = Table(title="result", title_justify="left")
     for title in ("", "training (last 10 rows)", *(f"validation at {length}" for length in results)):

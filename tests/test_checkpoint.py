@@ -70,6 +70,14 @@ def test_every_form_gives_the_same_model(form, dtype, folder):
         assert found[name].dtype == torch.float32 and torch.equal(found[name], t), name
 
 
+@pytest.mark.parametrize("name", ["dtype", "torch_dtype"])
+def test_what_is_saved_is_called_fp32(name, folder, tmp_path):
+    another_config(**{"dtype": None, name: "float16"})(folder, {n: t.half() for n, t in take(folder).items()})
+    bertfast.BertForPreTraining.from_pretrained(folder).save_pretrained(tmp_path / "saved")
+    assert transformers.AutoConfig.from_pretrained(tmp_path / "saved").dtype == torch.float32
+    assert "torch_dtype" not in json.loads((tmp_path / "saved" / "config.json").read_text())
+
+
 @pytest.mark.parametrize(("change", "cls", "said"), [
     (lambda t: {n: x for n, x in t.items() if "pooler" not in n}, "BertModel", "initialised anew: pooler.dense.bias"),
     (lambda t: {n: x for n, x in t.items() if "cls" not in n}, "BertForMaskedLM", "initialised anew: cls.predictions"),
@@ -121,6 +129,12 @@ FAULTS = {
                       r"mis-shaped: bert.embeddings.word_embeddings.weight \(61, 32\) instead of \(60, 32\)"),
     "a layer too few": (another_config(num_hidden_layers=3), "missing: bert.encoder.layer.2"),
     "a layer too many": (another_config(num_hidden_layers=1), "unexpected: bert.encoder.layer.1"),
+    "no layers": (another_config(num_hidden_layers=0), "num_hidden_layers must be a whole number of 1 or more, got 0"),
+    "a size in quotes": (another_config(hidden_size="32"), "hidden_size must be a whole number .* got '32'"),
+    "a size of null": (another_config(vocab_size=None), "vocab_size must be a whole number .* got None"),
+    "a rate in quotes": (another_config(layer_norm_eps="1e-12"), "layer_norm_eps must be a number, got '1e-12'"),
+    "padding nowhere": (another_config(pad_token_id=60), "pad_token_id 60 is not in the vocabulary of 60"),
+    "a list for a config": (lambda folder, t: (folder / "config.json").write_text("[" * 100_000), "is damaged"),
     "RoBERTa": (another_config(model_type="roberta"), "describes a roberta model"),
     "a decoder": (another_config(is_decoder=True), "is_decoder=True is not supported"),
     "relative positions": (another_config(position_embedding_type="relative_key"), "relative_key"),

@@ -12,6 +12,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import normalizers
 
 from bertfast.batch import PackedBatch
 from bertfast.data import plan
@@ -105,6 +106,11 @@ def test_word_cache_forgets(wordpieces: dict[str, int], monkeypatch: pytest.Monk
     monkeypatch.setattr(WordCache, "LIMIT", 1)
     again = cache.encode_batch(["hello world", "unaffable"])
     assert np.array_equal(first[0], again[0]) and len(cache.index) == 3
+    monkeypatch.setattr(WordCache, "LIMIT", 100)
+    monkeypatch.setattr(WordCache, "CHARACTERS", 30)  # 19 are held
+    for texts, words in (["x" * 40], 4), (["y"], 1):
+        cache.encode_batch(texts)
+        assert len(cache.index) == words
 
 
 def test_tokenizer_round_trip(wordpieces: dict[str, int], tmp_path: Path) -> None:
@@ -121,6 +127,31 @@ def test_tokenizer_round_trip(wordpieces: dict[str, int], tmp_path: Path) -> Non
         transformers = pytest.importorskip("transformers")
         theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
         assert all(theirs(text)["input_ids"] == saved.encode(text) for text in AWKWARD)
+
+
+@pytest.mark.parametrize("rules", [{"strip_accents": False}, {"tokenize_chinese_chars": False},
+                                   {"do_lower_case": False, "strip_accents": True}])
+def test_the_rules_of_a_vocabulary_file_are_kept(rules: dict, wordpieces: dict[str, int], tmp_path: Path) -> None:
+    (tmp_path / "vocab.txt").write_text("\n".join(wordpieces))
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(rules))
+    transformers = pytest.importorskip("transformers")
+    theirs = transformers.BertTokenizer(vocab=wordpieces, **rules)
+    expected = [theirs(text)["input_ids"] for text in AWKWARD]
+    assert expected != [Tokenizer(wordpieces).encode(text) for text in AWKWARD]
+    for _ in range(2):  # the file, and what we save of it
+        loaded = Tokenizer.load(tmp_path)
+        assert [loaded.encode(text) for text in AWKWARD] == expected and rules.items() <= loaded.rules.items()
+        loaded.save(tmp_path)
+        (tmp_path / "tokenizer.json").unlink()
+
+
+def test_a_normalizer_within_a_sequence_says_the_casing(wordpieces: dict[str, int], tmp_path: Path) -> None:
+    for cased in (False, True):
+        backend = Tokenizer(wordpieces, cased, strip_accents=False).backend
+        backend.normalizer = normalizers.Sequence([normalizers.NFC(), normalizers.Sequence([backend.normalizer])])
+        backend.save(str(tmp_path / "tokenizer.json"))
+        loaded = Tokenizer.load(tmp_path)
+        assert loaded.cased == cased and loaded.rules["strip_accents"] is False
 
 
 def test_training_a_vocabulary_repeats_itself() -> None:
@@ -154,6 +185,10 @@ def test_vocabulary_mistakes(tmp_path: Path) -> None:
         Tokenizer.load(tmp_path)
     with pytest.raises(UserError, match="99 entries is too small"):
         Tokenizer.train(["a b c"], 99)
+    (tmp_path / "vocab.txt").write_text(good)
+    (tmp_path / "tokenizer_config.json").write_text("[]")
+    with pytest.raises(UserError, match="tokenizer_config.json is not a tokenizer's configuration"):
+        Tokenizer.load(tmp_path)
     letters = "".join(map(chr, range(0x4E00, 0x4E00 + 200)))  # more than there is room for: the rest is [UNK]
     assert len(Tokenizer.train([letters], 100).tokens) <= 100
     with pytest.raises(UserError, match="no words"):

@@ -110,6 +110,7 @@ def test_a_byte_order_mark_windows_line_ends_and_blank_lines(tmp_path: Path, voc
           "That is so with U.S. names and such."]),
         ("部分。\n\n 部分！", ["部分。", "部分！"]),
         (" \n\t\n ", []),
+        ("By J\u3000. Doe\xa0and A\u2003.", ["By J . Doe and A ."]),  # sentencex panics at an initial and a wide space
     ],
 )  # fmt: skip
 def test_sentences(document: str, sentences: list[str]) -> None:
@@ -167,9 +168,36 @@ def test_a_second_run_does_nothing_and_a_changed_input_is_prepared_anew(tmp_path
     write(source, DOCUMENTS[:2])
     assert prepare([str(source)], out, vocab=vocab, workers=1)["documents"] == 2
     assert prepare([str(source)], out, vocab=vocab, cased=True, workers=1)["cased"]
-    (out / "tokens.bin").write_bytes(b"")
-    assert prepare([str(source)], out, vocab=vocab, cased=True, workers=1) and Dataset(out).n_tokens
+    good, manifest = (out / "tokens.bin").read_bytes(), json.loads((out / "manifest.json").read_text())
+    damages = [("tokens.bin", b""), ("tokens.bin", b"\1" + good[1:]), ("tokens.bin", None),
+               ("manifest.json", json.dumps({**manifest, "files": 3}).encode())]
+    for name, content in damages:
+        (out / name).unlink() if content is None else (out / name).write_bytes(content)
+        assert prepare([str(source)], out, vocab=vocab, cased=True, workers=1) == manifest
+        assert (out / "tokens.bin").read_bytes() == good and Dataset(out).n_tokens
     assert sorted(x.name for x in tmp_path.iterdir()) == ["a.txt", "set"]
+
+
+def test_the_rules_of_a_vocabulary_count_as_input(tmp_path: Path, vocab: Path) -> None:
+    source, folder = str(write(tmp_path / "a.txt", ["Á cat."] * 3)), tmp_path / "vocabulary"
+    folder.mkdir()
+    (folder / "vocab.txt").write_text(vocab.read_text())
+    prepare([source], tmp_path / "set", vocab=folder, workers=1)
+    assert text_of(tmp_path / "set") == [["acat."]] * 3
+    (folder / "tokenizer_config.json").write_text('{"strip_accents": false}')
+    prepare([source], tmp_path / "set", vocab=folder, workers=1)
+    assert text_of(tmp_path / "set") == [["[UNK]cat."]] * 3
+
+
+def test_its_own_output_is_no_input(tmp_path: Path, vocab: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(tmp_path / "a.txt", DOCUMENTS)
+    (tmp_path / ".set.tmp").mkdir()
+    (tmp_path / ".set.tmp" / "vocab.txt").write_text("left by a run that was killed")
+    monkeypatch.chdir(tmp_path)
+    for inputs in (["."], ["**/*.txt"]):
+        for _ in range(2):
+            prepare(inputs, "set", vocab=vocab, workers=1)
+            assert text_of(tmp_path / "set") == EXPECTED
 
 
 # Mistakes, each one line
@@ -203,6 +231,8 @@ def mistake(tmp_path: Path, name: str, content: bytes | None, message: str, *, f
         ("a.jsonl", b'{"body": "a."}\n', "line 1 has no text in a field 'text' .--field"),
         ("a.jsonl", b'["a."]\n', "line 1 has no text"),
         ("a.jsonl", b'{"text": 3}\n', "line 1 has no text"),
+        ("a.jsonl", b'{"text": "a."}\n{"text": "\\ud800."}\n', "line 2 has half a surrogate pair"),
+        ("a.jsonl", b"[" * 100_000, "line 1 is not JSON: maximum recursion depth"),
         ("a.parquet", b"PAR1 no", "cannot read .* as parquet"),
     ],
 )
@@ -214,11 +244,15 @@ def test_mistakes_in_parquet_and_folders(tmp_path: Path) -> None:
     write(tmp_path / "a.parquet", DOCUMENTS)
     mistake(tmp_path, "a.parquet", None, "no column 'body' .*it has n, text", field="body")
     mistake(tmp_path, "a.parquet", None, "column 'n' of .* does not hold text", field="n")
+    pq.write_table(pa.table([DOCUMENTS, DOCUMENTS], names=["text", "text"]), tmp_path / "a.parquet")
+    mistake(tmp_path, "a.parquet", None, "has several columns 'text'")
+    pq.write_table(pa.table({"text": pa.array([b"caf\xe9"]).view(pa.string())}), tmp_path / "a.parquet")
+    mistake(tmp_path, "a.parquet", None, "cannot read .* as parquet: 'utf-8' codec")
     (tmp_path / "empty").mkdir()
     mistake(tmp_path, "empty", None, "empty has no .txt .txt.gz .jsonl .jsonl.gz .parquet files")
 
 
-def test_mistakes_in_the_output(tmp_path: Path, vocab: Path) -> None:
+def test_mistakes_in_the_output(tmp_path: Path, vocab: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = str(write(tmp_path / "a.txt", DOCUMENTS))
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("precious")
@@ -228,6 +262,12 @@ def test_mistakes_in_the_output(tmp_path: Path, vocab: Path) -> None:
         with pytest.raises(UserError, match=message):
             prepare([source], tmp_path / out, vocab=vocab, workers=1)
     assert (tmp_path / "mine" / "thesis.txt").read_text() == "precious"
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    monkeypatch.setattr(os.path, "ismount", lambda path: path.name == "disk")
+    for out in (".", tmp_path, "disk"):
+        with pytest.raises(UserError, match="mount point or the current folder"), files.atomic_folder(out):
+            pass
     with pytest.raises(UserError, match="not both"):
         prepare([source], tmp_path / "set", vocab=vocab, vocab_size=100)
 
@@ -372,6 +412,14 @@ def test_documentation_is_gathered_once_and_up_to_a_limit(monkeypatch: pytest.Mo
     assert sum(len(piece.documents) for piece in corpus.gather_documentation(many)) == 3
 
 
+def test_libraries_with_links_to_nowhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "a.py").write_text("")
+    (tmp_path / "b.py").symlink_to("nowhere")
+    paths = dict.fromkeys(("stdlib", "platstdlib", "purelib", "platlib"), str(tmp_path))
+    monkeypatch.setattr(corpus.sysconfig, "get_paths", lambda: paths)
+    assert [name for _, name, _ in corpus.documentation_sources()] == ["a.py"]
+
+
 def test_the_documentation_corpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     sources = [source for source in corpus.documentation_sources() if source[1].split("/")[0] in ("json", "pydoc_data")]
     monkeypatch.setattr(corpus, "documentation_sources", lambda: sources)
@@ -419,7 +467,11 @@ def test_files_are_whole_or_absent(tmp_path: Path) -> None:
         with files.atomic_folder(tmp_path / "folder2"):
             pass
     assert [x.name for x in (tmp_path / "folder").iterdir()] == ["two"]
-    assert sorted(x.name for x in tmp_path.iterdir()) == ["a.json", "folder", "folder2"]
+    (tmp_path / "link").symlink_to("folder")  # stays, and what it points to is replaced
+    with files.atomic_folder(tmp_path / "link") as new:
+        (new / "three").write_text("")
+    assert [x.name for x in (tmp_path / "folder").iterdir()] == ["three"] and (tmp_path / "link").is_symlink()
+    assert sorted(x.name for x in tmp_path.iterdir()) == ["a.json", "folder", "folder2", "link"]
 
 
 @pytest.mark.skipif(os.name == "nt", reason="no such errors there")

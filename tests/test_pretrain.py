@@ -3,10 +3,12 @@
 import json
 import os
 import pydoc_data.topics
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,7 +17,7 @@ import transformers
 from safetensors.torch import load_file
 
 import bertfast
-from bertfast import cli, pretrain
+from bertfast import cli, machine, pretrain
 from bertfast.data.prepare import prepare
 from bertfast.files import UserError
 from bertfast.fill_mask import FillMask
@@ -33,6 +35,12 @@ def corpus(tmp_path_factory):
     sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
     (folder / "model.json").write_text(json.dumps({"model_type": "bert", "max_position_embeddings": 128, **sizes}))
     return folder
+
+
+@pytest.fixture(autouse=True)
+def no_measuring(monkeypatch):
+    """The share of peak that is printed is no matter here, and measuring the peak takes longer than a test."""
+    monkeypatch.setattr(machine, "gemm_rate", lambda dtype, device: 1e11)
 
 
 def settings(corpus, **changes):
@@ -99,6 +107,9 @@ def final_state(folder):
 def test_a_run_learns_and_leaves_everything_behind(corpus, tmp_path, capsys):
     run = start(tmp_path, settings(corpus, steps=240, precision="bf16", eval_every=80), resume=False)
     assert "bf16" in run.describe("")["precision"]
+    for name in ("checkpoint-best", "checkpoint-80-keep"):  # the user's own
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "trainer.json").write_text("{}")
     results, last = run.train()
     assert last == tmp_path / "checkpoint-240"
     logged = [r for r in rows(tmp_path) if "loss" in r]
@@ -116,7 +127,9 @@ def test_a_run_learns_and_leaves_everything_behind(corpus, tmp_path, capsys):
     assert results[32]["validation_mlm_loss"] < validation[0]["validation_mlm_loss"] - 0.1
     assert {r["max_seqlen"] for r in logged} == {32, 64}
     assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
-    assert sorted(p.name for p in tmp_path.glob("checkpoint-*")) == ["checkpoint-236", "checkpoint-240"]
+    assert sorted(p.name for p in tmp_path.glob("checkpoint-*")) == [
+        "checkpoint-236", "checkpoint-240", "checkpoint-80-keep", "checkpoint-best"]
+    assert pretrain.latest(tmp_path) == last
 
     last = tmp_path / "checkpoint-240"
     assert {p.stat().st_mode & 0o777 for p in last.iterdir()} == {last.stat().st_mode & 0o666}
@@ -136,10 +149,10 @@ def test_a_run_learns_and_leaves_everything_behind(corpus, tmp_path, capsys):
 
 @pytest.mark.parametrize("crash_after", [3, 5, 7])  # before any checkpoint, after one, in the second phase
 def test_resuming_is_as_if_nothing_had_happened(crash_after, corpus, tmp_path, monkeypatch):
-    whole = start(tmp_path / "whole", settings(corpus, save_every=2, micro_batches=2), resume=False)
-    whole.train()
+    chosen = settings(corpus, save_every=2, micro_batches=2, log_every=3)  # steps 4 and 5 are in one row
+    start(tmp_path / "whole", chosen, resume=False).train()
 
-    broken = start(tmp_path / "broken", settings(corpus, save_every=2, micro_batches=2), resume=False)
+    broken = start(tmp_path / "broken", chosen, resume=False)
     step = broken._train_step
 
     def crash(*args):
@@ -150,13 +163,60 @@ def test_resuming_is_as_if_nothing_had_happened(crash_after, corpus, tmp_path, m
     monkeypatch.setattr(broken, "_train_step", crash)
     with pytest.raises(RuntimeError, match="power cut"):
         broken.train()
-    again = start(tmp_path / "broken", settings(corpus, save_every=2, micro_batches=2), resume=True)
+    again = start(tmp_path / "broken", chosen, resume=True)
     assert again.step == crash_after // 2 * 2
     again.train()
     a, b = final_state(tmp_path / "whole"), final_state(tmp_path / "broken")
     assert a.keys() == b.keys() and all(torch.equal(a[n], b[n]) for n in a)
     timeless = lambda folder: [{k: v for k, v in r.items() if k != "tokens_per_sec"} for r in rows(folder)]
     assert timeless(tmp_path / "whole") == timeless(tmp_path / "broken")
+
+
+@pytest.mark.parametrize("source", ["model_config", "init_from"])
+def test_resuming_needs_only_the_checkpoint_and_the_text(source, corpus, tmp_path, capsys, monkeypatch):
+    origin, data, out = tmp_path / "origin", tmp_path / "data", tmp_path / "run"
+    shutil.copytree(corpus / "data", data)
+    if source == "init_from":
+        start(tmp_path / "first", settings(corpus, steps=1), resume=False).train()[1].rename(origin)
+    else:
+        shutil.copy(corpus / "model.json", origin)
+    chosen = settings(corpus, data=str(data), **{"model_config": None, source: str(origin)})
+    start(out, chosen, resume=False).train()
+    whole = final_state(out)
+    shutil.rmtree(out / "checkpoint-8")
+    data.rename(tmp_path / "moved")
+    origin.rename(tmp_path / "gone")
+    args = ["pretrain", "--out", out, "--resume"]
+    assert command(capsys, monkeypatch, *args)[1] == f"bertfast: there is no prepared set {data}"
+    assert command(capsys, monkeypatch, *args, "--data", tmp_path / "moved") == (0, "")
+    again = final_state(out)
+    assert again.keys() == whole.keys() and all(torch.equal(again[n], whole[n]) for n in whole)
+    assert pretrain.stored_settings(out).data == str(tmp_path / "moved")
+
+
+def test_resuming_before_the_first_checkpoint_begins_the_same_run(corpus, tmp_path, capsys, monkeypatch):
+    out = tmp_path / "run"
+    made = lambda _, folder, **options: shutil.copytree(corpus / "data", folder)
+    monkeypatch.setattr("bertfast.data.prepare.prepare", made)  # the documentation of this machine
+    made(None, out / "data")
+    chosen = settings(corpus, data=str(out / "data"), steps=2)
+    start(out, chosen, resume=False)
+    args = ["pretrain", "--out", out, "--resume"]
+    code, line = command(capsys, monkeypatch, *args, "--steps", 3)
+    assert code == 2 and "other settings: --steps 3 (it began with 2)" in line
+    code, line = command(capsys, monkeypatch, *args, "--data", corpus / "data")
+    assert code == 2 and "other settings: --data" in line
+    shutil.rmtree(out / "data")
+    assert command(capsys, monkeypatch, *args) == (0, "")
+    assert pretrain.stored_settings(out) == chosen and pretrain.latest(out).name == "checkpoint-2"
+
+
+def test_resumed_tensorboard_keeps_the_row_of_the_checkpoint(tmp_path, monkeypatch):
+    purged = []
+    writer = SimpleNamespace(SummaryWriter=lambda folder, purge_step: purged.append(purge_step))
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", writer)
+    pretrain.report.Metrics(tmp_path, 4, tensorboard=True)
+    assert purged == [5]  # steps from there on
 
 
 def test_the_loss_is_normalised_over_the_whole_step(corpus, tmp_path):
@@ -180,6 +240,28 @@ def test_the_loss_is_normalised_over_the_whole_step(corpus, tmp_path):
     sums = {n: g for group in run.optimizer.groups for n, g in zip(group.names, group.gradients())}
     for (name, _), gradient in zip(model.named_parameters(), expected, strict=True):
         torch.testing.assert_close(sums[name], gradient, rtol=1e-4, atol=1e-7)
+
+
+def test_every_step_has_its_learning_rate_and_seeds_of_its_own(corpus, tmp_path, monkeypatch):
+    chosen, seen = settings(corpus, micro_batches=2), []
+    monkeypatch.setattr(pretrain.StepGraph, "__call__", lambda graph, micro, seeds, lr, *_: seen.append((lr, seeds)))
+    run = start(tmp_path, chosen, resume=False)
+    micro = [run._loader(run.train_data, 32).batch(i) for i in range(2)]
+    for run.step in range(8):
+        run._train_step(micro, pretrain.report.Window())
+    assert [lr for lr, _ in seen] == [learning_rate(chosen, step) for step in range(8)]
+    assert len({seed for _, seeds in seen for seed in seeds}) == 16
+
+
+def test_a_run_is_what_its_settings_say(corpus, tmp_path):
+    masking = {"mlm_probability": 0.4, "whole_word_masking": True}
+    run = start(tmp_path, settings(corpus, optimizer="lamb", weight_decay=0.3, max_grad_norm=0.7, nsp=False,
+                                   recompute=True, **masking), resume=False)
+    assert type(run.model) is bertfast.BertForMaskedLM and run.model.bert.recompute
+    optimizer, loader = run.optimizer, run._loader(run.train_data, 32)
+    assert (optimizer.kind, optimizer.max_grad_norm) == ("lamb", 0.7)
+    assert [group.weight_decay for group in optimizer.groups] == [0.3, 0.0]
+    assert not loader.nsp and masking.items() <= vars(loader).items()
 
 
 def test_steps_that_are_not_finite_are_skipped_and_counted(corpus, tmp_path, monkeypatch):
@@ -301,6 +383,13 @@ def test_every_mistake_is_one_line(corpus, tmp_path, capsys, monkeypatch):
     read_only.write_text("")
     foreign = tmp_path / "foreign"
     prepare([str(corpus / "text.txt")], foreign, vocab_size=400, workers=1)
+    words = (data / "vocab.txt").read_text().split("\n")[:-1]
+    (tmp_path / "vocab.txt").write_text("\n".join([*words[:5], *words[:4:-1]]))
+    prepare([str(corpus / "text.txt")], tmp_path / "reordered", vocab=tmp_path / "vocab.txt", workers=1)
+    (tmp_path / "text.txt").write_text("A single document. It has two sentences.")
+    prepare([str(tmp_path / "text.txt")], tmp_path / "one", vocab=data, workers=1)
+    untyped = tmp_path / "untyped.json"
+    untyped.write_text(json.dumps({**json.loads(model.read_text()), "type_vocab_size": 1}))
     (tmp_path / "cut").mkdir()
     for file in data.iterdir():
         content = file.read_bytes()
@@ -317,8 +406,11 @@ def test_every_mistake_is_one_line(corpus, tmp_path, capsys, monkeypatch):
         ((["--data", data, *small, "--dropout", 1.5]), "dropout"),
         ((["--data", data, *small, "--out", read_only / "run"]), "cannot create"),
         ((["--data", foreign, *small, "--init-from", last]), "vocabulary of 400"),
+        ((["--data", tmp_path / "reordered", *small, "--init-from", last]), "with another vocabulary than that of"),
+        ((["--data", tmp_path / "one", *small]), "single validation sample: more documents are needed"),
+        ((["--data", data, *small, "--model-config", untyped]), "add --no-nsp"),
         ((["--data", data, *small, "--out", done]), "already holds a run"),
-        ((["--data", foreign, *small, "--out", done, "--resume"]), "cannot be resumed with other settings: --data"),
+        ((["--data", foreign, *small, "--out", done, "--resume"]), "was trained on other data than"),
         ((["--out", done, "--resume", "--preset", "tiny"]), "--preset tiny (it began with mini)"),
     ]
     for args, message in mistakes:
@@ -328,6 +420,12 @@ def test_every_mistake_is_one_line(corpus, tmp_path, capsys, monkeypatch):
     (last / "model.safetensors").write_bytes(b"\0" * 100)
     code, line = command(capsys, monkeypatch, "pretrain", "--out", done, "--resume")
     assert code == 2 and "damaged or truncated" in line
+    for path, content, message in [(last / "trainer.json", "{}", "trainer.json is damaged"),
+                                   (done / "config.json", "[]", "is not that of a pretraining run"),
+                                   (done / "config.json", '{"settings": null}', "is not that of a pretraining run")]:
+        path.write_text(content)
+        code, line = command(capsys, monkeypatch, "pretrain", "--out", done, "--resume")
+        assert code == 2 and message in line
     code, line = command(capsys, monkeypatch, "fill-mask", "--model", tmp_path / "nowhere", "a [MASK]")
     assert code == 2 and "no checkpoint at" in line
 

@@ -21,7 +21,7 @@ from inspect import cleandoc
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
-from bertfast.files import UserError
+from bertfast.files import UserError, siblings
 
 KINDS = (".txt", ".txt.gz", ".jsonl", ".jsonl.gz", ".parquet")
 PIECE = 1 << 20  # characters handed to a worker at a time
@@ -35,12 +35,15 @@ class Piece(NamedTuple):
     disk_bytes: int  # of the input files, read since the piece before: what a progress bar counts
 
 
-def find_files(inputs: list[str]) -> list[Path]:
+def find_files(inputs: list[str], out: Path) -> list[Path]:
     """Files, the known kinds under folders, and globs, in the order given (sorted inside a folder or a glob).
 
-    Raises UserError for what is not there, empty or of an unknown kind.
+    What lies in `out`, or in what it is written as, is no input. Raises UserError for what is not there, empty or of an
+    unknown kind.
     """
     found: dict[Path, None] = {}
+    out = Path(os.path.realpath(out))
+    written = (out, *siblings(out))
     for name in inputs:
         path = Path(name)
         if path.is_dir():
@@ -49,6 +52,8 @@ def find_files(inputs: list[str]) -> list[Path]:
             new = [path]
         else:
             new = [Path(x) for x in sorted(glob.glob(name, recursive=True)) if Path(x).is_file()]
+        if new != [path]:
+            new = [x for x in new if not any(map(x.resolve().is_relative_to, written))]
         if not new:
             raise UserError(f"{name} has no {' '.join(KINDS)} files" if path.is_dir() else f"there is no file {name}")
         found.update(dict.fromkeys(new))
@@ -126,10 +131,12 @@ def _rows(path: Path, text: IO[str], field: str, tell: Callable[[], int]) -> Rea
             continue
         try:
             row = json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise UserError(f"{path}, line {number} is not JSON: {error}") from error
         if not isinstance(row, dict) or not isinstance(row.get(field), str):
             raise UserError(f"{path}, line {number} has no text in a field {field!r} (--field names another)")
+        if not row[field].isascii() and re.search(r"[\ud800-\udfff]", row[field]):
+            raise UserError(f"{path}, line {number} has half a surrogate pair, which is no character")
         yield row[field], True, tell()
 
 
@@ -143,6 +150,8 @@ def _read_parquet(path: Path, field: str) -> Reader:
             if field not in table.schema_arrow.names:
                 names = ", ".join(table.schema_arrow.names)
                 raise UserError(f"{path} has no column {field!r} (--field names another); it has {names}")
+            if table.schema_arrow.names.count(field) > 1:
+                raise UserError(f"{path} has several columns {field!r}")
             if table.schema_arrow.field(field).type not in (pyarrow.string(), pyarrow.large_string()):
                 raise UserError(f"the column {field!r} of {path} does not hold text")
             size, read = path.stat().st_size, 0
@@ -150,7 +159,7 @@ def _read_parquet(path: Path, field: str) -> Reader:
                 read += batch.num_rows
                 for document in batch.column(0).to_pylist():
                     yield document or "", True, size * read // table.metadata.num_rows
-    except (pyarrow.ArrowException, OSError) as error:
+    except (pyarrow.ArrowException, UnicodeDecodeError, OSError) as error:
         raise UserError(f"cannot read {path} as parquet: {str(error).splitlines()[0]}") from error
 
 
@@ -169,8 +178,8 @@ def documentation_sources() -> list[tuple[Path, str, int]]:
         for folder, folders, names in os.walk(root):
             folders[:] = sorted(name for name in folders if name not in _SKIP)
             for name in sorted(names):
-                if name.endswith(".py"):
-                    path = Path(folder, name)
+                path = Path(folder, name)
+                if name.endswith(".py") and os.access(path, os.R_OK):  # not so: links to nowhere
                     sources.append((path, path.relative_to(root).as_posix(), path.stat().st_size))
     return sources
 

@@ -121,7 +121,10 @@ class Plan:
             dataset.sentences, dataset.documents, dataset.document_ids, seed, epoch, max_seqlen, nsp, short_seq_prob
         )
         if not len(self.samples):
-            raise UserError(f"{dataset.path} holds too little text for a single {dataset.split} sample")
+            raise UserError(
+                f"{dataset.path} holds too little text for a single {dataset.split} sample: more documents are needed, "
+                "of which one in 32 is for validation (in .txt blank lines part them)"
+            )
         self.order = plan.shuffle(len(self.samples), seed, epoch)
 
 

@@ -35,7 +35,7 @@ def philox(seed: int, epoch: int, purpose: int, index: np.ndarray | int, draw: n
     low, half = np.uint64(0xFFFFFFFF), np.uint64(32)
     c0, c1, c2 = draw & low, index & low, index >> half
     c3 = np.full_like(c0, (epoch << 8 | purpose) & 0xFFFFFFFF)
-    k0, k1 = seed & 0xFFFFFFFF, seed >> 32
+    k0, k1 = seed & 0xFFFFFFFF, seed >> 32 & 0xFFFFFFFF
     for _ in range(7):
         a, b = np.uint64(0xD2511F53) * c0, np.uint64(0xCD9E8D57) * c2
         c0, c1, c2, c3 = b >> half ^ c1 ^ np.uint64(k0), b & low, a >> half ^ c3 ^ np.uint64(k1), a & low

@@ -73,13 +73,13 @@ def prepare(
         sources = corpus.documentation_sources()
         origin: Any = {"documentation": corpus.documentation_fingerprint(sources), "python": sys.version.split()[0]}
     else:
-        files = corpus.find_files(inputs)
+        files = corpus.find_files(inputs, out)
         origin = [[str(path.absolute()), path.stat().st_size, path.stat().st_mtime_ns] for path in files]
     recipe = {
         "text": origin,
         "field": field,
         "vocabulary": tokenizer.sha256 if tokenizer else vocab_size or DEFAULT_VOCAB_SIZE,
-        "cased": tokenizer.cased if tokenizer else cased,
+        "rules": tokenizer.rules if tokenizer else {"do_lower_case": not cased},
     }
     if done := _already(out, recipe):
         console.print(f"{out} is up to date: {_counts(done)}; nothing to do", soft_wrap=True)
@@ -100,7 +100,7 @@ def prepare(
             del texts
         assert tokenizer is not None
         tokenizer.save(folder)
-        tokenise = partial(_tokenise, str(folder), tokenizer.sha256)
+        tokenise = partial(_tokenise, str(folder), sha256(folder / "tokenizer.json"))
         counts = _write_shards(folder, tokenizer.vocab_size, in_order(tokenise, progress("preparing", read(), size)))
         if not counts["tokens"]:
             raise UserError(f"there is no text in {', '.join(inputs or ['the documentation'])}")
@@ -122,7 +122,7 @@ def prepare(
 
 
 def _already(out: Path, recipe: dict[str, Any]) -> dict[str, Any] | None:
-    """The manifest of a set made by the same recipe. Refuses to replace a folder that is something else."""
+    """The manifest of an undamaged set made by the same recipe. Refuses to replace a folder that is something else."""
     if not out.exists():
         return None
     if not (out / "manifest.json").is_file():
@@ -134,8 +134,11 @@ def _already(out: Path, recipe: dict[str, Any]) -> dict[str, Any] | None:
         raise UserError(f"{out} exists and is no prepared set: choose another folder")
     if manifest.get("version") != VERSION or manifest.get("recipe") != recipe:
         return None
-    sizes = {out / name: entry["bytes"] for name, entry in manifest["files"].items()}
-    return manifest if all(path.is_file() and path.stat().st_size == size for path, size in sizes.items()) else None
+    try:
+        whole = all(sha256(out / name) == entry["sha256"] for name, entry in manifest["files"].items())
+    except (UserError, KeyError, TypeError, AttributeError):  # a file is missing, or the manifest is damaged
+        return None
+    return manifest if whole else None
 
 
 def _documentation(paths: list[Path], in_order: InOrder, progress: Track) -> list[corpus.Piece]:
@@ -211,14 +214,14 @@ def _read_docstrings(paths: list[Path]) -> list[list[str]]:
 
 
 @lru_cache(maxsize=1)
-def _loaded(folder: str, vocabulary_sha256: str) -> tuple[Tokenizer, WordCache]:
+def _loaded(folder: str, checksum: str) -> tuple[Tokenizer, WordCache]:
     tokenizer = Tokenizer.load(folder)
     return tokenizer, WordCache(tokenizer)
 
 
-def _tokenise(folder: str, vocabulary_sha256: str, piece: corpus.Piece) -> tuple[bool, Any]:
+def _tokenise(folder: str, checksum: str, piece: corpus.Piece) -> tuple[bool, Any]:
     """A piece's `continues`, and its ids (int32), tokens per sentence and sentences per document (int64)."""
-    tokenizer, words = _loaded(folder, vocabulary_sha256)
+    tokenizer, words = _loaded(folder, checksum)
     split = [split_sentences(document) for document in piece.documents]
     ids, lengths = words.encode_batch([sentence for sentences in split for sentence in sentences])
     document_of = np.repeat(np.arange(len(split)), [len(sentences) for sentences in split])
@@ -248,6 +251,7 @@ def split_sentences(document: str) -> list[str]:
             if wrapped >= 0.9 * (len(lines) - 1):
                 lines = [" ".join(lines)]
         for line in lines:
+            line = re.sub(r"[^\S\0-\x7f]", " ", line)  # sentencex panics at a wide space after an initial: "J\u3000."
             sentences += [stripped for x in sentencex.segment("en", line) if (stripped := x.strip())]
     return sentences
 

@@ -24,8 +24,9 @@ SPECIAL_TOKENS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 class Tokenizer:
     """A WordPiece vocabulary and its rules. `backend` is the `tokenizers.Tokenizer` (offsets, batches, word ids)."""
 
-    def __init__(self, vocab: dict[str, int], cased: bool = False, backend: tokenizers.Tokenizer | None = None):
-        """Raises UserError where a special token is missing."""
+    def __init__(self, vocab: dict[str, int], cased: bool = False, backend: tokenizers.Tokenizer | None = None,
+                 strip_accents: bool | None = None, tokenize_chinese_chars: bool = True):
+        """The last two as in tokenizer_config.json. Raises UserError where a special token is missing."""
         missing = [token for token in SPECIAL_TOKENS if token not in vocab]
         if missing:
             raise UserError(f"the vocabulary has no {', '.join(missing)}: BERT needs {' '.join(SPECIAL_TOKENS)}")
@@ -38,25 +39,42 @@ class Tokenizer:
             self.tokens[index] = token
         self.is_continuation = np.array([token.startswith("##") for token in self.tokens])  # (V,) bool
         self.sha256 = hashlib.sha256("\n".join(self.tokens).encode()).hexdigest()
-        self.backend = backend or _backend(vocab, cased, self.cls_id, self.sep_id)
+        self.backend = backend or _backend(
+            vocab, cased, self.cls_id, self.sep_id, strip_accents, tokenize_chinese_chars
+        )
+        normalizer = self.backend.normalizer
+        found = _bert_normalizer(json.loads(normalizer.__getstate__())) if normalizer else {}
+        self.rules = {  # in tokenizer_config.json's words
+            "do_lower_case": not cased,
+            "tokenize_chinese_chars": found.get("handle_chinese_chars", True),
+            "strip_accents": found.get("strip_accents"),
+        }
 
     @classmethod
     def load(cls, path: str | Path, cased: bool | None = None) -> "Tokenizer":
         """From a vocab.txt, a tokenizer.json, or a folder that holds either (a checkpoint's, a prepared set's).
 
-        `cased` is for a bare vocab.txt, which does not say; None means uncased, or what tokenizer_config.json says.
+        `cased` is for a bare vocab.txt, which does not say; None means uncased, or what tokenizer_config.json says. Of
+        accents and Chinese characters that file tells a folder's vocab.txt too; a tokenizer.json has its own rules.
         Raises UserError where the file is missing, damaged or not WordPiece.
         """
         path = Path(path)
+        config: dict = {}
         if path.is_dir():
             found = [path / name for name in ("tokenizer.json", "vocab.txt") if (path / name).is_file()]
             if not found:
                 raise UserError(f"{path} has neither tokenizer.json nor vocab.txt")
-            config = path / "tokenizer_config.json"
-            if cased is None and config.is_file():
-                cased = not read_json(config).get("do_lower_case", True)
+            if (path / "tokenizer_config.json").is_file():
+                config = read_json(path / "tokenizer_config.json")
+                if not isinstance(config, dict):
+                    raise UserError(f"{path / 'tokenizer_config.json'} is not a tokenizer's configuration")
+                if cased is None and "do_lower_case" in config:
+                    cased = not config["do_lower_case"]
             path = found[0]
-        return _from_json(path, cased) if path.suffix == ".json" else cls(_read_vocab(path), bool(cased))
+        if path.suffix == ".json":
+            return _from_json(path, cased)
+        accents, chinese = config.get("strip_accents"), config.get("tokenize_chinese_chars", True)
+        return cls(_read_vocab(path), bool(cased), None, None if accents is None else bool(accents), bool(chinese))
 
     @classmethod
     def train(cls, texts: list[str], vocab_size: int, cased: bool = False) -> "Tokenizer":
@@ -119,9 +137,7 @@ class Tokenizer:
             folder / "tokenizer_config.json",
             {
                 "tokenizer_class": "BertTokenizer",
-                "do_lower_case": not self.cased,
-                "tokenize_chinese_chars": True,
-                "strip_accents": None,
+                **self.rules,
                 **{f"{token[1:-1].lower()}_token": token for token in SPECIAL_TOKENS},
             },
         )
@@ -135,6 +151,7 @@ class WordCache:
     """
 
     LIMIT = 300_000  # words held, some 60 MB
+    CHARACTERS = 20 * LIMIT  # in them: where no spaces are, words are as long as sentences
 
     def __init__(self, tokenizer: Tokenizer):
         self.backend = tokenizers.Tokenizer(tokenizer.backend.model)  # without the added tokens
@@ -144,17 +161,19 @@ class WordCache:
 
     def _clear(self) -> None:
         self.index: dict[str, int] = {}
+        self.characters = 0
         self.ids = np.zeros(0, np.int32)
         self.offsets = np.zeros(1, np.int64)
 
     def encode_batch(self, texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
         """Ids of all texts, end to end (n,) int32, and how many each has (len(texts),) int64. No special tokens."""
-        if len(self.index) > self.LIMIT:
+        if len(self.index) > self.LIMIT or self.characters > self.CHARACTERS:
             self._clear()
         split = [text.split(" ") for text in texts]
         words = [word for text in split for word in text]
         new = [word for word in dict.fromkeys(words) if word not in self.index]
         if new:
+            self.characters += sum(map(len, new))
             self.index.update(zip(new, range(len(self.index), len(self.index) + len(new)), strict=True))
             ids = [encoding.ids for encoding in self.backend.encode_batch_fast(new, add_special_tokens=False)]
             lengths = np.fromiter(map(len, ids), np.int64, len(ids))
@@ -168,11 +187,12 @@ class WordCache:
         return self.ids[source], np.diff(np.concatenate([[0], ends])[text_ends], prepend=0)
 
 
-def _backend(vocab: dict[str, int], cased: bool, cls_id: int, sep_id: int) -> tokenizers.Tokenizer:
+def _backend(vocab: dict[str, int], cased: bool, cls_id: int, sep_id: int, strip_accents: bool | None = None,
+             tokenize_chinese_chars: bool = True) -> tokenizers.Tokenizer:
     """BERT's pipeline over a vocabulary."""
     backend = tokenizers.Tokenizer(models.WordPiece(vocab, unk_token="[UNK]", max_input_chars_per_word=100))
     backend.normalizer = normalizers.BertNormalizer(
-        clean_text=True, handle_chinese_chars=True, strip_accents=None, lowercase=not cased
+        clean_text=True, handle_chinese_chars=tokenize_chinese_chars, strip_accents=strip_accents, lowercase=not cased
     )
     backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     backend.post_processor = processors.BertProcessing(("[SEP]", sep_id), ("[CLS]", cls_id))
@@ -205,9 +225,16 @@ def _from_json(path: Path, cased: bool | None) -> Tokenizer:
         raise UserError(f"{path} is not a tokenizer: {error}") from error
     if (description.get("model") or {}).get("type") != "WordPiece":
         raise UserError(f"{path} is not a WordPiece tokenizer")
-    lowercase = bool((description.get("normalizer") or {}).get("lowercase"))
+    lowercase = bool(_bert_normalizer(description.get("normalizer")).get("lowercase"))
     if cased is not None and cased == lowercase:
         raise UserError(f"{path} is {'uncased' if lowercase else 'cased'}, which contradicts the casing asked for")
     backend.no_padding()
     backend.no_truncation()
     return Tokenizer(backend.get_vocab(), not lowercase, backend)
+
+
+def _bert_normalizer(normalizer: dict | None) -> dict:
+    """The BertNormalizer in a tokenizer.json's normalizer, which may be a Sequence; empty where there is none."""
+    if not normalizer or normalizer["type"] == "BertNormalizer":
+        return normalizer or {}
+    return next(filter(None, map(_bert_normalizer, normalizer.get("normalizers", []))), {})
