@@ -27,11 +27,13 @@ AtOnce = Annotated[int, typer.Option(min=0, help="Contenders in memory together 
 def _finish(result: dict, out: Path | None) -> None:
     from bertfast.benchmarks import report
 
-    report.show(result)
     if out:
         report.write(result, out)
+    report.show(result)
     if result.get("stopped_early"):
         raise typer.Exit(130)
+    if all(row.get("failed") for row in result["rows"]):
+        raise typer.Exit(1)
 
 
 def _threads(threads: int | None) -> int:
@@ -45,7 +47,7 @@ def pretrain(data: DataOption = None, preset: Preset = "mini", tokens: Tokens = 
              fill: Fill = 1.0, rounds: Rounds = 9, threads: Threads = None, quick: Quick = False, at_once: AtOnce = 0,
              bf16: Annotated[bool, typer.Option("--bf16", help="Only bf16, and the reference in fp32.")] = False,
              out: Out = None) -> None:
-    """A pretraining step against five set-ups of transformers' BERT and a plain-PyTorch model equal to ours.
+    """A pretraining step against set-ups of transformers' BERT and a plain-PyTorch model equal to ours.
 
     Same sequences, weights, AdamW, clipping and dropout for all; their losses with dropout off must agree before
     anything is timed. Ctrl-C ends it with the rounds that were complete.
@@ -166,9 +168,13 @@ def quality(data: Annotated[str, typer.Option(help="A prepared set.")], preset: 
     """
     from bertfast.benchmarks import quality
 
+    from bertfast import machine
+
     peers = peer or ["HF sdpa fp32"]
     if unknown := [name for name in peers if name not in quality.SETUPS]:
         raise UserError(f"peer {unknown[0]!r} is unknown; known: {', '.join(quality.SETUPS)}")
+    for name in precision or []:
+        machine.check_precision(name)
     _finish(quality.run(data=data, preset=preset, steps=steps, tokens=tokens, length=length, lr=lr, dropout=dropout,
                         every=every, seed=seed, threads=_threads(threads), precisions=precision or ["fp32"],
                         peers=peers), out)

@@ -1,10 +1,12 @@
 """How every end-to-end suite measures: contenders in processes of their own, taking turns.
 
 A contender is a generator function. What it yields first are its facts (what it computed with dropout off: they must
-agree before anything is timed); every later `next` is one turn and yields {"seconds": ...} and more. All start one
-after another, then take turns, round by round, so that a change of clock or a busy neighbour hits all of them. Figures
-are medians over the rounds, with the spread beside them. A contender that fails, dies, takes too long or computes
-something else is reported as such, never dropped.
+agree before anything is timed); every later `next` is one turn and yields {"seconds": ...} and more. They start one
+after another (from eight cores on a few side by side), then take turns, round by round, so that a change of clock or a
+busy neighbour hits all of them. Figures are medians over the rounds, with the spread beside them. Where memory does not
+hold all at once they run in heats, with the first in each of them, whose median is the pace that the others' seconds
+are divided by. A contender that fails, dies, takes too long or computes something else is reported as such, never
+dropped.
 """
 
 import multiprocessing
@@ -61,31 +63,40 @@ class Outcome:
 
 
 def contest(contenders: list[Contender], rounds: int, threads: int, check: Callable[[dict[str, dict]], dict[str, str]],
-            at_once: int = 0) -> tuple[dict[str, Outcome], bool]:
+            at_once: int = 0, shared: int = 1) -> tuple[dict[str, Outcome], bool]:
     """Outcomes by name, and whether Ctrl-C cut it short (then with the rounds that were complete).
 
     check: facts by name -> reasons, by name, to refuse contenders. at_once: how many are in memory together (0 = all);
-    the first then runs in every heat beside the others, so that heats can be compared. Contenders in bf16 (by their
-    names) are left out, with the reason, where a step of theirs would take minutes.
+    the first `shared` then run in every heat. Contenders in bf16 (by their names) are left out, with the reason, where
+    a step of theirs would take minutes.
     """
     outcomes = {c.name: Outcome() for c in contenders}
     if not machine.multiplies_bf16(machine.choose_device()):
         for name in outcomes:
             outcomes[name].failed = NO_BF16 if "bf16" in name else ""
         contenders = [c for c in contenders if not outcomes[c.name].failed]
-    size = at_once or len(contenders)
+    size = max(at_once, shared + 1) if at_once else len(contenders)
+    others = max(1, size - shared)
     heats = [contenders[:size]]
-    for start in range(size, len(contenders), max(1, size - 1)):
-        heats.append([contenders[0], *contenders[start : start + max(1, size - 1)]])
+    heats += [[*contenders[:shared], *contenders[i : i + others]] for i in range(size, len(contenders), others)]
+    pace, paces, stopped = outcomes[contenders[0].name], [], False
     try:
         for heat in heats:
-            _heat(heat, rounds, threads, check, outcomes)
+            before = len(pace.turns)
+            try:
+                _heat(heat, rounds, threads, check, outcomes)
+            finally:
+                paces.append([turn["seconds"] for turn in pace.turns[before:] if "seconds" in turn])
     except KeyboardInterrupt:
+        stopped = True
         for outcome in outcomes.values():
             if not outcome.turns:
                 outcome.failed = outcome.failed or "not measured: stopped"
-        return outcomes, True
-    return outcomes, False
+    overall = [seconds for heat in paces for seconds in heat]
+    for heat, own in zip(heats, paces) if len(paces) > 1 else ():
+        for turn in (turn for c in heat[shared:] for turn in outcomes[c.name].turns) if own else ():
+            turn["seconds"] *= statistics.median(overall) / statistics.median(own)
+    return outcomes, stopped
 
 
 def _heat(contenders, rounds, threads, check, outcomes) -> None:
@@ -102,8 +113,9 @@ def _heat(contenders, rounds, threads, check, outcomes) -> None:
                     processes[contender.name] = _Process(contender, threads)
                     processes[contender.name].ask()
                 for contender in group:
-                    facts, outcomes[contender.name].failed = processes[contender.name].answer()
+                    facts, failed = processes[contender.name].answer()
                     outcomes[contender.name].facts = facts or outcomes[contender.name].facts
+                    outcomes[contender.name].failed = outcomes[contender.name].failed or failed  # of an earlier heat
             refused = check({n: o.facts for n, o in outcomes.items() if o.facts and not o.failed})
             for name, reason in refused.items():
                 outcomes[name].failed = reason
@@ -112,13 +124,19 @@ def _heat(contenders, rounds, threads, check, outcomes) -> None:
                     processes.pop(name).end()
             for i in range(rounds):
                 tell(f"round {i + 1} of {rounds}")
-                for name, process in list(processes.items()):
-                    process.ask()
-                    turn, outcomes[name].failed = process.answer()
-                    if turn is None:
-                        processes.pop(name).end()
-                    else:
-                        outcomes[name].turns.append(turn)
+                complete = {name: len(outcomes[name].turns) for name in processes}
+                try:
+                    for name, process in list(processes.items()):
+                        process.ask()
+                        turn, outcomes[name].failed = process.answer()
+                        if turn is None:
+                            processes.pop(name).end()
+                        else:
+                            outcomes[name].turns.append(turn)
+                except KeyboardInterrupt:
+                    for name, turns in complete.items():
+                        del outcomes[name].turns[turns:]
+                    raise
     finally:
         for process in processes.values():
             process.pipe.close()  # all of them first, so that they end side by side

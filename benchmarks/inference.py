@@ -1,6 +1,6 @@
 """Sentence embeddings out of a checkpoint: what `sentence-transformers` gives, and how many sentences a second.
 
-Everybody goes from text to normalised mean-pooled embeddings in batches of the same size; tokenising counts. Before
+Everybody goes from text to mean-pooled embeddings in batches of the same size; tokenising counts. Before
 the clock starts, each contender's embeddings are compared with sentence-transformers': 1e-5 in fp32, a cosine above
 0.999 in bf16.
 """

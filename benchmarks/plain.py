@@ -2,8 +2,9 @@
 
 Equal in function to bertfast's training model: both losses, dropout at every site (attention included), fp32 masters
 under bf16 parameters, clipping. It has our structural savings that plain PyTorch can express: query, key and value in
-one GEMM, no padding outside attention, the vocabulary projected on masked rows only, no casts in the step. How it was
-tuned, and what each attempt gave, stands in README.md beside this file.
+one GEMM, no padding outside attention, the vocabulary projected on masked rows only, the last layer after its attention
+on read rows only, no casts in the step. How it was tuned, and what each attempt gave, stands in README.md beside this
+file.
 """
 
 import torch
@@ -39,8 +40,10 @@ class PlainLayer(nn.Module):
         self.up, self.down = nn.Linear(H, I), nn.Linear(I, H)
         self.norm1, self.norm2 = nn.LayerNorm(H, self.eps), nn.LayerNorm(H, self.eps)
 
-    def forward(self, x: Tensor, n: int, length: int, rows: Tensor | None, mask: Tensor | None) -> Tensor:
-        """x (T, H); n sequences; rows (T,) of (n, length) where something is padded, and its mask; else None."""
+    def forward(self, x: Tensor, n: int, length: int, rows: Tensor | None, mask: Tensor | None,
+                read: Tensor | None = None) -> Tensor:
+        """x (T, H); n sequences; rows (T,) of (n, length) where something is padded, and its mask; else None. read:
+        the rows of x to return, instead of all."""
         qkv = self.qkv(x)
         if rows is not None:
             qkv = qkv.new_zeros(n * length, qkv.shape[1]).index_copy(0, rows, qkv)
@@ -49,6 +52,8 @@ class PlainLayer(nn.Module):
         context = context.transpose(1, 2).reshape(n * length, -1)
         if rows is not None:
             context = context[rows]
+        if read is not None:
+            x, context = x[read], context[read]
         x = self.norm1(x + F.dropout(self.out(context), self.p, self.training))
         return self.norm2(x + F.dropout(self.down(F.gelu(self.up(x))), self.p, self.training))
 
@@ -67,12 +72,13 @@ class PlainBert(nn.Module):
         self.head, self.pooler, self.nsp = nn.Linear(H, H), nn.Linear(H, H), nn.Linear(H, 2)
         self.bias = nn.Parameter(torch.zeros(V))
 
-    def forward(self, ids, types, positions, n: int, length: int, rows, mask, predicted, labels, first, pairs):
-        """The sum of both losses; predicted (P,) and first (n,) index rows of the last layer's (T, H)."""
+    def forward(self, ids, types, positions, n: int, length: int, rows, mask, read, predicted, labels, first, pairs):
+        """The sum of both losses; read (R,) are the last layer's rows, which predicted (P,) and first (n,) index."""
         x = self.word(ids) + self.position(positions) + self.kind(types)
         x = F.dropout(self.norm(x), self.p, self.training)
-        for layer in self.layers:
+        for layer in self.layers[:-1]:
             x = layer(x, n, length, rows, mask)
+        x = self.layers[-1](x, n, length, rows, mask, read)
         hidden = self.head_norm(F.gelu(self.head(x[predicted])))
         logits = F.linear(hidden, self.word.weight, self.bias)
         related = self.nsp(torch.tanh(self.pooler(x[first])))
@@ -114,7 +120,8 @@ def inputs(batch: PackedBatch) -> tuple:
         rows = sequence * length + torch.arange(total) - starts[sequence]
         mask = (torch.arange(length) < lengths.unsqueeze(1)).view(n, 1, 1, length)
     return (batch.input_ids[:total], batch.token_type_ids[:total], batch.position_ids[:total], n, length, rows, mask,
-            batch.read_rows[batch.mask_index[used]], batch.labels[used], starts, batch.next_sentence_label[:n])
+            batch.read_rows[: int(batch.cu_seqlens_read[n])], batch.mask_index[used], batch.labels[used],
+            batch.cls_index[:n], batch.next_sentence_label[:n])
 
 
 class AdamW:

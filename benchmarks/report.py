@@ -101,14 +101,18 @@ def compare(before: dict, after: dict) -> list[dict]:
     """What got slower beyond the spread, or failed: [{"key", "contender", "why"}], only of contenders of ours.
 
     Times are taken as shares of what the machine reached in the same run, where a row has one, so that another clock
-    is not called a regression; of memory, peaks are compared. Raises UserError for results of different suites.
+    is not called a regression; of memory, peaks are compared. Raises UserError for results of different suites, and for
+    those that hold neither.
     """
     if before["suite"] != after["suite"]:
         raise UserError(f"a result of {before['suite']} cannot be compared with one of {after['suite']}")
-    old = {(r["key"], r["contender"]): r for r in before["rows"] if r["contender"].startswith("bertfast")}
+    ours = [r for r in before["rows"] if r["contender"].startswith(("bertfast", "patched"))]
+    old = {(r["key"], r["contender"]): r for r in ours}
     new = {(r["key"], r["contender"]): r for r in after["rows"]}
     found = []
     value = "peak_bytes" if before["suite"] == "memory" else "median"
+    if not any(value in r for r in ours):
+        raise UserError(f"results of {before['suite']} have no time or memory of ours to compare")
     for (key, contender), was in old.items():
         if was["failed"] or value not in was:
             continue

@@ -12,6 +12,7 @@ from torch.profiler import ProfilerActivity, profile
 from bertfast import machine
 from bertfast.config import BertConfig
 from bertfast.data.dataset import Dataset
+from bertfast.files import UserError
 from bertfast.model import BertForPreTraining
 from bertfast.optim import Optimizer
 from bertfast.pretrain import step_seed
@@ -39,10 +40,14 @@ def run(*, data: str | None, preset: str, tokens: int, length: int, precision: s
     next(measuring)
     peaks = next(measuring)
     device = machine.choose_device()
+    if device.type == "cuda":
+        raise UserError("bench profile times what the CPU does: hide the GPU (CUDA_VISIBLE_DEVICES=)")
     precision, _ = machine.choose_precision(precision, device)
     batches = [b.to(device) for b in make_batches(data, tokens, length, 1.0, n=4)]
     vocabulary = Dataset(data).tokenizer.vocab_size if data else 30522
     config = BertConfig.preset(preset, vocab_size=vocabulary)
+    if length > config.max_position_embeddings:
+        raise UserError(f"sequences of {length} tokens, but the model has {config.max_position_embeddings} positions")
     model = BertForPreTraining(config).to(device).train()
     optimizer = Optimizer(model, machine.DTYPES[precision], max_grad_norm=MAX_NORM, **ADAMW)
 

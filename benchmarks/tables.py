@@ -68,7 +68,8 @@ def sweep(found: list[dict]) -> dict:
             family = row["contender"].split(" ")[0]
             if family not in best or row["tokens_per_second"] > best[family]["tokens_per_second"]:
                 best[family] = row
-        ours = best["bertfast"]
+        if (ours := best.get("bertfast")) is None:
+            continue
         lines.append([
             settings["preset"], str(settings["length"]), f"{settings['fill']:.0%}", f"{settings['tokens']:,}",
             str(result["threads"]), ours["dtype"], f"{ours['tokens_per_second']:,.0f}",
@@ -235,7 +236,11 @@ def _profile(result: dict) -> list[dict]:
 def _moves(result: dict) -> list[dict]:
     """A line a move, the dearest first: how much slower the step is without it, predicted and measured."""
     settings, rows = result["settings"], measured(result)
-    ours = next(r for r in rows if "without" not in r["contender"])
+    ours = next((r for r in rows if "without" not in r["contender"]), None)
+    if ours is None:
+        columns = ["contender", "failed"]
+        return [{"title": "what each move is worth: nothing to compare with", "columns": columns,
+                 "rows": _failures(result, len(columns))}]
     in_ms = lambda seconds: f"{1e3 * seconds:,.1f}"
     lines = [[
         row["contender"].partition("without: ")[2], in_ms(row["predicted"]) if "predicted" in row else "–",

@@ -1,15 +1,18 @@
 """The harness: it measures what it says, refuses what computes something else, and catches what got slower."""
 
+import io
 import itertools
 import json
 import os
 import time
 from dataclasses import asdict
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
-from bertfast.benchmarks import contest, job, moves, ops, plots, pretrain, quality, report, roofline
+from bertfast.benchmarks import contest, inference, job, moves, ops, plain, plots, pretrain, quality, report, roofline
 from bertfast.benchmarks.cases import CASES
 from bertfast.benchmarks.contest import Contender
 from safetensors.torch import load_file, save_file
@@ -97,6 +100,36 @@ def test_every_contender_computes_the_same_step_and_a_wrong_one_is_refused(check
         assert list(refused) == [name] and "refused" in refused[name]
 
 
+def test_the_plain_model_has_our_loss_and_gradients_on_unequal_lengths(checkpoint):
+    (batch,) = pretrain.make_batches(**BATCHES, n=1)
+    ours = bertfast.BertForPreTraining.from_pretrained(checkpoint).eval()
+    model = plain.PlainBert(ours.config).load(ours.state_dict()).eval()
+    wanted, found = ours(batch).loss, model(*plain.inputs(batch))
+    torch.testing.assert_close(found, wanted, rtol=1e-5, atol=0)
+    wanted.backward(), found.backward()
+    gradients = plain.PlainBert(ours.config).load({name: p.grad for name, p in ours.named_parameters()})
+    for (name, p), gradient in zip(model.named_parameters(), gradients.parameters(), strict=True):
+        torch.testing.assert_close(p.grad, gradient.detach(), rtol=1e-4, atol=1e-6, msg=name)
+
+
+def test_a_turn_is_the_seconds_a_real_token_of_training_steps(monkeypatch):
+    monkeypatch.setattr(pretrain, "timed", lambda call, device: (30.0, call()))
+    model, seen = torch.nn.Linear(1, 1), []
+    step = lambda i: (seen.append((i, model.training)), (torch.tensor(float(i)), 1.0))[1]
+    turns = pretrain._train(model, step, [SimpleNamespace(n_tokens=i + 1) for i in range(8)], 0, turn_steps=2)
+    assert next(turns)["losses"] == [0.0, 1.0]
+    assert next(turns) == {"seconds": 30 / (7 + 8), "loss": 7.0}
+    assert next(turns) == {"seconds": 30 / (2 + 3), "loss": 2.0}
+    assert seen == [(i % 8, i > 1) for i in range(11)]
+
+
+@pytest.mark.parametrize(("name", "share"), [("bertfast bf16", 0.25), ("bertfast fp32", 0.5)])
+def test_a_share_is_that_of_the_peak_in_the_same_dtype(name, share):
+    outcome = contest.Outcome({}, [{"seconds": 2e-4, "loss": 1.0}])
+    row = pretrain._row(name, outcome, 1e9, {"fp32": 1e13, "bf16": 2e13}, False, STEP_SETTINGS)
+    assert (row["share"], row["tokens_per_second"]) == pytest.approx((share, 5000))
+
+
 @pytest.mark.parametrize("move", moves.MOVES)
 def test_a_move_taken_back_runs_without_its_op_and_computes_the_same(move, checkpoint, monkeypatch):
     for owner, name in ((moves.model.BertModel, "encode"), (moves.model.BertLayer, "forward"),
@@ -151,7 +184,71 @@ def test_useful_flops_of_the_roofline_are_those_of_the_training_loop():
     assert roofline.parameters_of(config) == sum(p.numel() for p in model.parameters())
 
 
+def test_costs_are_those_counted_by_hand():
+    forward, backward = roofline.attention_cost(((3, 5), 0, 2, 4), 2)  # a tensor: 128 bytes; a product: 544 FLOPs
+    assert (forward, backward) == (roofline.Cost(1088, 512), roofline.Cost(2720, 1024))
+    assert roofline.gemm_cost(2, 3, 5, 4) == roofline.Cost(180, 372)
+    assert [roofline.optimizer_cost(10, itemsize).bytes for itemsize in (4, 2)] == [280, 260]
+
+
 # ---- contests
+
+
+def taking(seconds):
+    """A contender whose turns take so long, or raise what stands there instead."""
+    yield {}
+    for took in seconds:
+        if isinstance(took, type):
+            raise took
+        yield {"seconds": took}
+
+
+@pytest.fixture
+def asked(monkeypatch):
+    """Contenders run in this process; the names of those that were asked to go on, in order."""
+    names = []
+
+    class Here:
+        def __init__(self, contender, threads):
+            self.name, self.turns, self.pipe = contender.name, contender.make(**contender.arguments), io.BytesIO()
+
+        def ask(self):
+            names.append(self.name)
+
+        def answer(self):
+            return next(self.turns), ""
+
+        def end(self):
+            pass
+
+    monkeypatch.setattr(contest, "_Process", Here)
+    return names
+
+
+def test_ctrl_c_drops_the_round_it_struck_of_contenders_that_alternate(asked):
+    turns = {"a": [1.0, 2.0, 3.0], "b": [4.0, 5.0, KeyboardInterrupt], "c": [6.0, 7.0, 8.0]}
+    contenders = [Contender(name, taking, {"seconds": seconds}) for name, seconds in turns.items()]
+    outcomes, stopped = contest.contest(contenders, rounds=3, threads=1, check=lambda facts: {})
+    assert asked == [*"abc", *"abc", *"abc", *"ab"]  # the start, and the rounds
+    assert stopped and {n: o.values() for n, o in outcomes.items()} == {n: s[:2] for n, s in turns.items()}
+
+
+def test_heats_share_their_first_contenders_and_are_put_to_one_pace(asked):
+    paces = iter([[1.0, 1.0], [3.0, 3.0], [9.0, 9.0]])
+    turns = {"machine": [7.0, 7.0], "x": [10.0, 20.0], "y": [30.0, 60.0], "z": [KeyboardInterrupt]}
+    contenders = [Contender("pace", lambda: taking(next(paces)), {})]
+    contenders += [Contender(name, taking, {"seconds": seconds}) for name, seconds in turns.items()]
+    outcomes, stopped = contest.contest(contenders, 2, 1, lambda facts: {}, at_once=3, shared=2)
+    assert asked == 3 * ["pace", "machine", "x"] + 3 * ["pace", "machine", "y"] + 2 * ["pace", "machine", "z"]
+    assert stopped and outcomes.pop("z").failed == "not measured: stopped"
+    assert {n: o.values() for n, o in outcomes.items()} == {
+        "pace": [1.0, 1.0, 3.0, 3.0], "machine": 4 * [7.0], "x": [20.0, 40.0], "y": [20.0, 40.0]}
+
+
+def test_heats_that_measure_memory_have_no_pace(asked):
+    contenders = [Contender(name, itertools.repeat, {"object": {"peak": 2.0}}) for name in "abc"]
+    outcomes, _ = contest.contest(contenders, 1, 1, lambda facts: {}, at_once=2)
+    assert {n: o.values("peak") for n, o in outcomes.items()} == {"a": [2.0, 2.0], "b": [2.0], "c": [2.0]}
 
 
 def test_contenders_take_turns_and_those_that_fail_are_reported():
@@ -183,6 +280,16 @@ def test_middle_and_reached():
     assert contest.middle([1.0, 2.0, 3.0, 4.0, 100.0]) == {"median": 3.0, "spread": pytest.approx(2 / 3)}
     assert quality.reached([[0, 0.0, 7.0], [10, 5.0, 6.0], [20, 10.0, 5.0]], 5.5) == 7.5
     assert quality.reached([[0, 0.0, 7.0], [10, 5.0, 6.0]], 5.5) is None
+
+
+def test_other_embeddings_and_another_start_are_refused():
+    off = {inference.REFERENCE: 0.0, "a fp32": 5e-6, "b fp32": 2e-5, "a bf16": 0.01, "b bf16": 0.05, "c bf16": np.nan}
+    facts = {name: {"embeddings": np.eye(4) + [[0, error, 0, 0]]} for name, error in off.items()}
+    for found in facts.values():
+        found["embeddings"] /= np.linalg.norm(found["embeddings"], axis=1, keepdims=True)
+    assert list(inference.agreement(facts)) == ["b fp32", "b bf16", "c bf16"]
+    starts = {"first": {"loss": 7.0}, "near": {"loss": 7.005}, "far": {"loss": 7.1}}
+    assert list(quality._same_start(starts)) == ["far"]
 
 
 # ---- ops: a slow one is caught, a wrong one refused
@@ -231,13 +338,29 @@ def test_plain_pytorch_computes_what_the_table_defines(op):
     assert all(r["share"] > 0 and r["median"] > 0 for r in rows)
 
 
-def test_the_optimiser_is_compared_and_checked():
+def test_the_optimiser_is_compared_and_checked(monkeypatch):
+    monkeypatch.setattr(ops.BertConfig, "preset", lambda name: bertfast.BertConfig(**TINY))
     for dtype in ("fp32", "bf16"):
         rows = ops.optimizer_rows("tiny", dtype, 1)
         assert [(r["contender"], r["failed"]) for r in rows] == [("bertfast", ""), ("eager", "")]
+    step = ops.Optimizer.step
+    for factor in (0.0, 1.01):
+        monkeypatch.setattr(ops.Optimizer, "step", lambda self, lr, factor=factor: step(self, factor * lr))
+        ours, eager = ops.optimizer_rows("tiny", "bf16", 1)
+        assert "refused" in ours["failed"] and not eager["failed"]
 
 
 # ---- reports
+
+
+def test_a_slower_trainer_is_noticed_and_results_without_times_are_refused():
+    row = {"key": "trainer", "contender": "patched fp32", "failed": "", "spread": 0.0}
+    before, after = (made([{**row, "median": seconds}], "trainer") for seconds in (0.01, 0.1))
+    assert [row["why"] for row in report.compare(before, after)] == ["10.00 times as slow (allowed 1.05)"]
+    assert report.compare(after, before) == []
+    scores = made([{"key": "sst2", "contender": "bertfast", "failed": "", "metrics": {"f1": 0.9}}], "tasks")
+    with pytest.raises(UserError, match="results of tasks have no time"):
+        report.compare(scores, scores)
 
 
 def test_readmes_say_what_the_results_say():
