@@ -68,7 +68,7 @@ def find(name: str | Path) -> Path:
     if folder.is_dir():
         if not (folder / "config.json").exists():
             raise UserError(f"{folder} holds no config.json: not a checkpoint")
-        if "settings" in read_json(folder / "config.json"):
+        if run_settings(folder) is not None:
             newest = max(folder.glob("checkpoint*"), key=lambda path: path.stat().st_mtime, default=None)
             raise UserError(f"{folder} is a run's folder, not a checkpoint: {newest or 'it has none yet'}")
         return folder
@@ -82,6 +82,13 @@ def find(name: str | Path) -> Path:
                                                                  "*.safetensors"]))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise UserError(f"no folder {name}, and the hub did not give it: {str(error).splitlines()[0]}") from error
+
+
+def run_settings(folder: Path) -> dict | None:
+    """The settings in a run's config.json, None where that file is a model's. Raises UserError where there is none."""
+    stored = read_json(folder / "config.json")
+    settings = stored.get("settings") if isinstance(stored, dict) else None
+    return settings if isinstance(settings, dict) else None
 
 
 def read_tensors(folder: Path) -> dict[str, Tensor]:

@@ -270,7 +270,7 @@ def doctor() -> None:
 
 
 def main() -> None:
-    """The console script. Exit codes: 0, 2 for a user's mistake, 130 for Ctrl-C, 143 for a polite kill."""
+    """The console script. Exit codes: 0; 2 for a mistake of the user or too little memory; 130 Ctrl-C; 143 SIGTERM."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # as an exception, so that temporary files are removed
     try:
         app()

@@ -51,12 +51,12 @@ def hooked(module: nn.Module, transparent: tuple[str, ...] = _TRANSPARENT) -> bo
     return any(getattr(hook, "__module__", None) not in transparent for hook in hooks)
 
 
-def runs(module: nn.Module, cls: type) -> bool:
+def runs(module: nn.Module, cls: Any) -> bool:
     """Whether the module's `forward` is that of `cls`, maybe within wrappers that call it, as accelerate's do."""
     if "forward" not in module.__dict__:
-        return type(module).forward is cls.forward  # type: ignore[attr-defined]
+        return type(module).forward is cls.forward
     forward = inspect.unwrap(module.forward)
-    return getattr(forward, "__func__", forward) is inspect.unwrap(cls.forward)  # type: ignore[attr-defined]
+    return getattr(forward, "__func__", forward) is inspect.unwrap(cls.forward)
 
 
 def _p(dropout: nn.Module, training: bool) -> float:

@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 
 from . import machine, report
 from .batch import PackedBatch
-from .checkpoint import find, read_tensors
+from .checkpoint import find, read_tensors, run_settings
 from .config import BertConfig
 from .data.dataset import Dataset, Loader
 from .data.tokenizer import Tokenizer
@@ -425,10 +425,9 @@ def _trainer_state(checkpoint: Path) -> dict[str, Any]:
 
 def stored_settings(folder: Path) -> Settings:
     """What a run's config.json says. Raises UserError where it is not one of ours."""
-    stored = read_json(folder / "config.json")
-    values = stored.get("settings") if isinstance(stored, dict) else None
+    values = run_settings(folder) or {}
     known = {f.name for f in fields(Settings)}
-    if not isinstance(values, dict) or "data" not in values or set(values) - known:
+    if "data" not in values or set(values) - known:
         raise UserError(f"{folder / 'config.json'} is not that of a pretraining run")
     return Settings(**values)
 

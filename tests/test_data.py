@@ -211,6 +211,7 @@ def test_philox_known_answers() -> None:
     for (c0, c1, c2, c3), (k0, k1), expected in cases:
         words = plan.philox(k1 << 32 | k0, c3 >> 8, c3 & 255, np.uint64(c2 << 32 | c1), np.uint64(c0))
         assert " ".join(f"{int(word):08x}" for word in words) == expected
+    assert (plan.philox(-5, 1, 2, 3, 4) == plan.philox(2**64 - 5, 1, 2, 3, 4)).all()
 
 
 def test_segments_cover_the_corpus(dataset: Dataset) -> None:

@@ -398,6 +398,7 @@ TABLES = {  # name: (file name, content, options) -> rows or error
     "csv quote": ("a.csv", b'text,label\n"one" two,x\n', {}, "a.csv:2: "),
     "jsonl fault": ("a.jsonl", b'{"text": "a"}\n{"text": \n', {}, "a.jsonl:2: not JSON"),
     "empty": ("a.tsv", b"", {}, "a.tsv is empty"),
+    "compressed": ("a.tsv.gz", b"\x1f\x8b", {}, "is compressed: unpack it first"),
     "squad fault": ("a.json", b'{"data": [{"paragraphs": [{"context": "x", "qas": [{"id": 1}]}]}]}', {}, "question 1"),
     "conll fault": ("a.conll", b"a O\nb\n", {"words": True}, "a.conll:2: 1 fields, but the first word has 2"),
 }

@@ -262,6 +262,10 @@ def test_a_checkpoint_that_does_not_fit_is_refused(tmp_path, capsys):
         bertfast.BertModel.from_pretrained(tmp_path)
     with pytest.raises(UserError, match="no checkpoint at"):
         bertfast.BertModel.from_pretrained(tmp_path / "nowhere")
+    (tmp_path / "config.json").write_text('{"settings": {}}')
+    (tmp_path / "checkpoint-7").mkdir()
+    with pytest.raises(UserError, match="is a run's folder, not a checkpoint: .*checkpoint-7"):
+        bertfast.BertModel.from_pretrained(tmp_path)
 
 
 def test_a_pickle_with_code_is_not_run(tmp_path):

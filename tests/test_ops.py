@@ -517,6 +517,20 @@ def test_empty_heads_and_vocabularies_are_refused():
         ops.masked_vocab_projection(torch.randn(2, 8), torch.randn(0, 8), torch.zeros(0), torch.full((2,), -100))
 
 
+def test_a_cuda_library_that_does_not_load_is_told(monkeypatch, tmp_path):
+    def unloadable(path):
+        raise OSError("undefined symbol")
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.ops, "load_library", unloadable)
+    monkeypatch.setattr(_define, "register_launchers", lambda key: None)
+    monkeypatch.setattr(_define, "_built", lambda name: tmp_path / name)
+    with pytest.warns(UserWarning, match="_C_cuda does not load .undefined symbol.; rebuild"):
+        assert _define._load_triton() == "Triton"
+
+
 def test_no_gradients_have_norm_zero():
     assert ops.grad_norm([]) == 0
 

@@ -485,3 +485,14 @@ def test_a_gradient_sink_changes_nothing(corpus, tmp_path):
             gradients.append((sink.buffer if sink else table.grad).clone())
     for with_sink, without in zip(gradients[:2], gradients[2:]):
         torch.testing.assert_close(with_sink, without, rtol=1e-4, atol=1e-7)
+
+
+def test_too_little_memory_is_one_line(capsys, monkeypatch):
+    for message in ("DefaultCPUAllocator: can't allocate memory", "CUDA out of memory"):
+        monkeypatch.setattr(cli, "app", lambda message=message: (_ for _ in ()).throw(RuntimeError(message)))
+        code, line = command(capsys, monkeypatch, "pretrain")
+        assert code == 2 and line.startswith("bertfast: out of memory;") and message in line
+    monkeypatch.setattr(cli, "app", lambda: 1 / 0)
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    with pytest.raises(ZeroDivisionError):
+        cli.main()

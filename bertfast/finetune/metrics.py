@@ -10,6 +10,7 @@ import string
 import warnings
 from collections import Counter
 from collections.abc import Sequence
+from types import SimpleNamespace
 
 import numpy as np
 
@@ -96,18 +97,15 @@ def texts(references: list[list[str]], guess: list[str]) -> dict[str, float]:
     sacrebleu, rouge = need("sacrebleu"), need("rouge_score.rouge_scorer")
     most = max(map(len, references))
     columns = [[row[i] if i < len(row) else None for row in references] for i in range(most)]
-    scorer = rouge.RougeScorer(["rougeL"], tokenizer=_Words)
+    scorer = rouge.RougeScorer(["rougeL"], tokenizer=SimpleNamespace(tokenize=_words))
     best = [max(scorer.score(reference, text)["rougeL"].fmeasure for reference in row)
             for row, text in zip(references, guess)]
     return {"bleu": sacrebleu.corpus_bleu(guess, columns).score / 100, "rouge_l": float(np.mean(best))}
 
 
-class _Words:
-    """rouge_score's words, in lower case and without punctuation, of any alphabet; an ideograph is one."""
-
-    @staticmethod
-    def tokenize(text: str) -> list[str]:
-        return re.findall(r"[\u3400-\u9fff]|(?:(?![\u3400-\u9fff])[^\W_])+", text.lower())
+def _words(text: str) -> list[str]:
+    """rouge_score's words, in lower case and without punctuation, but of any alphabet; an ideograph is one."""
+    return re.findall(r"[\u3400-\u9fff]|(?:(?![\u3400-\u9fff])[^\W_])+", text.lower())
 
 
 def _overlap(gold: list[str], guess: list[str]) -> float:

@@ -18,10 +18,10 @@ import numpy as np
 import torch
 
 from bertfast import machine, report
-from bertfast.checkpoint import Checkpointed, find
+from bertfast.checkpoint import Checkpointed, find, run_settings
 from bertfast.config import BertConfig
 from bertfast.data.tokenizer import Tokenizer
-from bertfast.files import UserError, atomic_folder, create_folder, read_json, write_bytes, write_json
+from bertfast.files import UserError, atomic_folder, create_folder, write_bytes, write_json
 from bertfast.finetune import show
 from bertfast.finetune.answer import Answering
 from bertfast.finetune.batches import Item, by_budget, epoch_batches
@@ -364,7 +364,7 @@ def finetune(folder: Path, settings: Settings, allocator: str, overwrite: bool =
         raise UserError(f"{folder} already holds a fine-tuning: choose another --out, or add --overwrite")
     if find(settings.model).resolve().is_relative_to(folder.resolve()):
         raise UserError(f"{settings.model} lies in {folder}, which is to be written: choose another --out")
-    if (folder / "config.json").exists() and "task" not in read_json(folder / "config.json").get("settings", {}):
+    if (folder / "config.json").exists() and "task" not in (run_settings(folder) or {}):
         raise UserError(f"{folder} holds a model or another run: choose another --out")
     began = time.perf_counter()
     work = FineTuning(folder, settings)
