@@ -14,6 +14,7 @@ _HOMES = {  # public name -> where it is defined; imported when first used, so t
     "BertForSeq2Seq": "seq2seq",
     "BertForSequenceClassification": "heads",
     "BertForTokenClassification": "heads",
+    "BertLMHeadModel": "model",
     "BertModel": "model",
     "PackedBatch": "batch",
     "parity": "patch_parity",

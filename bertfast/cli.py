@@ -74,6 +74,7 @@ def pretrain(
     mlm_probability: Annotated[float, typer.Option(help="Share of the tokens that are predicted.")] = 0.15,
     whole_word_masking: Annotated[bool, typer.Option("--whole-word-masking", help="Mask whole words.")] = False,
     nsp: Annotated[bool, typer.Option("--nsp/--no-nsp", help="Next-sentence prediction.")] = True,
+    causal: Annotated[bool, typer.Option("--causal", help="Learn to predict the next word instead, as GPT.")] = False,
     short_length: Annotated[int, typer.Option(help="Sequence length of the first phase.")] = 128,
     long_length: Annotated[int, typer.Option(help="Sequence length of the second phase.")] = 512,
     long_share: Annotated[float, typer.Option(help="Share of the steps in the second phase.")] = 0.1,
@@ -144,7 +145,7 @@ def pretrain(
         report.console.print(f"stopped; {latest(out) or 'no checkpoint was written'}. "
                              f"Go on with: bertfast pretrain --out {out} --resume")
         raise typer.Exit(130) from None
-    report.closing_table(out, results, run.train_data.manifest["unigram_entropy"])
+    report.closing_table(out, results, run.train_data.manifest["unigram_entropy"], settings.causal)
     report.examples(checkpoint, run.validation_data)
     report.console.print(f"trained in {time.perf_counter() - began:.0f} s; checkpoint: {checkpoint}; "
                          f"curves: {out / 'loss.png'}; rows: {out / 'metrics.jsonl'}", highlight=False)

@@ -25,6 +25,7 @@ class BertConfig:
     initializer_range: float = 0.02
     layer_norm_eps: float = 1e-12
     pad_token_id: int = 0
+    is_decoder: bool = False  # causal: a token sees those before it and itself
     extra: dict[str, Any] = field(default_factory=dict)  # fields of the file that we carry through unread
 
     def __post_init__(self):
@@ -35,6 +36,8 @@ class BertConfig:
         for name in ("hidden_dropout_prob", "attention_probs_dropout_prob", "initializer_range", "layer_norm_eps"):
             if not isinstance(value := getattr(self, name), (int, float)):
                 raise UserError(f"{name} must be a number, got {value!r}")
+        if type(self.is_decoder) is not bool:
+            raise UserError(f"is_decoder must be true or false, got {self.is_decoder!r}")
         if type(self.pad_token_id) is not int or not 0 <= self.pad_token_id < self.vocab_size:
             raise UserError(f"pad_token_id {self.pad_token_id!r} is not in the vocabulary of {self.vocab_size}")
         if self.hidden_act not in ("gelu", *ACTIVATIONS):
@@ -73,8 +76,8 @@ class BertConfig:
             raise UserError(f"{path} is not a BERT configuration")
         if values.get("model_type", "bert") != "bert":
             raise UserError(f"{path} describes a {values['model_type']} model; this class reads BERT")
-        for name, wanted in (("position_embedding_type", "absolute"), ("is_decoder", False),
-                             ("add_cross_attention", False), ("tie_word_embeddings", True)):
+        for name, wanted in (("position_embedding_type", "absolute"), ("add_cross_attention", False),
+                             ("tie_word_embeddings", True)):
             if values.get(name, wanted) != wanted:
                 raise UserError(f"{path}: {name}={values[name]!r} is not supported, only {wanted!r}")
         known = {f.name for f in fields(cls)} - {"extra"}

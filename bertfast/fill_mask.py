@@ -1,4 +1,4 @@
-"""Fill [MASK]: the first thing to try on a pretrained model."""
+"""Fill [MASK]: the first thing to try on a pretrained model. A causal one knows only what stands before it."""
 
 from pathlib import Path
 
@@ -8,7 +8,7 @@ from .checkpoint import find
 from .config import BertConfig
 from .data.tokenizer import Tokenizer
 from .files import UserError
-from .model import BertForMaskedLM, BertForPreTraining
+from .model import BertForMaskedLM, BertForPreTraining, BertLMHeadModel
 
 
 class FillMask:
@@ -18,8 +18,9 @@ class FillMask:
         folder = find(folder)
         self.tokenizer = Tokenizer.load(folder)
         architectures = BertConfig.from_file(folder / "config.json").extra.get("architectures") or [""]
-        cls = BertForPreTraining if architectures[0] == "BertForPreTraining" else BertForMaskedLM
-        self.model = cls.from_pretrained(folder)
+        classes = {cls.__name__: cls for cls in (BertForPreTraining, BertLMHeadModel)}
+        self.model = classes.get(architectures[0], BertForMaskedLM).from_pretrained(folder)
+        self.causal = isinstance(self.model, BertLMHeadModel)
 
     def __call__(self, text: str, top: int = 5) -> list[list[tuple[str, float]]]:
         """For each [MASK] in the text, the `top` likeliest (token, probability). Raises UserError without a [MASK]."""
@@ -39,7 +40,8 @@ class FillMask:
         longest = self.model.config.max_position_embeddings
         if len(ids) > longest:
             raise UserError(f"the text has {len(ids)} tokens, the model reads {longest}")
-        probabilities = self.model(torch.tensor([ids])).logits[0, positions].float().softmax(-1)
+        rows = [p - 1 for p in positions] if self.causal else positions
+        probabilities = self.model(torch.tensor([ids])).logits[0, rows].float().softmax(-1)
         values, indices = probabilities.topk(min(top, probabilities.shape[1]))
         return [
             [(self.tokenizer.tokens[i], p) for i, p in zip(row.tolist(), ps.tolist())]

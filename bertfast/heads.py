@@ -105,9 +105,12 @@ class Headed(Checkpointed):
         return torch.randint(-(2**62), 2**62, (1,), device=device) if seed is None else seed
 
     def _classify_cls(self, batch: PackedBatch, seed: Tensor | None) -> Tensor:
+        """The head on pooled [CLS]; of a causal encoder on the last token, which alone has seen all (GPT)."""
         seed = self._seed(seed, batch.input_ids.device)
-        x = self.bert.encode(batch, seed)
-        pooled = self.bert.pool(_first_rows(x, batch.cu_seqlens_read))
+        causal = self.config.is_decoder
+        x = self.bert.encode(batch, seed, read=not causal)
+        bounds = batch.cu_seqlens if causal else batch.cu_seqlens_read
+        pooled = self.bert.pool(_first_rows(x, bounds, last=causal))
         if len(x):  # not all of it padding
             pooled = self._dropped(pooled, batch.row_key[batch.read_rows[batch.cls_index]], seed)
         return self.classifier(pooled)

@@ -12,9 +12,10 @@ import numpy as np
 import torch
 
 from .data.dataset import Dataset
-from .model import BertForMaskedLM, BertForPreTraining
+from .model import BertForMaskedLM, BertForPreTraining, BertLMHeadModel
 
 OFFSETS = (-1, 1, -2, 2)  # of the word that each of the first layer's first heads looks at
+CAUSAL_OFFSETS = (-1, -2, -3, -4)
 SHARPNESS = 1.7  # gain of their query and key weights: the word at the offset gets some 12 in the softmax, far ones 0
 GOLDEN = (math.sqrt(5) - 1) / 2
 LIKENESS = 0.04  # std of the middle layers' query weights, which are their key weights too
@@ -26,15 +27,16 @@ WORD_SCALE, SEGMENT_SCALE = 4.0, 3.0  # of the word and position tables, and the
 
 
 @torch.no_grad()
-def start_from_counts(model: BertForPreTraining | BertForMaskedLM, data: Dataset, sample: int = 10_000_000) -> None:
+def start_from_counts(model: BertForPreTraining | BertForMaskedLM | BertLMHeadModel, data: Dataset,
+                      sample: int = 10_000_000) -> None:
     """Set a new model's output bias, position table and some of its heads; in place.
 
     - Output bias = log frequency of each word in the first `sample` tokens. From a zero bias the tied table itself must
       learn the frequencies, which drives all its rows in one direction and hides the words from the encoder.
     - Positions are sinusoids of the word table's size (Vaswani et al. 2017 but for the fastest); tables exceed other
       weights, so that attention sees words, places and segments from the first step.
-    - The first heads of the first layer look at the words at -1, +1, -2 and +2, as the positional heads of ConViT
-      (d'Ascoli et al. 2021) start as a convolution.
+    - The first heads of the first layer look at the words at -1, +1, -2 and +2 (a causal model's at -1 to -4), as the
+      positional heads of ConViT (d'Ascoli et al. 2021) start as a convolution.
     - In the layers between the first and the last, query weights equal key weights, so that a token looks at those that
       are like it (mimetic initialization, Trockman and Kolter 2023).
     - Where next sentences are learned, one head of the second and one of the last of three or more layers compare the
@@ -49,7 +51,8 @@ def start_from_counts(model: BertForPreTraining | BertForMaskedLM, data: Dataset
     attention = [layer.attention for layer in layers]
     frequency = _frequencies(model.config.hidden_size // 2, attention[0].self.head_dim // 2)
     _fill_with_sinusoids(embeddings.position_embeddings.weight, frequency, WORD_SCALE * model.config.initializer_range)
-    _look_at_neighbours(attention[0].self, frequency)
+    offsets = CAUSAL_OFFSETS if model.config.is_decoder else OFFSETS
+    _look_at_neighbours(attention[0].self, frequency, offsets)
     for middle in attention[1:-1]:
         middle.self.query.weight.normal_(std=LIKENESS)
         middle.self.key.weight.copy_(middle.self.query.weight)
@@ -90,12 +93,12 @@ def _fill_with_sinusoids(table: torch.Tensor, frequency: torch.Tensor, rms: floa
     table[:, 1 : 2 * len(frequency) : 2] = angle.cos() * (math.sqrt(2) * rms)
 
 
-def _look_at_neighbours(attention, frequency: torch.Tensor) -> None:
+def _look_at_neighbours(attention, frequency: torch.Tensor, offsets: tuple[int, ...]) -> None:
     """q(i) . k(j) = sum of cos(frequency * (i + offset - j)) over a head's dimensions: keys' sinusoids are rotated."""
     D = attention.head_dim
     sine = 2 * torch.arange(D // 2)
     cosine = sine + 1
-    for offset, query, key in zip(OFFSETS, attention.query.weight.split(D), attention.key.weight.split(D)):
+    for offset, query, key in zip(offsets, attention.query.weight.split(D), attention.key.weight.split(D)):
         turn = offset * frequency[: D // 2]
         query[sine, sine] += SHARPNESS
         query[cosine, cosine] += SHARPNESS

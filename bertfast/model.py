@@ -6,7 +6,7 @@ Padded:  model(input_ids, attention_mask, token_type_ids, ...), as in Hugging Fa
          embedding and padded back at the end; what is computed is the same.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -26,7 +26,7 @@ class ModelOutput:
     """What a call computed; None where it was not asked for. Padded calls get (batch, sequence, …) tensors back."""
 
     loss: Tensor | None = None  # 0-dim: the sum of the losses whose labels were given
-    mlm_loss: Tensor | None = None
+    mlm_loss: Tensor | None = None  # of masked words, or by BertLMHeadModel of the next ones
     nsp_loss: Tensor | None = None
     n_masked: Tensor | None = None  # 0-dim int64 counts
     n_correct: Tensor | None = None
@@ -168,8 +168,10 @@ class BertModel(Checkpointed):
 
         seed: the step's dropout key, int64 with one element; in training it is drawn from torch's generator if None.
         hidden_states: a list that collects embeddings and layer outputs, each (T, H); it implies all rows.
-        mask: mask_mode and prefix_lens as in bertfast.ops.attention.
+        mask: mask_mode and prefix_lens as in bertfast.ops.attention; without, causal where config.is_decoder says so.
         """
+        if self.config.is_decoder and not mask:
+            mask = {"mask_mode": "causal"}
         if not self.training:
             seed = None
         elif seed is None and max(self.config.hidden_dropout_prob, self.config.attention_probs_dropout_prob) > 0:
@@ -219,7 +221,7 @@ class BertModel(Checkpointed):
 
 
 class _Pretraining(Checkpointed):
-    """What the three pretraining models share; `mlm` and `nsp` say which heads there are."""
+    """What the four pretraining models share; `mlm` and `nsp` say which heads there are."""
 
     base_prefix = "bert."
     mlm = nsp = True
@@ -291,18 +293,37 @@ class BertForNextSentencePrediction(_Pretraining):
     mlm = False
 
 
+class BertLMHeadModel(_Pretraining):
+    """Causal language model (GPT, Radford et al. 2018): every token predicts the next one, and sees none behind it."""
+
+    nsp = False
+
+    def __init__(self, config: BertConfig):
+        super().__init__(replace(config, is_decoder=True))
+
+    def forward(self, input_ids, attention_mask=None, token_type_ids=None, position_ids=None, labels=None,
+                **arguments) -> ModelOutput:
+        """As the others; labels (B, S) stand at their own tokens, whose predictions come from the rows before them."""
+        if labels is not None:
+            labels = F.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX)
+        return super().forward(input_ids, attention_mask, token_type_ids, position_ids, labels, **arguments)
+
+
 def _packed(input_ids, attention_mask, token_type_ids, position_ids, labels=None, next_sentence_label=None):
     if isinstance(input_ids, PackedBatch):
         return input_ids, None
     return unpad(input_ids, attention_mask, token_type_ids, position_ids, labels, next_sentence_label)
 
 
-def _first_rows(x: Tensor, cu_seqlens: Tensor) -> Tensor:
-    """[CLS]: the first row of every sequence, zeros for an empty one, (T, H) -> (B, H); (R, H) with cu_seqlens_read."""
-    start, empty = cu_seqlens[:-1].long(), cu_seqlens[1:] == cu_seqlens[:-1]
+def _first_rows(x: Tensor, cu_seqlens: Tensor, last: bool = False) -> Tensor:
+    """[CLS]: the first row of every sequence, zeros for an empty one, (T, H) -> (B, H); (R, H) with cu_seqlens_read.
+
+    last: the last row instead.
+    """
+    rows, empty = cu_seqlens[1:].long() - 1 if last else cu_seqlens[:-1].long(), cu_seqlens[1:] == cu_seqlens[:-1]
     if x.shape[0] == 0:
-        return x.new_zeros(start.numel(), x.shape[1])
-    return x[start.clamp(max=x.shape[0] - 1)].masked_fill(empty.unsqueeze(1), 0.0)
+        return x.new_zeros(rows.numel(), x.shape[1])
+    return x[rows.clamp(0, x.shape[0] - 1)].masked_fill(empty.unsqueeze(1), 0.0)
 
 
 def _initialise(module: nn.Module, std: float) -> None:

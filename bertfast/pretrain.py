@@ -28,7 +28,7 @@ from .data.dataset import Dataset, Loader
 from .data.tokenizer import Tokenizer
 from .files import UserError, atomic_folder, create_folder, read_json, write_json
 from .initial import start_from_counts, with_ordinary_tables
-from .model import BertForMaskedLM, BertForPreTraining
+from .model import BertForMaskedLM, BertForPreTraining, BertLMHeadModel
 from .optim import Optimizer, check_numbers, linear_schedule
 from .step_graph import StepGraph
 from .version import __version__
@@ -58,6 +58,7 @@ class Settings:
     mlm_probability: float = 0.15
     whole_word_masking: bool = False
     nsp: bool = True
+    causal: bool = False  # predict the next word instead (BertLMHeadModel): nothing is masked, no pairs
     short_length: int = 128  # sequence length of the first phase
     long_length: int = 512  # and of the second
     long_share: float = 0.1  # share of the steps in the second phase
@@ -76,6 +77,11 @@ class Settings:
         both = [(0, short, self.short_length), (short, self.steps, self.long_length)]
         return [phase for phase in both if phase[1] > phase[0]]
 
+    @property
+    def pairs(self) -> bool:
+        """Whether sequences are pairs of segments, whose next-sentence loss is learned."""
+        return self.nsp and not self.causal
+
     def check(self) -> None:
         """Raises UserError for settings no run can have."""
         if self.steps < 1 or self.micro_batches < 1:
@@ -86,6 +92,8 @@ class Settings:
             raise UserError(f"optimizer {self.optimizer!r} is unknown; known: adamw, lamb")
         if self.start not in ("counts", "normal"):
             raise UserError(f"--start {self.start!r} is unknown; known: counts, normal")
+        if self.causal and (self.whole_word_masking or self.mlm_probability != Settings.mlm_probability):
+            raise UserError("--causal masks nothing: leave --whole-word-masking and --mlm-probability away")
         check_numbers(lr=self.lr, weight_decay=self.weight_decay, max_grad_norm=self.max_grad_norm,
                       dropout=self.dropout, seed=self.seed)
         machine.check_precision(self.precision)
@@ -123,6 +131,8 @@ def useful_flops(config: BertConfig, batch: PackedBatch, backward: bool = True) 
     rows = tokens * ((L - 1) * (4 * H * H + 2 * H * I) + 2 * H * H) + read * (2 * H * H + 2 * H * I)
     rows += batch.n_masked * (H * H + config.vocab_size * H)
     scores = (L - 1) * float((lengths * lengths).sum()) + float((lengths * reads).sum())
+    if config.is_decoder:  # half of them are masked
+        scores /= 2
     return (3 if backward else 1) * (2 * rows + 4 * H * scores)
 
 
@@ -171,7 +181,7 @@ class Run:
             raise UserError(
                 f"sequences of {longest} tokens, but the model has {self.config.max_position_embeddings} positions"
             )
-        if settings.nsp and self.config.type_vocab_size < 2:
+        if settings.pairs and self.config.type_vocab_size < 2:
             raise UserError("next-sentence prediction needs two token types, but the model has one: add --no-nsp")
         self.model.bert.recompute = settings.recompute
         dtype = machine.DTYPES[self.precision]
@@ -190,13 +200,13 @@ class Run:
 
     def _build_model(self, checkpoint: Path | None):
         settings = self.settings
-        cls = BertForPreTraining if settings.nsp else BertForMaskedLM
+        cls = BertLMHeadModel if settings.causal else BertForPreTraining if settings.nsp else BertForMaskedLM
         torch.manual_seed(settings.seed)
         if checkpoint:  # holds all of the model; what that was made from may have changed since, or be gone
             config = BertConfig.from_file(checkpoint / "config.json")
             model = cls(config)
         elif settings.init_from:
-            model = cls.from_pretrained(settings.init_from, new_heads=True)
+            model = cls.from_pretrained(settings.init_from, new_heads=True, is_decoder=settings.causal)
             config = model.config
         else:
             if settings.model_config:
@@ -206,6 +216,7 @@ class Run:
             config = replace(
                 config, vocab_size=self.tokenizer.vocab_size, pad_token_id=self.tokenizer.pad_id,
                 hidden_dropout_prob=settings.dropout, attention_probs_dropout_prob=settings.dropout,
+                is_decoder=settings.causal,
             )
             model = cls(config)
             if settings.start == "counts":
@@ -256,7 +267,7 @@ class Run:
         metrics = report.Metrics(self.folder, self.step, settings.tensorboard)
         results: dict[int, dict] = {}
         checkpoint = self.folder
-        with stop_on_interrupt(self), report.progress(settings.steps, self.step, self.peak) as bar:
+        with stop_on_interrupt(self), report.progress(settings.steps, self.step, self.peak, settings.causal) as bar:
             for start, end, length in settings.phases():
                 if self.step >= end:
                     continue
@@ -293,7 +304,7 @@ class Run:
                         window.paused(time.perf_counter() - began)
                     if self.stopping:
                         raise KeyboardInterrupt
-        report.plot_loss(self.folder, self.train_data.manifest["unigram_entropy"])
+        report.plot_loss(self.folder, self.train_data.manifest["unigram_entropy"], settings.causal)
         return results, checkpoint
 
     def _train_step(self, micro: list[PackedBatch], window: "report.Window") -> torch.Tensor:
@@ -334,7 +345,7 @@ class Run:
         return Loader(
             dataset, seed=0 if validation else settings.seed, max_seqlen=length, token_budget=settings.tokens,
             mlm_probability=settings.mlm_probability, whole_word_masking=settings.whole_word_masking,
-            nsp=settings.nsp, micro_batches=1 if validation else settings.micro_batches,
+            nsp=settings.pairs, causal=settings.causal, micro_batches=1 if validation else settings.micro_batches,
             pin_memory=self.device.type == "cuda",
         )
 

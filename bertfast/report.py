@@ -119,8 +119,8 @@ def read_metrics(folder: Path) -> list[dict]:
 class _Bar:
     """The live line on a terminal, or a plain line now and then where the output is a file."""
 
-    def __init__(self, bar: Progress | None, task, peak: float, steps: int):
-        self.bar, self.task, self.peak, self.steps = bar, task, peak, steps
+    def __init__(self, bar: Progress | None, task, peak: float, steps: int, causal: bool):
+        self.bar, self.task, self.peak, self.steps, self.causal = bar, task, peak, steps, causal
         self.last_line = 0.0
 
     def show(self, step: int, row: dict, flops_per_second: float) -> None:
@@ -135,22 +135,23 @@ class _Bar:
     def note(self, step: int, length: int, result: dict) -> None:
         parts = [f"step {step:>6}  validation at {length}:"]
         if "validation_mlm_loss" in result:
-            parts.append(f"MLM {result['validation_mlm_loss']:.3f} nats ({result['validation_mlm_accuracy']:.1%})")
+            name = "next word" if self.causal else "MLM"
+            parts.append(f"{name} {result['validation_mlm_loss']:.3f} nats ({result['validation_mlm_accuracy']:.1%})")
         if "validation_nsp_loss" in result:
             parts.append(f"NSP {result['validation_nsp_loss']:.3f} ({result['validation_nsp_accuracy']:.1%})")
         console.print("  ".join(parts), highlight=False)
 
 
 @contextmanager
-def progress(steps: int, done: int, peak: float):
+def progress(steps: int, done: int, peak: float, causal: bool):
     """A progress bar over `steps`, of which `done` are behind; peak in FLOP/s."""
     if not console.is_terminal:
-        yield _Bar(None, None, peak, steps)
+        yield _Bar(None, None, peak, steps, causal)
         return
     columns = (TextColumn("step {task.completed}/{task.total}"), BarColumn(), TextColumn("{task.fields[text]}"),
                TimeElapsedColumn(), TextColumn("ETA"), TimeRemainingColumn(compact=True))
     with Progress(*columns, console=console) as bar:
-        yield _Bar(bar, bar.add_task("", total=steps, completed=done, text=""), peak, steps)
+        yield _Bar(bar, bar.add_task("", total=steps, completed=done, text=""), peak, steps, causal)
 
 
 @contextmanager
@@ -182,8 +183,8 @@ def kernels_in_use(device: str) -> str:
     return "; ".join(f"{name} ({n} ops)" for name, n in sorted(counts.items(), key=lambda item: -item[1]))
 
 
-def plot_loss(folder: Path, entropy: float) -> None:
-    """RUN/loss.png: MLM loss of training and validation above, next-sentence accuracy below, from metrics.jsonl."""
+def plot_loss(folder: Path, entropy: float, causal: bool) -> None:
+    """RUN/loss.png from metrics.jsonl: the words' loss, training and validation, above next-sentence accuracy."""
     os.environ.setdefault("MPLBACKEND", "Agg")
     import matplotlib.pyplot as plt
 
@@ -204,7 +205,7 @@ def plot_loss(folder: Path, entropy: float) -> None:
     top.plot([r["step"] for r in validation], [r["validation_mlm_loss"] for r in validation], color="#D55E00",
              marker="o", markersize=4, label="validation")
     top.axhline(entropy, color="black", linestyle="--", linewidth=0.8, label="unigram entropy of the text")
-    top.set_ylabel("masked-LM loss (nats)")
+    top.set_ylabel(f"{_predicted(causal)} loss (nats)")
     lengths = [r["max_seqlen"] for r in train]
     for i in range(1, len(lengths)):
         if lengths[i] != lengths[i - 1]:
@@ -226,6 +227,10 @@ def plot_loss(folder: Path, entropy: float) -> None:
     plt.close(figure)
 
 
+def _predicted(causal: bool) -> str:
+    return "next-word" if causal else "masked-LM"
+
+
 def _smooth(values: list[float], weight: float = 0.8) -> list[float]:
     """Exponential moving average, corrected for its start."""
     smooth, total = [], 0.0
@@ -235,7 +240,7 @@ def _smooth(values: list[float], weight: float = 0.8) -> list[float]:
     return smooth
 
 
-def closing_table(folder: Path, results: dict[int, dict], entropy: float) -> None:
+def closing_table(folder: Path, results: dict[int, dict], entropy: float, causal: bool) -> None:
     """The run's last figures, training beside validation on sequences of each length."""
     rows = [r for r in read_metrics(folder) if r.get("mlm_loss") is not None][-10:]
     columns = [{name: sum(r[name] for r in rows) / len(rows) for name in rows[-1] if name in _CLOSING} if rows else {}]
@@ -245,22 +250,23 @@ def closing_table(folder: Path, results: dict[int, dict], entropy: float) -> Non
         table.add_column(title, justify="left" if not title else "right")
     for name, (title, form) in _CLOSING.items():
         if any(name in column for column in columns):
-            table.add_row(title, *(format(c[name], form) if name in c else "" for c in columns))
+            cells = [format(c[name], form) if name in c else "" for c in columns]
+            table.add_row(title.format(_predicted(causal)), *cells)
         if name == "mlm_loss":
             table.add_row("  below the unigram entropy", *(f"{entropy - c[name]:.3f}" for c in columns))
     console.print(table)
 
 
 _CLOSING = {
-    "mlm_loss": ("masked-LM loss, nats", ".3f"),
-    "mlm_accuracy": ("masked-LM accuracy", ".1%"),
+    "mlm_loss": ("{} loss, nats", ".3f"),
+    "mlm_accuracy": ("{} accuracy", ".1%"),
     "nsp_accuracy": ("next-sentence accuracy", ".1%"),
     "tokens_per_sec": ("tokens/s", ",.0f"),
 }
 
 
 def examples(checkpoint: Path, dataset, n: int = 6) -> None:
-    """Fill one masked word in each of a few validation sentences, the model's guess beside the truth."""
+    """Fill one word in each of a few validation sentences, of a causal model the last; its guess beside the truth."""
     from .fill_mask import FillMask
 
     fill = FillMask(checkpoint)
@@ -271,7 +277,7 @@ def examples(checkpoint: Path, dataset, n: int = 6) -> None:
         truth = fill.tokenizer.tokens[ids[position]]
         words = [fill.tokenizer.tokens[i] for i in ids]
         guesses = fill.at(ids, position, top=4)
-        words[position] = "[MASK]"
+        words[position:] = ["[MASK]", *([] if fill.causal else words[position + 1 :])]
         text = " ".join(words).replace(" ##", "")
         table.add_row(*map(Text, (text, truth, ", ".join(f"{token} {p:.0%}" for token, p in guesses))))
     console.print(table)

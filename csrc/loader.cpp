@@ -311,29 +311,35 @@ std::array<int64_t, 2> fill_rows(const Token* tokens, const Sample* samples, con
     for (int64_t j = 0; j < sample.b_len; ++j) put(tokens[sample.b + j], 1);
     if (sample.b_len) put(vocabulary.sep, 1);
 
-    const auto row_of = [&](int64_t j) { return begin + 1 + j + (j >= sample.a_len); };
-    const int64_t n = std::max<int64_t>(1, std::nearbyint(mlm_probability * double(m)));
-    picked.assign(m, 0);
-    if (whole_word) {
-      starts.resize(m);
-      for (int64_t j = 0; j < m; ++j)
-        starts[j] = j == 0 || j == sample.a_len || !vocabulary.is_continuation[out.input_ids[row_of(j)]];
-      pick_words(random, index, m, n, starts, ring, picked.data());
-    } else {
-      pick_tokens(random, index, m, n, ring, picked.data());
-    }
-
     out.cls_index[s] = read;
-    out.read_rows[read++] = begin;
-    for (int64_t j = 0; j < m; ++j) {
-      if (!picked[j]) continue;
-      int64_t& id = out.input_ids[row_of(j)];
+    const auto predict = [&](int64_t from, int64_t id) {
       out.labels[n_masked] = id;
       out.mask_index[n_masked++] = read;
-      out.read_rows[read++] = row_of(j);
-      const Words w = random(REPLACE, index, uint32_t(j));
-      if (w[0] < 3435973837u) id = vocabulary.mask;                          // 80 %
-      else if (w[0] < 3865470566u) id = below(w[1], vocabulary.size);        // 10 %: any id at all, as the original
+      out.read_rows[read++] = from;
+    };
+    if (mlm_probability == 0) {
+      for (int64_t i = begin; i + 1 < row; ++i) predict(i, out.input_ids[i + 1]);
+    } else {
+      const auto row_of = [&](int64_t j) { return begin + 1 + j + (j >= sample.a_len); };
+      const int64_t n = std::max<int64_t>(1, std::nearbyint(mlm_probability * double(m)));
+      picked.assign(m, 0);
+      if (whole_word) {
+        starts.resize(m);
+        for (int64_t j = 0; j < m; ++j)
+          starts[j] = j == 0 || j == sample.a_len || !vocabulary.is_continuation[out.input_ids[row_of(j)]];
+        pick_words(random, index, m, n, starts, ring, picked.data());
+      } else {
+        pick_tokens(random, index, m, n, ring, picked.data());
+      }
+      out.read_rows[read++] = begin;
+      for (int64_t j = 0; j < m; ++j) {
+        if (!picked[j]) continue;
+        int64_t& id = out.input_ids[row_of(j)];
+        predict(row_of(j), id);
+        const Words w = random(REPLACE, index, uint32_t(j));
+        if (w[0] < 3435973837u) id = vocabulary.mask;                    // 80 %
+        else if (w[0] < 3865470566u) id = below(w[1], vocabulary.size);  // 10 %: any id at all, as the original
+      }
     }
     out.next_label[s] = sample.label;
     out.cu_seqlens[s + 1] = int32_t(row);
@@ -360,7 +366,8 @@ py::tuple fill(py::array tokens, Bytes sample_bytes, Int64s chosen, uint64_t see
   const int64_t max_sequences = array("cls_index").size();
   int64_t total = 0;  // a wrong caller must not write past the arrays
   for (int64_t s = 0; s < chosen.size(); ++s) total += samples[chosen.at(s)].length();
-  if (chosen.size() > max_sequences || total > array("input_ids").size()) throw std::invalid_argument("batch too small");
+  const int64_t room = std::min(array("input_ids").size(), mlm_probability == 0 ? array("labels").size() : total);
+  if (chosen.size() > max_sequences || total > room) throw std::invalid_argument("batch too small");
   const Vocabulary vocab{vocabulary[0].cast<int64_t>(), vocabulary[1].cast<int64_t>(), vocabulary[2].cast<int64_t>(),
                          vocabulary[3].cast<int64_t>(), is_continuation.data()};
   const auto run = [&](const auto* data) {

@@ -136,7 +136,8 @@ FAULTS = {
     "padding nowhere": (another_config(pad_token_id=60), "pad_token_id 60 is not in the vocabulary of 60"),
     "a list for a config": (lambda folder, t: (folder / "config.json").write_text("[" * 100_000), "is damaged"),
     "RoBERTa": (another_config(model_type="roberta"), "describes a roberta model"),
-    "a decoder": (another_config(is_decoder=True), "is_decoder=True is not supported"),
+    "a decoder": (another_config(add_cross_attention=True), "add_cross_attention=True is not supported"),
+    "neither": (another_config(is_decoder="yes"), "is_decoder must be true or false, got 'yes'"),
     "relative positions": (another_config(position_embedding_type="relative_key"), "relative_key"),
     "an untied decoder": (
         lambda folder, t: FORMS["safetensors"](folder, {**t, "cls.predictions.decoder.weight": torch.zeros(60, 32)}),

@@ -381,6 +381,27 @@ def test_batches_hold_what_they_say(dataset: Dataset, nsp: bool, whole_word: boo
     assert sorted(used) == list(range(len(samples))), "an epoch uses each sample once"
 
 
+def test_causal_batches_predict_each_next_token(dataset: Dataset) -> None:
+    loader = Loader(dataset, 3, 64, 512, nsp=False, causal=True)
+    _, order, offsets = loader._epoch(0)
+    sources = source_ids(loader, 0)
+    assert loader.max_predictions == 512
+    for i in range(loader.batches_in_epoch(0)):
+        batch, n = loader.batch(i), 0
+        for s, index in enumerate(order[offsets[i] : offsets[i + 1]].tolist()):
+            begin, end = batch.cu_seqlens[s : s + 2].tolist()
+            assert batch.input_ids[begin:end].tolist() == sources[index]
+            read = batch.read_rows[batch.cu_seqlens_read[s] : batch.cu_seqlens_read[s + 1]]
+            assert read.tolist() == list(range(begin, end - 1)) and batch.cls_index[s] == n
+            assert batch.mask_index[n : n + len(read)].tolist() == list(range(n, n + len(read)))
+            assert batch.labels[n : n + len(read)].tolist() == sources[index][1:]
+            n += len(read)
+        assert n == batch.n_masked == batch.n_tokens - batch.n_sequences and (batch.labels[n:] == -100).all()
+    masked = Loader(dataset, 3, 64, 512, nsp=False)
+    with pytest.raises(UserError, match="cannot resume, the batches would be others: mlm_probability was 0.15, is 0.0"):
+        loader.load_state_dict(masked.state_dict())
+
+
 def check_whole_words(ids: list[int], masked: list[int], first: int, loader: Loader, wanted: int) -> None:
     """A word is masked with all its pieces, or not at all."""
     inside = lambda at: at < len(ids) - 1 and at != first - 1 and at != first and loader.is_continuation[ids[at]]
@@ -431,14 +452,14 @@ def test_packing_fills_the_budget(dataset: Dataset) -> None:
 
 
 @pytest.mark.parametrize("nsp", [True, False])
-@pytest.mark.parametrize("whole_word", [False, True])
+@pytest.mark.parametrize("masking", [{}, {"whole_word_masking": True}, {"causal": True}], ids=str)
 @pytest.mark.parametrize("size", [(16, 64), (128, 1024)])
 def test_python_equals_cpp(
-    dataset: Dataset, nsp: bool, whole_word: bool, size: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+    dataset: Dataset, nsp: bool, masking: dict, size: tuple[int, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if plan._C is None:
         pytest.skip("bertfast._C is not built")
-    make = lambda: Loader(dataset, 2**63 + 9, *size, nsp=nsp, whole_word_masking=whole_word, mlm_probability=0.2)
+    make = lambda: Loader(dataset, 2**63 + 9, *size, nsp=nsp, mlm_probability=0.2, **masking)
     fast = make()
     batches = {i: fast.batch(i) for i in (0, 3, fast.batches_in_epoch(0) - 1, fast.batches_in_epoch(0) + 1)}
     monkeypatch.setattr(plan, "_C", None)

@@ -5,6 +5,7 @@ import json
 
 import pytest
 import torch
+import torch.nn.functional as F
 import transformers
 from safetensors.torch import load_file, save_file
 
@@ -19,6 +20,7 @@ PAIRS = [
     ("BertForPreTraining", transformers.BertForPreTraining, ("labels", "next_sentence_label")),
     ("BertForMaskedLM", transformers.BertForMaskedLM, ("labels",)),
     ("BertForNextSentencePrediction", transformers.BertForNextSentencePrediction, ("next_sentence_label",)),
+    ("BertLMHeadModel", transformers.BertLMHeadModel, ("labels",)),
 ]
 
 
@@ -68,7 +70,8 @@ def assert_gradients_equal(hf, ours):
 @pytest.mark.parametrize(("name", "cls", "labels"), PAIRS, ids=[p[0] for p in PAIRS])
 @pytest.mark.parametrize("form", ["padded", "unpadded", "packed"])
 def test_parity_with_transformers(name, cls, labels, form, batch, tmp_path):
-    hf = original(cls)
+    causal = name == "BertLMHeadModel"
+    hf = original(cls, is_decoder=causal)
     ours = ours_of(hf, tmp_path, name)
     inputs = {k: batch[k] for k in ("input_ids", "attention_mask", "token_type_ids", *labels)}
     if form == "unpadded":  # the sequence that fills the batch's width, alone, with no mask
@@ -78,7 +81,11 @@ def test_parity_with_transformers(name, cls, labels, form, batch, tmp_path):
         theirs["labels"] = theirs.pop("next_sentence_label")
     expected = hf(**theirs)
     expected.loss.backward()
-    result = ours(unpad(**inputs)[0]) if form == "packed" else ours(**inputs)
+    if form == "packed":  # a batch's labels stand at the rows that predict them
+        at_rows = {"labels": F.pad(inputs["labels"][:, 1:], (0, 1), value=-100)} if causal else {}
+        result = ours(unpad(**{**inputs, **at_rows})[0])
+    else:
+        result = ours(**inputs)
     result.loss.backward()
     torch.testing.assert_close(result.loss, expected.loss, rtol=1e-5, atol=0)
     assert_gradients_equal(hf, ours)
@@ -93,6 +100,21 @@ def test_parity_with_transformers(name, cls, labels, form, batch, tmp_path):
     if "next_sentence_label" in labels:
         theirs_nsp = expected.seq_relationship_logits if name == "BertForPreTraining" else expected.logits
         torch.testing.assert_close(result.seq_relationship_logits, theirs_nsp, rtol=1e-5, atol=1e-5)
+
+
+def test_a_causal_model_sees_nothing_behind_a_token(batch, tmp_path):
+    """Whatever class reads it, as in transformers; a classifier judges by the last token, which has seen all."""
+    config = bertfast.BertConfig(**SIZES, is_decoder=True)
+    ids, mask = batch["input_ids"], batch["attention_mask"]
+    changed = ids.clone()
+    changed[0, 20:] = torch.randint(5, 211, (12,))
+    encoder = bertfast.BertModel(config).eval()
+    a, b = (encoder(x, mask).last_hidden_state for x in (ids, changed))
+    assert torch.equal(a[0, :20], b[0, :20]) and not torch.isclose(a[0, 20:], b[0, 20:]).all(1).any()
+    classifier = bertfast.BertForSequenceClassification(config).eval()
+    full, cut = (classifier(ids[:1, :n]).logits for n in (32, 31))
+    assert not torch.isclose(full, cut).any()
+    assert torch.allclose(classifier(ids, mask).logits[1], classifier(ids[1:2, :7]).logits, atol=1e-6)
 
 
 @pytest.mark.parametrize("activation", ["gelu_new", "relu", "silu"])

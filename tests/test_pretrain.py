@@ -3,6 +3,7 @@
 import json
 import os
 import pydoc_data.topics
+import re
 import shutil
 import signal
 import subprocess
@@ -145,6 +146,31 @@ def test_a_run_learns_and_leaves_everything_behind(corpus, tmp_path, capsys):
     assert [run.tokenizer.vocab[t] for t, _ in candidates] == expected.indices.tolist()
     with pytest.raises(UserError, match="no \\[MASK\\]"):
         FillMask(last)("nothing to fill")
+
+
+def test_a_causal_run_learns_and_is_read_by_transformers(corpus, tmp_path, capsys, monkeypatch):
+    chosen = settings(corpus, steps=120, causal=True, eval_every=40)
+    results, last = start(tmp_path / "run", chosen, resume=False).train()
+    validation = [r["validation_mlm_loss"] for r in rows(tmp_path / "run") if r.get("validation_length") == 32]
+    assert results[32]["validation_mlm_loss"] == validation[-1] < validation[0] - 0.1
+    assert "nsp_loss" not in rows(tmp_path / "run")[0]
+    hf = transformers.AutoModelForCausalLM.from_pretrained(last).eval()
+    assert type(hf) is transformers.BertLMHeadModel and hf.config.is_decoder
+    fill = FillMask(last)
+    ids = fill.tokenizer.encode("The return [MASK] ends the call.")
+    with torch.no_grad():
+        expected = hf(torch.tensor([ids])).logits[0, ids.index(fill.tokenizer.mask_id) - 1].softmax(-1).topk(3)
+    (guesses,) = fill("The return [MASK] ends the call.", top=3)
+    assert [fill.tokenizer.vocab[t] for t, _ in guesses] == expected.indices.tolist()
+    assert fill("The return [MASK]", top=3)[0] == guesses  # it sees what stands before, and nothing else
+    pretrain.report.examples(last, start(tmp_path / "other", chosen, resume=False).validation_data)
+    shown = [line for line in capsys.readouterr().out.splitlines() if "[MASK]" in line][1:]
+    assert shown and all(re.search(r"\[MASK\] *│", line) for line in shown)
+
+    again = start(tmp_path / "masked", settings(corpus, model_config=None, init_from=str(last)), resume=False)
+    assert type(again.model) is bertfast.BertForPreTraining and not again.model.config.is_decoder
+    code, line = command(capsys, monkeypatch, "pretrain", "--out", tmp_path / "x", "--causal", "--whole-word-masking")
+    assert code == 2 and "--causal masks nothing" in line
 
 
 @pytest.mark.parametrize("crash_after", [3, 5, 7])  # before any checkpoint, after one, in the second phase

@@ -153,18 +153,24 @@ class Loader:
         short_seq_prob: float = 0.1,
         mlm_probability: float = 0.15,
         whole_word_masking: bool = False,
+        causal: bool = False,
         max_sequences: int | None = None,
         rank: int = 0,
         world_size: int = 1,
         micro_batches: int = 1,
         pin_memory: bool = False,
     ):
-        """Raises UserError for settings that make no batch. max_sequences: B, by default from the mean length."""
+        """Raises UserError for settings that make no batch. max_sequences: B, by default from the mean length.
+
+        causal: nothing is masked, every token's label is the next token (mlm_probability counts as 0).
+        """
         if not 8 <= max_seqlen <= 65_535:
             raise UserError(f"a sequence length of {max_seqlen} is out of range: 8 to 65535")
         if token_budget < max_seqlen:
             raise UserError(f"a budget of {token_budget} tokens is smaller than a sequence of {max_seqlen}")
-        if not 0 < mlm_probability < 1:
+        if causal:
+            mlm_probability = 0.0
+        elif not 0 < mlm_probability < 1:
             raise UserError(f"a masking probability of {mlm_probability} is out of range: between 0 and 1")
         self.dataset, self.seed, self.max_seqlen, self.token_budget = dataset, seed % 2**64, max_seqlen, token_budget
         self.nsp, self.short_seq_prob = nsp, short_seq_prob
@@ -186,7 +192,7 @@ class Loader:
         # A fifth more than fit on average: a batch of many short samples may leave a few tokens unused.
         fit = token_budget / plan.lengths(first.samples).mean()
         self.max_sequences = max_sequences or ceil(1.2 * fit) + 2
-        self.max_predictions = ceil(mlm_probability * token_budget) + self.max_sequences
+        self.max_predictions = token_budget if causal else ceil(mlm_probability * token_budget) + self.max_sequences
         self._epochs[0] = Future()
         self._epochs[0].set_result(self._packed(first))
 

@@ -198,7 +198,8 @@ def fill(
     vocabulary: its size and the ids of [CLS], [SEP], [MASK]; is_continuation (V,) uint8: pieces that begin with ##.
     Of a sample's m tokens, specials not counted, exactly max(1, round(mlm_probability * m)) are to be predicted, all
     subsets equally likely: 80 % become [MASK], 10 % a random id of the whole vocabulary, 10 % stay. By whole words:
-    words in random order, passing over those too long for what is left. Returns (tokens, masked tokens).
+    words in random order, passing over those too long for what is left. With mlm_probability 0 nothing is masked:
+    every token but a sample's last is a read row, and its label is the next one. Returns (tokens, labels).
     """
     if _C is not None:
         return _C.fill(
@@ -214,31 +215,34 @@ def fill(
             [[cls_id], tokens[a : a + a_len], [sep_id], tokens[b : b + b_len], [sep_id] * (b_len > 0)]
         ).astype(np.int64)
         n, position = len(ids), np.arange(len(ids))
-        token_rows = np.concatenate([np.arange(1, a_len + 1), np.arange(a_len + 2, m + 2)])
-        wanted = max(1, round(mlm_probability * m))
-        if whole_word_masking:
-            starts = is_continuation[ids[token_rows]] == 0
-            starts[[0, a_len] if b_len else [0]] = True
-            picked = _pick_words(seed, epoch, index, wanted, starts)
+        if mlm_probability:
+            token_rows = np.concatenate([np.arange(1, a_len + 1), np.arange(a_len + 2, m + 2)])
+            wanted = max(1, round(mlm_probability * m))
+            if whole_word_masking:
+                starts = is_continuation[ids[token_rows]] == 0
+                starts[[0, a_len] if b_len else [0]] = True
+                picked = _pick_words(seed, epoch, index, wanted, starts)
+            else:
+                picked = np.array(sorted(_steps(seed, epoch, index, list(range(m)), wanted)), np.int64)
+            masked = token_rows[picked]
+            reads, labels = np.concatenate([[0], masked]), ids[masked]
+            words = philox(seed, epoch, REPLACE, index, picked)
+            replaced = np.where(words[:, 0] < 3865470566, below(words[:, 1], np.uint64(size)).astype(np.int64), labels)
+            ids[masked] = np.where(words[:, 0] < 3435973837, mask_id, replaced)
         else:
-            picked = np.array(sorted(_steps(seed, epoch, index, list(range(m)), wanted)), np.int64)
-        masked = token_rows[picked]
-        labels = ids[masked]
-        words = philox(seed, epoch, REPLACE, index, picked)
-        replaced = np.where(words[:, 0] < 3865470566, below(words[:, 1], np.uint64(size)).astype(np.int64), labels)
-        ids[masked] = np.where(words[:, 0] < 3435973837, mask_id, replaced)
+            reads, labels = position[:-1], ids[1:]
 
-        here, there = slice(row, row + n), slice(n_masked, n_masked + len(masked))
+        here, there = slice(row, row + n), slice(n_masked, n_masked + len(labels))
         out["input_ids"][here] = ids
         out["token_type_ids"][here] = position > a_len + 1
         out["position_ids"][here] = position
         out["row_key"][here] = (first_sequence + s) << 32 | position
         out["cls_index"][s] = read
-        out["read_rows"][read : read + 1 + len(masked)] = row + np.concatenate([[0], masked])
-        out["mask_index"][there] = read + 1 + np.arange(len(masked))
+        out["read_rows"][read : read + len(reads)] = row + reads
+        row, read, n_masked = row + n, read + len(reads), n_masked + len(labels)
+        out["mask_index"][there] = np.arange(read - len(labels), read)
         out["labels"][there] = labels
         out["next_sentence_label"][s] = label
-        row, read, n_masked = row + n, read + 1 + len(masked), n_masked + len(masked)
         out["cu_seqlens"][s + 1], out["cu_seqlens_read"][s + 1] = row, read
     out["next_sentence_label"][len(chosen) :] = -100
     out["cu_seqlens"][len(chosen) + 1 :] = row
