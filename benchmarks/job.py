@@ -24,5 +24,5 @@ def run(folder: Path) -> dict:
     data = config["data"]
     return {"suite": "job", **contest.provenance(config["threads"]), "settings": {
         "preset": settings.preset, "tokens": tokens, "text_tokens": data["tokens"], "vocab_size": data["vocab_size"],
-        "unigram_entropy": data["unigram_entropy"],
+        "unigram_entropy": data["unigram_entropy"], "causal": settings.causal,
     }, "rows": rows}

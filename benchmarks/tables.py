@@ -81,8 +81,9 @@ def sweep(found: list[dict]) -> dict:
 
 def _job(result: dict) -> list[dict]:
     settings = result["settings"]
-    columns = ["sequences up to", "steps", "tokens/s", "validation masked-LM loss", "below the unigram entropy",
-               "masked-LM accuracy", "next-sentence accuracy"]
+    words = "next-word" if settings.get("causal") else "masked-LM"
+    columns = ["sequences up to", "steps", "tokens/s", f"validation {words} loss", "below the unigram entropy",
+               f"{words} accuracy", "next-sentence accuracy"]
     lines = [[
         str(r["length"]), f"{r['steps']:,}", f"{settings['tokens'] / r['median']:,.0f}", f"{r['mlm_loss']:.3f}",
         f"{settings['unigram_entropy'] - r['mlm_loss']:.3f}", f"{r['mlm_accuracy']:.1%}",

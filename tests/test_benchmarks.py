@@ -398,8 +398,9 @@ def test_a_readme_is_filled_from_results_and_only_there(tmp_path):
         report.results(tmp_path / "none")
 
 
-def test_a_finished_run_is_a_result(tmp_path):
-    settings = asdict(Settings("runs/data", steps=20, long_share=0.5, tokens=512, log_every=5))
+@pytest.mark.parametrize(("causal", "words"), [(False, "masked-LM"), (True, "next-word")])
+def test_a_finished_run_is_a_result(causal, words, tmp_path):
+    settings = asdict(Settings("runs/data", steps=20, long_share=0.5, tokens=512, log_every=5, causal=causal))
     data = {"tokens": 9000, "vocab_size": 500, "unigram_entropy": 6.0}
     (tmp_path / "config.json").write_text(json.dumps(
         {"settings": settings, "precision": "fp32", "threads": 2, "data": data}))
@@ -412,6 +413,7 @@ def test_a_finished_run_is_a_result(tmp_path):
     rows += [{"step": 20, "validation_length": length, **found} for length in (128, 512)]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (table,) = report.tables(job.run(tmp_path))
+    assert table["columns"][3] == f"validation {words} loss"
     assert table["rows"] == [["128", "10", "150", "5.500", "0.500", "20.0%", "–"],
                              ["512", "10", "50", "5.500", "0.500", "20.0%", "–"]]
 
