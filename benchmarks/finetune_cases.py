@@ -6,8 +6,8 @@
 
 `quality` trains each case to its end, ours and the peer of finetune.py with the same data, start, hyper-parameters and
 steps, and scores both with our metrics. `transfer` trains on trec and ud_ewt from CKPT and from the same encoder with
-random weights: all of it, its head alone, and on cached features. Every row is written when it is there, and a second
-run goes on where the first stopped. `bertfast bench report` makes tables of the results.
+random weights: all of it, its head alone, on cached features, and on the word table alone. Every row is written when it
+is there, and a second run goes on where the first stopped. `bertfast bench report` makes tables of the results.
 
 SETS holds the public sets by name (sst2, trec_qc, clinc150, mrpc, rte, stsb, ud_ewt, wnut17, squad_v1_dev, copa,
 cosmosqa_valid, e2e_clean), each in its distributor's files.
@@ -60,6 +60,7 @@ CASES: dict[str, tuple[str, str, str, dict[str, Any], int]] = {
 }
 TRANSFER: dict[str, dict[str, Any]] = {  # how much of the encoder learns
     "fine-tuned": {"lr": 5e-4}, "frozen": {"freeze": "all", "lr": 1e-3}, "features": {"features": True, "lr": 5e-3},
+    "static": {"features": True, "static": True, "lr": 5e-3},
 }
 
 TRANSFER_SEEDS = 3

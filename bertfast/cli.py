@@ -183,6 +183,7 @@ def finetune(
     dropout: Annotated[float | None, typer.Option(help="Instead of the checkpoint's.")] = None,
     freeze: Annotated[str, typer.Option(help="none, embeddings, a number of layers from below, or all.")] = "none",
     features: Annotated[bool, typer.Option("--features", help="Encode once, train a mix of layers only.")] = False,
+    static: Annotated[bool, typer.Option("--static", help="Of the words' own vectors, not of layers.")] = False,
     style: Annotated[str, typer.Option(help="seq2seq: encoder-decoder or prefix-lm.")] = "encoder-decoder",
     max_target_length: Annotated[int, typer.Option(min=2, help="Tokens that are written at most (seq2seq).")] = 128,
     beams: Annotated[int, typer.Option(min=1, help="Beam search; 1 is greedy (seq2seq).")] = 1,

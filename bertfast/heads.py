@@ -240,13 +240,14 @@ class BertForFeatures(Headed):
 
     What is mixed is each sequence's mean over its tokens, or where config.extra["features"] is "tokens" the words'
     first pieces, where it is "rows" all tokens, for the span of an answer ("options": one output a sequence).
-    `features` computes it once, (N, layers + 1, H) in fp16, and `decide` is all that training runs. The rounding to
+    With config.extra["static"] there is nothing to mix but the word table's rows, normalised: static vectors, as
+    word2vec's are used (Mikolov et al. 2013). `features` computes it once, (N, layers + 1 or 1, H) in fp16, and `decide` is all that training runs. The rounding to
     fp16 belongs to the model: cached or not, the same numbers.
     """
 
     def __init__(self, config: BertConfig):
         super().__init__(config)
-        self.mix = ScalarMix(config.num_hidden_layers + 1)
+        self.mix = ScalarMix(1 if config.extra.get("static") else config.num_hidden_layers + 1)
         self.bert.requires_grad_(False)
 
     def n_outputs(self, config: BertConfig) -> int:
@@ -254,12 +255,16 @@ class BertForFeatures(Headed):
 
     @torch.no_grad()
     def features(self, batch: PackedBatch) -> Tensor:
-        """What `decide` reads of a packed batch: (B, P or T, layers + 1, H) fp16. No dropout, in training neither."""
+        """What `decide` reads of a packed batch: (B, P or T, layers + 1 or 1, H) fp16. No dropout, in training neither."""
         states: list[Tensor] = []
-        training = self.bert.training
-        self.bert.eval()
-        self.bert.encode(batch, read=False, hidden_states=states)
-        self.bert.train(training)
+        if self.config.extra.get("static"):
+            words = self.bert.embeddings.word_embeddings(batch.input_ids)
+            states.append(F.layer_norm(words, words.shape[1:]))
+        else:
+            training = self.bert.training
+            self.bert.eval()
+            self.bert.encode(batch, read=False, hidden_states=states)
+            self.bert.train(training)
         if self.config.extra.get("features") == "rows":
             return torch.stack([x[: batch.n_tokens] for x in states], 1).half()
         if self.config.extra.get("features") == "tokens":

@@ -143,7 +143,7 @@ class _Bar:
 
 
 @contextmanager
-def progress(steps: int, done: int, peak: float, causal: bool):
+def progress(steps: int, done: int, peak: float, causal: bool = False):
     """A progress bar over `steps`, of which `done` are behind; peak in FLOP/s."""
     if not console.is_terminal:
         yield _Bar(None, None, peak, steps, causal)

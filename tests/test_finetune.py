@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -27,6 +28,7 @@ from bertfast.finetune.read import open_table
 from bertfast.finetune.tag import Tagging
 from bertfast.finetune.task import Example, Settings
 from bertfast.finetune.train import TASKS, FineTuning, Window, finetune, freeze, layer_scale
+from bertfast.model import unpad
 
 FILLER = "the a cat dog house tree walked over under green small river near with some old".split()
 DIGITS = "one two three four five".split()
@@ -582,6 +584,20 @@ def test_features_are_cached_and_train_only_the_head(kind, start, tmp_path):
         for key, value in fresh.items():
             if key not in ("score", "scores"):
                 assert ours[key] == value
+
+
+def test_static_features_are_the_words_own_vectors(start, tmp_path):
+    chosen = settings("classification", start, tmp_path, features=True, static=True, lr=3e-2, steps=200, eval_every=200)
+    summary = finetune(tmp_path / "run", chosen, "")
+    assert summary["best"]["accuracy"] > 0.75
+    model = bertfast.heads.BertForFeatures.from_pretrained(tmp_path / "run" / "checkpoint")
+    ids = torch.tensor([[2, 40, 30, 20, 3], [2, 20, 40, 30, 3]])
+    table = model.bert.embeddings.word_embeddings.weight
+    expected = torch.nn.functional.layer_norm(table[ids[0]], table.shape[1:]).mean(0)
+    for vector in model.features(unpad(ids)[0]):  # the order of the words is nothing to it
+        torch.testing.assert_close(vector.float(), expected[None], rtol=1e-3, atol=1e-3)
+    with pytest.raises(UserError, match="--static says which features"):
+        finetune(tmp_path / "other", replace(chosen, features=False), "")
 
 
 def test_features_are_refused_where_text_is_written(start, tmp_path):

@@ -76,6 +76,7 @@ class Settings:
     dropout: float | None = None
     freeze: str = "none"
     features: bool = False
+    static: bool = False  # of the word table alone
     style: str = "encoder-decoder"  # or prefix-lm (seq2seq)
     max_target_length: int = 128
     beams: int = 1
@@ -233,10 +234,11 @@ class Task:
 
     def configure(self, config: BertConfig) -> None:
         """What the checkpoint's config.json says about the head, in transformers' words."""
-        for name in ("id2label", "label2id", "num_labels", "problem_type", "features"):  # an earlier task's
+        for name in ("id2label", "label2id", "num_labels", "problem_type", "features", "static"):  # an earlier task's
             config.extra.pop(name, None)
         if self.settings.features:
             config.extra["features"] = self.feature_rows
+            config.extra |= {"static": True} if self.settings.static else {}
         if not self.named_outputs:
             return
         config.extra["id2label"] = {str(i): label for i, label in enumerate(self.labels)}

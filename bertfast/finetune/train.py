@@ -123,8 +123,9 @@ class FineTuning:
         cached = {}
         if settings.features:
             rows = sum(map(self.task.n_features, self.train_items + self.dev_items))
-            size = 2 * rows * (self.config.num_hidden_layers + 1) * self.config.hidden_size
-            cached = {"features": f"{rows:,} rows of all layers' outputs, {size / 1e9:,.1f} GB in memory"}
+            layers, what = (1, "word vectors") if settings.static else (self.config.num_hidden_layers + 1, "all layers' outputs")
+            size = 2 * rows * layers * self.config.hidden_size
+            cached = {"features": f"{rows:,} rows of {what}, {size / 1e9:,.1f} GB in memory"}
         return {
             "task": f"{settings.task}: {self.task.head.__name__}"
                     + (f", {len(self.task.labels)} labels" if settings.task in ("classification", "tagging") else ""),
@@ -296,6 +297,8 @@ def check(settings: Settings) -> None:
         raise UserError("--style and --beams are for seq2seq")
     if settings.features and (settings.freeze != "none" or settings.layer_decay != 1):
         raise UserError("--features trains no part of the encoder: leave --freeze and --layer-decay out")
+    if settings.static and not settings.features:
+        raise UserError("--static says which features: it goes with --features")
     if not settings.label_separator:
         raise UserError("--label-separator is empty")
     if not (0 < settings.epochs < math.inf and (settings.steps is None or settings.steps > 0)):
