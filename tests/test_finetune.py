@@ -20,7 +20,7 @@ import bertfast.heads
 from bertfast import cli, machine
 from bertfast.data.tokenizer import Tokenizer
 from bertfast.files import UserError
-from bertfast.finetune import metrics
+from bertfast.finetune import metrics, show
 from bertfast.finetune.batches import by_budget, epoch_batches, pack
 from bertfast.finetune.predict import Predictor, predict_file, run
 from bertfast.finetune.read import open_table
@@ -671,6 +671,11 @@ def test_the_benchmarks_peer_trains_the_same(kind, start, tmp_path):
         assert loss == pytest.approx(float(window.loss), rel=2e-4), step
     ours, theirs = work.evaluate(model)[0], peer.evaluate()
     assert theirs == {name: pytest.approx(value, abs=0.02) for name, value in ours.items()}
+
+
+def test_a_label_of_dollars_is_drawn_as_it_is(tmp_path):
+    show.plot_confusion(tmp_path / "confusion.png", [0, 1], [1, 1], ["$_$", "$10-$20"])
+    assert (tmp_path / "confusion.png").stat().st_size > 1000
 
 
 def test_a_model_or_another_run_is_not_written_over(start, tmp_path):
