@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 import bertfast
 import bertfast.heads
 from bertfast import cli, machine
-from bertfast.data.tokenizer import Tokenizer
+from bertfast.data.tokenizer import SPECIAL_TOKENS, Tokenizer
 from bertfast.files import UserError
 from bertfast.finetune import metrics, show
 from bertfast.finetune.batches import by_budget, epoch_batches, pack
@@ -673,6 +673,25 @@ def test_the_benchmarks_peer_trains_the_same(kind, start, tmp_path):
     assert theirs == {name: pytest.approx(value, abs=0.02) for name, value in ours.items()}
 
 
+@pytest.mark.parametrize("context, answer, first, last", [
+    ("near \ud55c house", "\ud55c", 1, 3),  # Hangul: three letters without accents, of one character
+    ("near cafe\u0301 house", "cafe\u0301", 1, 1),  # a mark that no token holds
+    ("near \u200b house", "\u200b house", 1, 1), ("near \u200b house", "\u200b", -1, -1),
+])
+def test_answers_of_characters_that_normalisation_changes(context, answer, first, last):
+    words = "near where house cafe \u1112 ##\u1161 ##\u11ab".split()
+    tokenizer = Tokenizer({word: i for i, word in enumerate(SPECIAL_TOKENS + words)})
+    task = TASKS["qa"](Settings("qa", "model", "train"), tokenizer, 64, ["answers"])
+    example = Example("here", ("q", "where", context), [(context.index(answer), answer)])
+    (item,) = task.items([example])
+    offsets, begin, _ = item.extra
+    assert item.target == ((begin + first, begin + last) if first > 0 else (0, 0))
+    logits = np.zeros((2, item.n_tokens), np.float32)
+    logits[[0, 1], item.target] = 9
+    if first > 0:
+        assert task.predictions([example], [item], [logits.T])[0]["answer"] == answer.lstrip("\u200b ")
+
+
 def test_a_label_of_dollars_is_drawn_as_it_is(tmp_path):
     show.plot_confusion(tmp_path / "confusion.png", [0, 1], [1, 1], ["$_$", "$10-$20"])
     assert (tmp_path / "confusion.png").stat().st_size > 1000
@@ -725,5 +744,6 @@ def test_spans_in_bilou_and_words_of_any_alphabet():
     gold, guess = [["U-A", "U-A", "B-B", "L-B"]], [["U-A", "O", "B-B", "L-B"]]
     assert metrics.spans(gold, guess)["f1"] == pytest.approx(0.8)
     assert metrics.spans([["B-PER-x"]], [["B-LOC-x"]])["f1"] == 0
+    assert metrics.spans([["B", "I", "O", "B"]], [["B", "O", "O", "B"]])["f1"] == 0.5  # one of two spans, no kinds
     assert metrics.texts([["\u6211\u4eec\u53bb"]], ["\u6211\u4eec\u53bb"])["rouge_l"] == 1
     assert metrics.texts([["The cat's hat"]], ["the cat s HAT!"])["rouge_l"] == 1
