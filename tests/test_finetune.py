@@ -397,6 +397,15 @@ TABLES = {  # name: (file name, content, options) -> rows or error
     "fields": ("a.tsv", b"text\tlabel\none\tx\ntwo\n", {}, "a.tsv:3: 1 fields, but the header on line 1 names 2"),
     "csv quote": ("a.csv", b'text,label\n"one" two,x\n', {}, "a.csv:2: "),
     "jsonl fault": ("a.jsonl", b'{"text": "a"}\n{"text": \n', {}, "a.jsonl:2: not JSON"),
+    "blank lines first": ("a.tsv", b"\n\ntext\tlabel\none\n", {},
+                          "a.tsv:4: 1 fields, but the header on line 3 names 2"),
+    "an object a line in .json": ("a.json", b'{"text": "a"}\n{"text": "b", "label": 0}\n', {},
+                                  [{"text": "a"}, {"text": "b", "label": 0}]),
+    "utf-16 cut off": ("a.tsv", "text\tlabel\na\tx\n".encode("utf-16")[:-1], {},
+                       "a.tsv is UTF-16, but damaged or cut off"),
+    "deep json": ("a.json", b"[" * 100_000, {}, "a.json is not JSON"),
+    "deep jsonl": ("a.jsonl", b'{"text": "a"}\n' + b"[" * 100_000, {}, "a.jsonl:2: not JSON"),
+    "conll without a tag": ("a.conll", b"EU\t\nx\tO\n", {"words": True}, [{"1": ["EU", "x"], "2": ["", "O"]}]),
     "empty": ("a.tsv", b"", {}, "a.tsv is empty"),
     "compressed": ("a.tsv.gz", b"\x1f\x8b", {}, "is compressed: unpack it first"),
     "squad fault": ("a.json", b'{"data": [{"paragraphs": [{"context": "x", "qas": [{"id": 1}]}]}]}', {}, "question 1"),
@@ -417,6 +426,13 @@ def test_files_are_understood_or_explained(case, tmp_path):
         assert len(rows) == 1 and {k: rows[0][k] for k in expected} == expected
     else:
         assert rows == expected
+
+
+def test_columns_are_those_of_all_objects(tmp_path):
+    rows = [{"text": "a"}, {"text": "b", "text_pair": "c"}, {"label": 1}]
+    for name, content in {"a.jsonl": "\n".join(map(json.dumps, rows)), "a.json": json.dumps(rows)}.items():
+        (tmp_path / name).write_text(content)
+        assert open_table(tmp_path / name).columns == ["text", "text_pair", "label"], name
 
 
 FAULTS = {  # name: (task, content of train.tsv or .jsonl, options, what the one line must say)
