@@ -536,6 +536,7 @@ def test_chinese_words_from_characters(start, tmp_path):
     example = task.example(row, {"words": "tokens"})
     assert example.inputs == list("今天天气好")
     assert example.label == ["B-WORD", "I-WORD", "B-WORD", "I-WORD", "B-WORD"]
+    assert task.example(row._replace(values={"tokens": ["", *row.values["tokens"]]}), {"words": "tokens"}) == example
     task.learn([example], [example])
     items = task.items([example])
     guess = [np.array([task.label_ids[t] for t in ("B-WORD", "I-WORD", "I-WORD", "B-WORD", "B-WORD")])]
