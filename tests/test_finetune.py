@@ -1,6 +1,7 @@
 """Fine-tuning end to end: every task learns, transformers scores its checkpoint the same, faults are explained."""
 
 import json
+import os
 import random
 import signal
 import subprocess
@@ -747,6 +748,10 @@ def test_predict_reads_what_training_read(start, tmp_path):
     with pytest.raises(UserError, match="holds no examples"):
         predict_file(predictor, tmp_path / "test.tsv", out)
     assert out.read_bytes() == before
+    os.mkfifo(tmp_path / "pipe")
+    for taken in ("pipe", "test.tsv"):
+        with pytest.raises(UserError, match="choose another --out"):
+            predict_file(predictor, tmp_path / "test.tsv", tmp_path / taken)
     (tmp_path / "single.tsv").write_text("text\na\n\nb\n\n")
     assert [row.values["text"] for row in open_table(tmp_path / "single.tsv")] == ["a", "", "b"]
 
