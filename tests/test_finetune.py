@@ -1,6 +1,7 @@
 """Fine-tuning end to end: every task learns, transformers scores its checkpoint the same, faults are explained."""
 
 import json
+import os
 import random
 import signal
 import subprocess
@@ -19,9 +20,9 @@ from typer.testing import CliRunner
 import bertfast
 import bertfast.heads
 from bertfast import cli, machine
-from bertfast.data.tokenizer import Tokenizer
+from bertfast.data.tokenizer import SPECIAL_TOKENS, Tokenizer
 from bertfast.files import UserError
-from bertfast.finetune import metrics
+from bertfast.finetune import metrics, show
 from bertfast.finetune.batches import by_budget, epoch_batches, pack
 from bertfast.finetune.predict import Predictor, predict_file, run
 from bertfast.finetune.read import open_table
@@ -399,6 +400,15 @@ TABLES = {  # name: (file name, content, options) -> rows or error
     "fields": ("a.tsv", b"text\tlabel\none\tx\ntwo\n", {}, "a.tsv:3: 1 fields, but the header on line 1 names 2"),
     "csv quote": ("a.csv", b'text,label\n"one" two,x\n', {}, "a.csv:2: "),
     "jsonl fault": ("a.jsonl", b'{"text": "a"}\n{"text": \n', {}, "a.jsonl:2: not JSON"),
+    "blank lines first": ("a.tsv", b"\n\ntext\tlabel\none\n", {},
+                          "a.tsv:4: 1 fields, but the header on line 3 names 2"),
+    "an object a line in .json": ("a.json", b'{"text": "a"}\n{"text": "b", "label": 0}\n', {},
+                                  [{"text": "a"}, {"text": "b", "label": 0}]),
+    "utf-16 cut off": ("a.tsv", "text\tlabel\na\tx\n".encode("utf-16")[:-1], {},
+                       "a.tsv is UTF-16, but damaged or cut off"),
+    "deep json": ("a.json", b"[" * 100_000, {}, "a.json is not JSON"),
+    "deep jsonl": ("a.jsonl", b'{"text": "a"}\n' + b"[" * 100_000, {}, "a.jsonl:2: not JSON"),
+    "conll without a tag": ("a.conll", b"EU\t\nx\tO\n", {"words": True}, [{"1": ["EU", "x"], "2": ["", "O"]}]),
     "empty": ("a.tsv", b"", {}, "a.tsv is empty"),
     "compressed": ("a.tsv.gz", b"\x1f\x8b", {}, "is compressed: unpack it first"),
     "squad fault": ("a.json", b'{"data": [{"paragraphs": [{"context": "x", "qas": [{"id": 1}]}]}]}', {}, "question 1"),
@@ -421,6 +431,13 @@ def test_files_are_understood_or_explained(case, tmp_path):
         assert rows == expected
 
 
+def test_columns_are_those_of_all_objects(tmp_path):
+    rows = [{"text": "a"}, {"text": "b", "text_pair": "c"}, {"label": 1}]
+    for name, content in {"a.jsonl": "\n".join(map(json.dumps, rows)), "a.json": json.dumps(rows)}.items():
+        (tmp_path / name).write_text(content)
+        assert open_table(tmp_path / name).columns == ["text", "text_pair", "label"], name
+
+
 FAULTS = {  # name: (task, content of train.tsv or .jsonl, options, what the one line must say)
     "no label": ("classification", "text\tlabel\na\tx\nb\t\n", {}, "train.tsv:3: no label in label"),
     "which column": ("classification", "phrase\tlabel\na\tx\n", {}, "Name it with --text; there are: phrase, label"),
@@ -431,6 +448,10 @@ FAULTS = {  # name: (task, content of train.tsv or .jsonl, options, what the one
     "tags": ("tagging", '{"tokens": ["a", "b"], "tags": ["X"]}', {}, "train.jsonl:1: 2 words, but 1 tags"),
     "option": ("multiple-choice", "text\tchoice1\tchoice2\tlabel\na\tb\t\t0\n", {},
                "train.tsv:2: option 2 of 2 is missing"),
+    "number as option": ("multiple-choice", '{"text": "a", "choices": ["b", 3], "label": 0}', {},
+                         "train.jsonl:1: option 2 of 2 is 3, not text"),
+    "label nan": ("classification", '{"text": "a", "label": NaN}', {}, "train.jsonl:1: no label in label"),
+    "label object": ("classification", '{"text": "a", "label": {"x": 1}}', {}, "label is {'x': 1}, not a label"),
     "choice": ("multiple-choice", "text\tchoice1\tchoice2\tlabel\na\tb\tc\t3\n", {}, "label '3' names none of the 2"),
     "answer": ("qa", '{"context": "abc", "question": "x", "answers": {"text": ["b"], "answer_start": [0]}}', {},
                "the answer 'b' is not at character 0"),
@@ -522,6 +543,7 @@ def test_chinese_words_from_characters(start, tmp_path):
     example = task.example(row, {"words": "tokens"})
     assert example.inputs == list("今天天气好")
     assert example.label == ["B-WORD", "I-WORD", "B-WORD", "I-WORD", "B-WORD"]
+    assert task.example(row._replace(values={"tokens": ["", *row.values["tokens"]]}), {"words": "tokens"}) == example
     task.learn([example], [example])
     items = task.items([example])
     guess = [np.array([task.label_ids[t] for t in ("B-WORD", "I-WORD", "I-WORD", "B-WORD", "B-WORD")])]
@@ -689,6 +711,30 @@ def test_the_benchmarks_peer_trains_the_same(kind, start, tmp_path):
     assert theirs == {name: pytest.approx(value, abs=0.02) for name, value in ours.items()}
 
 
+@pytest.mark.parametrize("context, answer, first, last", [
+    ("near \ud55c house", "\ud55c", 1, 3),  # Hangul: three letters without accents, of one character
+    ("near cafe\u0301 house", "cafe\u0301", 1, 1),  # a mark that no token holds
+    ("near \u200b house", "\u200b house", 1, 1), ("near \u200b house", "\u200b", -1, -1),
+])
+def test_answers_of_characters_that_normalisation_changes(context, answer, first, last):
+    words = "near where house cafe \u1112 ##\u1161 ##\u11ab".split()
+    tokenizer = Tokenizer({word: i for i, word in enumerate(SPECIAL_TOKENS + words)})
+    task = TASKS["qa"](Settings("qa", "model", "train"), tokenizer, 64, ["answers"])
+    example = Example("here", ("q", "where", context), [(context.index(answer), answer)])
+    (item,) = task.items([example])
+    offsets, begin, _ = item.extra
+    assert item.target == ((begin + first, begin + last) if first > 0 else (0, 0))
+    logits = np.zeros((2, item.n_tokens), np.float32)
+    logits[[0, 1], item.target] = 9
+    if first > 0:
+        assert task.predictions([example], [item], [logits.T])[0]["answer"] == answer.lstrip("\u200b ")
+
+
+def test_a_label_of_dollars_is_drawn_as_it_is(tmp_path):
+    show.plot_confusion(tmp_path / "confusion.png", [0, 1], [1, 1], ["$_$", "$10-$20"])
+    assert (tmp_path / "confusion.png").stat().st_size > 1000
+
+
 def test_a_model_or_another_run_is_not_written_over(start, tmp_path):
     chosen = settings("classification", start, tmp_path)
     config = (start / "config.json").read_bytes()
@@ -718,6 +764,10 @@ def test_predict_reads_what_training_read(start, tmp_path):
     with pytest.raises(UserError, match="holds no examples"):
         predict_file(predictor, tmp_path / "test.tsv", out)
     assert out.read_bytes() == before
+    os.mkfifo(tmp_path / "pipe")
+    for taken in ("pipe", "test.tsv"):
+        with pytest.raises(UserError, match="choose another --out"):
+            predict_file(predictor, tmp_path / "test.tsv", tmp_path / taken)
     (tmp_path / "single.tsv").write_text("text\na\n\nb\n\n")
     assert [row.values["text"] for row in open_table(tmp_path / "single.tsv")] == ["a", "", "b"]
 
@@ -736,5 +786,6 @@ def test_spans_in_bilou_and_words_of_any_alphabet():
     gold, guess = [["U-A", "U-A", "B-B", "L-B"]], [["U-A", "O", "B-B", "L-B"]]
     assert metrics.spans(gold, guess)["f1"] == pytest.approx(0.8)
     assert metrics.spans([["B-PER-x"]], [["B-LOC-x"]])["f1"] == 0
+    assert metrics.spans([["B", "I", "O", "B"]], [["B", "O", "O", "B"]])["f1"] == 0.5  # one of two spans, no kinds
     assert metrics.texts([["\u6211\u4eec\u53bb"]], ["\u6211\u4eec\u53bb"])["rouge_l"] == 1
     assert metrics.texts([["The cat's hat"]], ["the cat s HAT!"])["rouge_l"] == 1

@@ -5,6 +5,7 @@ its own, whose target is [CLS] where the answer lies elsewhere. From all windows
 their start and end logits; "no answer" scores as [CLS] does, at its lowest over the windows (Devlin et al. 2019).
 """
 
+import unicodedata
 from dataclasses import replace
 from typing import Any
 
@@ -75,10 +76,12 @@ class Answering(Task):
 
     def _windows(self, index: int, example: Example, encoding) -> list[Item]:
         items = []
+        after = _past_marks(example.inputs[2])
         for part in [encoding, *encoding.overflowing]:
             one = sequence(part)
             offsets = np.array(part.offsets, np.int32)
             begin, end = one.second, len(one.ids) - 1  # the context's rows
+            offsets[begin:end, 1] = after[offsets[begin:end, 1]]
             target = None
             if example.label is not None:
                 target = (0, 0)
@@ -150,7 +153,18 @@ def _rows_of(offsets: np.ndarray, begin: int, end: int, first: int, last: int) -
     starts, ends = offsets[begin:end, 0], offsets[begin:end, 1]
     if not len(starts) or starts[0] > first or ends[-1] < last:
         return 0, 0
-    return begin + int(np.searchsorted(starts, first, "right")) - 1, begin + int(np.searchsorted(ends, last))
+    # several rows may hold one character (Hangul without accents is taken apart), and no row an unreadable one
+    start, stop = int(np.searchsorted(ends, first, "right")), int(np.searchsorted(starts, last))
+    return (begin + start, begin + stop - 1) if start < stop else (0, 0)
+
+
+def _past_marks(text: str) -> np.ndarray:
+    """(n + 1,): each position, moved past the combining marks there: an uncased model's tokens end before them."""
+    after = np.arange(len(text) + 1, dtype=np.int32)
+    for i in range(len(text) - 1, -1, -1):
+        if unicodedata.category(text[i]) == "Mn":
+            after[i] = after[i + 1]
+    return after
 
 
 def _best_spans(logits: np.ndarray, begin: int, end: int, longest: int) -> list[tuple[float, int, int]]:

@@ -52,7 +52,9 @@ class Classification(Task):
             return sorted({str(part).strip() for part in parts if part is not None} - {""})
         if isinstance(value, list):
             raise UserError(f"{row.where}: {column} is a list: say --multi-label if a row may have several labels")
-        if value is None or not str(value).strip():
+        if isinstance(value, (dict, bytes)):
+            raise UserError(f"{row.where}: {column} is {value!r}, not a label")
+        if value is None or value != value or not str(value).strip():  # NaN, where pandas had nothing
             raise UserError(f"{row.where}: no label in {column}")
         return str(value).strip()
 
@@ -196,7 +198,9 @@ class MultipleChoice(Task):
         values = [row.values.get(column) for column in self.option_columns]
         options = values[0] if len(values) == 1 and isinstance(values[0], list) else values
         for i, option in enumerate(options, 1):
-            if not isinstance(option, str) or not option.strip():
+            if option is not None and not isinstance(option, str):
+                raise UserError(f"{row.where}: option {i} of {len(options)} is {option!r}, not text")
+            if not option or not option.strip():
                 raise UserError(f"{row.where}: option {i} of {len(options)} is missing")
         if len(options) < 2:
             raise UserError(f"{row.where}: {len(options)} option: there is nothing to choose")

@@ -66,8 +66,8 @@ def tags(gold: list[list[str]], guess: list[list[str]]) -> dict[str, float]:
 def spans(gold: list[list[str]], guess: list[list[str]]) -> dict[str, float]:
     """Precision, recall and F1 of whole spans (as conlleval counts them), and the words' accuracy."""
     seqeval = need("seqeval.metrics")
-    # BILOU as BIOES, which seqeval knows; its old versions take a kind from the last hyphen on
-    known = lambda tag: {"U": "S", "L": "E"}.get(tag[0], tag[0]) + tag[1:2] + tag[2:].replace("-", "\0")
+    # BILOU as BIOES, which seqeval knows; its old versions take a kind from the last hyphen on, of "B" the letter
+    known = lambda tag: {"U": "S", "L": "E"}.get(tag[0], tag[0]) + "-" + tag[2:].replace("-", "\0")
     gold, guess = ([[known(tag) for tag in row] for row in rows] for rows in (gold, guess))
     with warnings.catch_warnings():  # a model that predicts no span yet is no reason to warn
         warnings.simplefilter("ignore")

@@ -88,6 +88,8 @@ def predict_file(predictor: Predictor, source: Path, out: Path, columns: list[st
     found = predictor.task.as_in_training(table, predictor.task.find_columns(table, labelled=False))
     if out.is_dir():
         raise UserError(f"{out} is a folder, not a file to write")
+    if out.exists() and (not out.is_file() or out.samefile(source)):  # a device would be replaced, too
+        raise UserError(f"{out} is {'the input' if out.is_file() else 'no file'}: choose another --out")
     began, n = time.perf_counter(), 0
     with atomic_path(out) as path, open(path, "w", encoding="utf-8") as file, report.counter("predicted") as count:
         for n, prediction in enumerate(predictor.predict(iter(table), found), 1):

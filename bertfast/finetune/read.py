@@ -9,7 +9,7 @@ import codecs
 import csv
 import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -71,20 +71,23 @@ def open_table(path: str | Path, columns: list[str] | None = None, words: bool =
 
 def _encoding(path: Path) -> tuple[str, list[str]]:
     """The encoding of a text file, and a note where it is not plain UTF-8."""
-    decoder = codecs.getincrementaldecoder("utf-8")()
     try:
         with open(path, "rb") as file:
             start = file.read(4)
-            if start[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
-                return "utf-16", [f"{path.name} is UTF-16"]
+            wide = start[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+            decoder = codecs.getincrementaldecoder("utf-16" if wide else "utf-8")()
             decoder.decode(start)
             while piece := file.read(1 << 20):
                 decoder.decode(piece)
             decoder.decode(b"", final=True)
-    except UnicodeDecodeError:
+    except UnicodeDecodeError as error:
+        if wide:
+            raise UserError(f"{path} is UTF-16, but damaged or cut off: {error.reason}") from error
         return "latin-1", [f"{path.name} is not UTF-8: read as Latin-1"]
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from error
+    if wide:
+        return "utf-16", [f"{path.name} is UTF-16"]
     return "utf-8-sig", []  # which drops a byte-order mark, where there is one
 
 
@@ -126,8 +129,8 @@ def _delimited(path: Path, encoding: str, delimiter: str, columns: list[str] | N
             except csv.Error as error:
                 raise UserError(f"{path}:{number}: {error}") from error
 
-    first = next((record for _, record in records() if any(map(str.strip, record))), None)
-    if first is None:
+    line, first = next(((n, record) for n, record in records() if any(map(str.strip, record))), (0, []))
+    if not first:
         raise UserError(f"{path} is empty")
     names = columns or [name.strip() for name in first]
     if len(set(names)) < len(names):
@@ -143,7 +146,7 @@ def _delimited(path: Path, encoding: str, delimiter: str, columns: list[str] | N
             if len(record) < len(names) or (len(record) > len(names) and not columns):
                 raise UserError(
                     f"{path}:{number}: {len(record)} fields, but "
-                    + (f"--columns names {len(names)}" if columns else f"the header on line 1 names {len(names)}")
+                    + (f"--columns names {len(names)}" if columns else f"the header on line {line} names {len(names)}")
                 )
             yield Row(dict(zip(names, record)), f"{path}:{number}")
 
@@ -176,13 +179,15 @@ def _is_quoted_tsv(path: Path, encoding: str) -> bool:
 
 
 def _json(path: Path, encoding: str) -> Table:
-    """An object a line; or one JSON value: a list of objects, or SQuAD's nested layout."""
+    """An object a line, whatever the ending; or one JSON value: a list of objects, or SQuAD's nested layout."""
     first = next((line for _, line in _lines(path, encoding) if line.strip()), None)
     if first is None:
         raise UserError(f"{path} is empty")
     try:
-        one_a_line = isinstance(json.loads(first), dict) and path.suffix.lower() == ".jsonl"
-    except ValueError:
+        value = json.loads(first)
+        one_a_line = isinstance(value, dict) and (
+            path.suffix.lower() == ".jsonl" or not isinstance(value.get("data"), list))
+    except (ValueError, RecursionError):
         one_a_line = path.suffix.lower() == ".jsonl"  # its error is told with its line, below
     if not one_a_line:
         return _whole_json(path, encoding)
@@ -193,14 +198,19 @@ def _json(path: Path, encoding: str) -> Table:
                 continue
             try:
                 value = json.loads(line)
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 raise UserError(f"{path}:{number}: not JSON: {error}") from error
             if not isinstance(value, dict):
                 raise UserError(f"{path}:{number}: not a JSON object")
             _whole_characters(line, value, f"{path}:{number}")
             yield Row(value, f"{path}:{number}")
 
-    return Table(path, "JSONL", list(next(rows()).values), rows)
+    return Table(path, "JSONL", _keys(rows()), rows)
+
+
+def _keys(rows: Iterable[Row]) -> list[str]:
+    """The columns of JSON objects, of which the first may lack some."""
+    return list(dict.fromkeys(key for row in rows for key in row.values))
 
 
 def _whole_characters(text: str, value: Any, where: str) -> None:
@@ -216,7 +226,7 @@ def _whole_json(path: Path, encoding: str) -> Table:
     text = path.read_text(encoding=encoding)
     try:
         value = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is not JSON: {error}") from error
     _whole_characters(text, value, str(path))
     if isinstance(value, dict) and isinstance(value.get("data"), list):
@@ -225,7 +235,7 @@ def _whole_json(path: Path, encoding: str) -> Table:
     if not isinstance(value, list) or not value or not all(isinstance(v, dict) for v in value):
         raise UserError(f"{path}: expected a list of JSON objects, an object a line (.jsonl), or SQuAD's layout")
     rows = [Row(v, f"{path}: record {i}") for i, v in enumerate(value, 1)]
-    return Table(path, "JSON", list(value[0]), lambda: iter(rows))
+    return Table(path, "JSON", _keys(rows), lambda: iter(rows))
 
 
 def _squad(path: Path, articles: list) -> Iterator[Row]:
@@ -296,8 +306,8 @@ def _word_lines(path: Path, encoding: str, columns: list[str] | None, conllu: bo
     first = next(lines, None)
     if first is None:
         raise UserError(f"{path} is empty")
-    separator = "\t" if "\t" in first.strip() else None
-    width = len(first.strip().split(separator))
+    separator = "\t" if "\t" in first else None
+    width = len(first.split(separator))
     names = columns or (CONLLU if conllu else [str(i) for i in range(1, width + 1)])
     if len(names) > width:
         raise UserError(f"{path}: {width} columns, but {len(names)} names ({', '.join(names)})")

@@ -119,8 +119,8 @@ def plot_confusion(path: Path, gold: list[int], guess: list[int], labels: list[s
     figure, axis = plt.subplots(figsize=(size, size), layout="constrained")
     axis.imshow(counts / np.maximum(1, counts.sum(1, keepdims=True)), cmap="Blues", vmin=0, vmax=1)
     names = [labels[i][:24] for i in drawn]
-    axis.set_xticks(range(len(drawn)), names, rotation=90)
-    axis.set_yticks(range(len(drawn)), names)
+    axis.set_xticks(range(len(drawn)), names, rotation=90, parse_math=False)  # a label's dollars are no formula
+    axis.set_yticks(range(len(drawn)), names, parse_math=False)
     axis.set_xlabel("predicted")
     axis.set_ylabel("true")
     for i, j in np.argwhere(counts):

@@ -54,6 +54,7 @@ class Tagging(Task):
         if not words:
             self.counts["sentences without a word"] += 1
         if self.settings.characters:
+            words = list(filter(None, words))
             tags = [tag for word in words for tag in ["B-WORD", *["I-WORD"] * (len(word) - 1)]]
             return Example(row.where, list("".join(words)), tags if labelled else None)
         if not labelled:
