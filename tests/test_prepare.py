@@ -92,6 +92,38 @@ def test_folders_globs_and_a_mixture(tmp_path: Path, vocab: Path) -> None:
     assert text_of(tmp_path / "one") == text_of(tmp_path / "two") == EXPECTED
 
 
+def test_a_file_is_read_once(tmp_path: Path, vocab: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Though it is named in several ways, or a link leads to it or to a folder around it."""
+    (tmp_path / "in").mkdir()
+    source = write(tmp_path / "in" / "a.txt", DOCUMENTS)
+    (tmp_path / "in" / "loop").symlink_to(".")
+    (tmp_path / "in" / "b.txt").symlink_to("a.txt")
+    monkeypatch.chdir(tmp_path)
+    for inputs in (["in/**/*.txt"], ["in/a.txt", str(source), "in/../in/a.txt", "in"]):
+        prepare(inputs, "set", vocab=vocab, workers=1)
+        assert text_of(tmp_path / "set") == EXPECTED
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="names are bytes there")
+def test_names_that_are_no_utf8(tmp_path: Path, vocab: Path) -> None:
+    source = os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9.txt")
+    write(Path(source), DOCUMENTS)
+    manifest = prepare([source], tmp_path / "set", vocab=vocab, workers=1)
+    assert text_of(tmp_path / "set") == EXPECTED
+    assert files.read_json(tmp_path / "set" / "manifest.json") == manifest
+    before = (tmp_path / "set" / "manifest.json").stat()
+    prepare([source], tmp_path / "set", vocab=vocab, workers=1)
+    assert (tmp_path / "set" / "manifest.json").stat() == before
+
+
+@pytest.mark.parametrize("column", [pa.array(DOCUMENTS).dictionary_encode(), pa.array(DOCUMENTS, pa.large_string()),
+                                    pa.array(DOCUMENTS, pa.string_view())], ids=["categories", "large", "view"])
+def test_text_as_parquet_keeps_it(column: pa.Array, tmp_path: Path, vocab: Path) -> None:
+    pq.write_table(pa.table({"text": column}), tmp_path / "a.parquet")
+    prepare([str(tmp_path / "a.parquet")], tmp_path / "set", vocab=vocab, workers=1)
+    assert text_of(tmp_path / "set") == EXPECTED
+
+
 def test_a_byte_order_mark_windows_line_ends_and_blank_lines(tmp_path: Path, vocab: Path) -> None:
     content = "\ufeff\r\n \r\n" + "\r\n \t \r\n\r\n".join(x.replace("\n", "\r\n") for x in DOCUMENTS) + "\r\n\r\n"
     (tmp_path / "a.txt").write_bytes(content.encode())
@@ -219,6 +251,7 @@ def mistake(tmp_path: Path, name: str, content: bytes | None, message: str, *, f
     [
         ("absent.txt", None, "there is no file .*absent.txt"),
         ("*.nothing", None, "there is no file"),
+        (f"{'x' * 300}.txt", None, "cannot read .*: File name too long"),
         ("a.txt", b"", "a.txt is empty"),
         ("a.pdf", b"%PDF", "unknown kind: known are .txt"),
         ("a.txt", b"text\0more", "binary file"),
