@@ -149,6 +149,17 @@ def test_sentences(document: str, sentences: list[str]) -> None:
     assert split_sentences(document) == sentences
 
 
+def test_a_long_line_is_looked_at_in_windows(monkeypatch: pytest.MonkeyPatch) -> None:
+    segment, seen = preparing.sentencex.segment, []
+    monkeypatch.setattr(preparing.sentencex, "segment", lambda code, x: seen.append(len(x)) or segment(code, x))
+    monkeypatch.setattr(preparing, "WINDOW", 200)
+    for sentence, between in [("Number {} comes after the one before.", " "), ("第{}个句子在这里结束。", "")]:
+        sentences = [sentence.format(i) for i in range(300)]
+        assert split_sentences(between.join(sentences)) == sentences
+    assert max(seen) == 200
+    assert split_sentences("abc" * 1000) == ["abc" * 1000]
+
+
 def test_long_text_without_full_stops_is_cut_at_words(tmp_path: Path, vocab: Path) -> None:
     words = ["abcdefg"[: 1 + i % 7] for i in range(2000)]
     (tmp_path / "a.txt").write_text(" ".join(words))
