@@ -306,6 +306,11 @@ def test_mistakes_in_the_output(tmp_path: Path, vocab: Path, monkeypatch: pytest
         with pytest.raises(UserError, match=message):
             prepare([source], tmp_path / out, vocab=vocab, workers=1)
     assert (tmp_path / "mine" / "thesis.txt").read_text() == "precious"
+    prepare([source], tmp_path / "set", vocab=vocab, workers=1)
+    (tmp_path / "mine").rename(tmp_path / "set" / "run")
+    with pytest.raises(UserError, match=r"holds more than a prepared set .run.: choose another"):
+        prepare([source], tmp_path / "set", vocab_size=100, workers=1)
+    assert (tmp_path / "set" / "run" / "thesis.txt").read_text() == "precious"
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
     monkeypatch.setattr(os.path, "ismount", lambda path: path.name == "disk")
@@ -353,6 +358,9 @@ def test_damaged_sets_are_named(tmp_path: Path, vocab: Path) -> None:
         ("manifest.json", b"[]", "not the manifest"),
         ("manifest.json", json.dumps({**manifest, "version": 99}).encode(), "another version"),
         ("manifest.json", json.dumps({**manifest, "files": 3}).encode(), "manifest.json is damaged"),
+        ("manifest.json", json.dumps({**manifest, "dtype": "eint16"}).encode(), "manifest.json is damaged"),
+        ("manifest.json", json.dumps({**manifest, "unigram_entropy": "x"}).encode(), "manifest.json is damaged"),
+        ("manifest.json", json.dumps({**manifest, "files": {}}).encode(), "manifest.json is damaged"),
         ("manifest.json", None, "cannot read .*manifest.json"),
     ]
     for name, content, message in cases:

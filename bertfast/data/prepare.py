@@ -38,6 +38,8 @@ from bertfast.data.tokenizer import Tokenizer, WordCache
 from bertfast.files import UserError, atomic_folder, read_json, sha256, write_json
 
 VERSION = 1
+FILES = {"tokens.bin", "sentences.bin", "documents.bin", "vocab.txt", "tokenizer.json", "tokenizer_config.json",
+         "manifest.json"}
 LONGEST_SENTENCE = 128  # tokens; text without full stops is cut at a word, or samples would lose what does not fit
 WINDOW = 10_000  # characters of a line that sentences are looked for in at a time
 VOCABULARY_TEXT = 64_000_000  # characters that a vocabulary is learned from, spread evenly over the input
@@ -133,6 +135,8 @@ def _already(out: Path, recipe: dict[str, Any]) -> dict[str, Any] | None:
     manifest = read_json(out / "manifest.json")
     if not isinstance(manifest, dict) or manifest.get("format") != "bertfast data":
         raise UserError(f"{out} exists and is no prepared set: choose another folder")
+    if others := sorted({path.name for path in out.iterdir()} - FILES):  # a run's folder, a user's notes
+        raise UserError(f"{out} holds more than a prepared set ({', '.join(others[:4])}): choose another folder")
     if manifest.get("version") != VERSION or manifest.get("recipe") != recipe:
         return None
     try:
