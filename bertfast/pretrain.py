@@ -26,7 +26,7 @@ from .checkpoint import find, read_tensors, run_settings
 from .config import BertConfig
 from .data.dataset import Dataset, Loader
 from .data.tokenizer import Tokenizer
-from .files import UserError, atomic_folder, create_folder, read_json, write_json
+from .files import UserError, atomic_folder, create_folder, locked, read_json, sha256, write_json
 from .initial import start_from_counts, with_ordinary_tables
 from .model import BertForMaskedLM, BertForPreTraining
 from .optim import Optimizer, check_numbers, linear_schedule
@@ -253,10 +253,11 @@ class Run:
         Raises KeyboardInterrupt after a Ctrl-C.
         """
         settings = self.settings
-        metrics = report.Metrics(self.folder, self.step, settings.tensorboard)
         results: dict[int, dict] = {}
         checkpoint = self.folder
-        with stop_on_interrupt(self), report.progress(settings.steps, self.step, self.peak) as bar:
+        with (locked(self.folder, self.folder), stop_on_interrupt(self),
+              report.progress(settings.steps, self.step, self.peak) as bar):
+            metrics = report.Metrics(self.folder, self.step, settings.tensorboard)
             for start, end, length in settings.phases():
                 if self.step >= end:
                     continue
@@ -440,11 +441,11 @@ def start(folder: Path, settings: Settings, resume: bool) -> Run:
     run = Run(folder, settings, checkpoint)
     if checkpoint:
         run.resume(checkpoint)
-    create_folder(folder)
-    write_json(folder / "config.json", {
-        "settings": asdict(settings), "bertfast": __version__, "torch": torch.__version__,
-        "precision": run.precision, "threads": torch.get_num_threads(), "data": run.train_data.manifest,
-    })
+    with locked(create_folder(folder), folder):
+        write_json(folder / "config.json", {
+            "settings": asdict(settings), "bertfast": __version__, "torch": torch.__version__,
+            "precision": run.precision, "threads": torch.get_num_threads(), "data": run.train_data.manifest,
+        })
     return run
 
 

@@ -1,5 +1,6 @@
 """From files to a prepared set: every kind of input, every mistake, interruption, and the files' own safety."""
 
+import errno
 import gzip
 import json
 import os
@@ -524,6 +525,18 @@ def test_files_are_whole_or_absent(tmp_path: Path) -> None:
         (new / "three").write_text("")
     assert [x.name for x in (tmp_path / "folder").iterdir()] == ["three"] and (tmp_path / "link").is_symlink()
     assert sorted(x.name for x in tmp_path.iterdir()) == ["a.json", "folder", "folder2", "link"]
+
+
+@pytest.mark.skipif(files.fcntl is None, reason="no locks there")
+def test_a_file_system_without_locks_of_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """NFS answers EBADF: an exclusive lock is for what is open for writing, which folders never are."""
+    def flock(*_) -> None:
+        raise OSError(errno.EBADF, "Bad file descriptor")
+
+    monkeypatch.setattr(files.fcntl, "flock", flock)
+    with files.atomic_folder(tmp_path / "folder") as new:
+        (new / "a").write_text("")
+    assert [x.name for x in (tmp_path / "folder").iterdir()] == ["a"]
 
 
 @pytest.mark.skipif(os.name == "nt", reason="no such errors there")
