@@ -5,6 +5,8 @@ sentence pairs) of the whole step. Everything random is a function of (seed, ste
 interrupted and resumed is the run that was not.
 """
 
+import hashlib
+import json
 import re
 import shutil
 import signal
@@ -155,7 +157,12 @@ class Run:
         self.folder, self.settings = folder, settings
         settings.check()
         self.device = machine.choose_device()
-        trainer = _trainer_state(checkpoint) if checkpoint else {}
+        trainer = self.trainer = _trainer_state(checkpoint) if checkpoint else {}
+        now = asdict(settings)
+        changed = [f"{name} {value} (now {now[name]})" for name, value in trainer.get("settings", {}).items()
+                   if name != "data" and now.get(name, value) != value]
+        if changed:
+            raise UserError(f"{checkpoint} was trained with other settings: {', '.join(changed)}")
         precision = trainer["precision"] if checkpoint else settings.precision
         self.precision, self.precision_reason = machine.choose_precision(precision, self.device)
         self.train_data = Dataset(settings.data, split="train")
@@ -381,18 +388,20 @@ class Run:
             self.model.save_pretrained(folder, weights)
             self.tokenizer.save(folder)
             save_file(self.optimizer.state_dict(), folder / "optimizer.safetensors")
-            write_json(folder / "trainer.json", {
+            trainer = {
                 "step": self.step, "tokens_seen": self.tokens_seen, "settings": asdict(self.settings),
                 "precision": self.precision, "loader": self.loader_state, "window": self.window_state,
                 "data_files": self.train_data.manifest["files"],
-            })
+                "files": {path.name: sha256(path) for path in sorted(folder.iterdir())},
+            }
+            write_json(folder / "trainer.json", {**trainer, "checksum": _checksum(trainer)})
         for old in _numbered(self.folder)[:-KEEP_CHECKPOINTS]:
             shutil.rmtree(old, ignore_errors=True)
         return path
 
     def resume(self, path: Path) -> None:
         """Go on from the checkpoint that this run was made with. Raises UserError where it is damaged."""
-        trainer = _trainer_state(path)
+        trainer = self.trainer
         try:
             state = load_file(path / "optimizer.safetensors")
         except (SafetensorError, OSError) as error:
@@ -417,11 +426,22 @@ def latest(folder: Path) -> Path | None:
 
 
 def _trainer_state(checkpoint: Path) -> dict[str, Any]:
-    """What a checkpoint says of the run. Raises UserError where it is damaged."""
+    """What a checkpoint says of the run. Raises UserError where any of its files is damaged."""
     trainer = read_json(checkpoint / "trainer.json")
     if not isinstance(trainer, dict) or {"step", "tokens_seen", "precision", "loader", "data_files"} - set(trainer):
         raise UserError(f"{checkpoint / 'trainer.json'} is damaged")
+    checksum = trainer.pop("checksum", None)
+    if checksum or "files" in trainer:  # checkpoints of before have neither
+        damaged = ["trainer.json"] if checksum != _checksum(trainer) else [
+            name for name, expected in trainer["files"].items() if sha256(checkpoint / name) != expected]
+        if damaged:
+            raise UserError(f"{checkpoint / damaged[0]} is damaged (its checksum differs): delete {checkpoint}, and "
+                            "--resume goes on from the one before")
     return trainer
+
+
+def _checksum(trainer: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(trainer, sort_keys=True).encode()).hexdigest()
 
 
 def stored_settings(folder: Path) -> Settings:

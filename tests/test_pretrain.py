@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 import bertfast
 from bertfast import cli, machine, pretrain
 from bertfast.data.prepare import prepare
-from bertfast.files import UserError
+from bertfast.files import UserError, locked
 from bertfast.fill_mask import FillMask
 from bertfast.optim import Optimizer
 from bertfast.pretrain import Settings, learning_rate, start, step_seed, useful_flops
@@ -170,6 +170,48 @@ def test_resuming_is_as_if_nothing_had_happened(crash_after, corpus, tmp_path, m
     assert a.keys() == b.keys() and all(torch.equal(a[n], b[n]) for n in a)
     timeless = lambda folder: [{k: v for k, v in r.items() if k != "tokens_per_sec"} for r in rows(folder)]
     assert timeless(tmp_path / "whole") == timeless(tmp_path / "broken")
+
+
+def test_a_checkpoint_with_a_changed_byte_is_not_gone_on_from(corpus, tmp_path):
+    start(tmp_path, settings(corpus, steps=1), resume=False).train()
+    last = pretrain.latest(tmp_path)
+    for file in last.iterdir():
+        good = file.read_bytes()
+        at = good.index(b'"batch": 1') + 9 if file.name == "trainer.json" else len(good) - 9
+        file.write_bytes(good[:at] + bytes([good[at] ^ 2]) + good[at + 1 :])
+        with pytest.raises(UserError, match=f"{file.name} is damaged .its checksum differs.: delete"):
+            start(tmp_path, pretrain.stored_settings(tmp_path), resume=True)
+        file.write_bytes(good)
+    trainer = json.loads((last / "trainer.json").read_text())
+    del trainer["files"], trainer["checksum"]  # as checkpoints were before
+    (last / "trainer.json").write_text(json.dumps(trainer))
+    assert start(tmp_path, pretrain.stored_settings(tmp_path), resume=True).step == 1
+
+
+def test_damaged_rows_cost_no_others(tmp_path):
+    good = [{"step": 1, "loss": 2.0}, {"step": 2, "loss": 1.0}, {"step": 3, "loss": 0.5}]
+    one, two, three = (json.dumps(row).encode() for row in good)
+    lines = [one, b'{"st\xffep": 1}', b"7", b'{"step": null}', two, b"\0\0", three, b'{"step": 4, "lo']
+    (tmp_path / "metrics.jsonl").write_bytes(b"\n".join(lines))
+    assert pretrain.report.read_metrics(tmp_path) == good
+    pretrain.report.Metrics(tmp_path, 2, tensorboard=False)
+    assert rows(tmp_path) == good[:2]
+
+
+def test_two_processes_do_not_train_one_run(corpus, tmp_path):
+    run = start(tmp_path, settings(corpus), resume=False)
+    with locked(tmp_path, tmp_path):
+        for begin in (run.train, lambda: start(tmp_path, settings(corpus, seed=2), resume=False)):
+            with pytest.raises(UserError, match="is being written by another process"):
+                begin()
+    assert pretrain.stored_settings(tmp_path).seed == 1 and not (tmp_path / "metrics.jsonl").exists()
+
+
+def test_the_closing_table_of_a_run_without_a_finite_loss(corpus, tmp_path, capsys):
+    results, _ = start(tmp_path, settings(corpus, steps=2, lr=1e11, warmup=0.0), resume=False).train()
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "mlm_loss": null}\n')
+    pretrain.report.closing_table(tmp_path, results, 6.0)
+    assert "below the unigram entropy" in " ".join(capsys.readouterr().out.split())
 
 
 @pytest.mark.parametrize("source", ["model_config", "init_from"])
