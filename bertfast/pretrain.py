@@ -36,6 +36,7 @@ from .step_graph import StepGraph
 from .version import __version__
 
 KEEP_CHECKPOINTS = 2
+LARGEST_STEP = 2**27  # tokens; a step's batches are held together, in some 60 bytes a token
 PATIENCE = 10  # steps skipped in a row before the run stops
 
 
@@ -80,8 +81,18 @@ class Settings:
 
     def check(self) -> None:
         """Raises UserError for settings no run can have."""
-        if self.steps < 1 or self.micro_batches < 1:
-            raise UserError("--steps and --micro-batches must be at least 1")
+        for field in fields(self):
+            kind: Any = field.type
+            value, allowed = getattr(self, field.name), (int, float) if kind is float else kind
+            if not isinstance(value, allowed) or (isinstance(value, bool) and kind is not bool):
+                words = {int: "a whole number", float: "a number", bool: "true or false"}.get(kind, "text")
+                raise UserError(f"{field.name} must be {words}, got {value!r}")
+        for name in ("steps", "micro_batches", "log_every", "eval_every", "save_every"):
+            if not 1 <= getattr(self, name) <= 10**12:
+                raise UserError(f"--{name.replace('_', '-')} must be between 1 and 10^12")
+        if self.tokens * self.micro_batches > LARGEST_STEP:
+            raise UserError(f"{self.tokens * self.micro_batches:,} tokens a step (--tokens times --micro-batches) are "
+                            f"too many: {LARGEST_STEP:,} at most")
         if not 0 <= self.long_share <= 1 or not 0 <= self.warmup <= 1:
             raise UserError("--long-share and --warmup are shares, between 0 and 1")
         if self.optimizer not in ("adamw", "lamb"):
@@ -92,7 +103,7 @@ class Settings:
                       dropout=self.dropout, seed=self.seed)
         machine.check_precision(self.precision)
         BertConfig.preset(self.preset)
-        if self.preset != "mini" and (self.model_config or self.init_from):
+        if (self.preset != "mini") + bool(self.model_config) + bool(self.init_from) > 1:
             raise UserError("--preset, or --model-config, or --init-from: one of them says what the model is")
         for _, _, length in self.phases():
             if length < 8:
@@ -450,7 +461,12 @@ def stored_settings(folder: Path) -> Settings:
     known = {f.name for f in fields(Settings)}
     if "data" not in values or set(values) - known:
         raise UserError(f"{folder / 'config.json'} is not that of a pretraining run")
-    return Settings(**values)
+    settings = Settings(**values)
+    try:
+        settings.check()
+    except UserError as error:
+        raise UserError(f"{folder / 'config.json'} is damaged: {error}") from error
+    return settings
 
 
 def start(folder: Path, settings: Settings, resume: bool) -> Run:

@@ -447,8 +447,12 @@ def test_every_mistake_is_one_line(corpus, tmp_path, capsys, monkeypatch):
         ((["--data", data, *small, "--optimizer", "sgd"]), "optimizer 'sgd' is unknown"),
         ((["--data", data, *small, "--dropout", 1.5]), "dropout"),
         ((["--data", data, *small, "--out", read_only / "run"]), "cannot create"),
-        ((["--data", foreign, *small, "--init-from", last]), "vocabulary of 400"),
-        ((["--data", tmp_path / "reordered", *small, "--init-from", last]), "with another vocabulary than that of"),
+        ((["--data", foreign, *small[2:], "--init-from", last]), "vocabulary of 400"),
+        ((["--data", data, *small, "--init-from", last]), "one of them says what the model is"),
+        ((["--data", data, *small, "--micro-batches", 1_000_000]), "256,000,000 tokens a step"),
+        ((["--data", data, *small, "--tokens", 10**30]), "tokens a step"),
+        ((["--data", data, *small, "--steps", 10**400]), "--steps must be between 1 and 10^12"),
+        ((["--data", tmp_path / "reordered", *small[2:], "--init-from", last]), "with another vocabulary than that of"),
         ((["--data", tmp_path / "one", *small]), "single validation sample: more documents are needed"),
         ((["--data", data, *small, "--model-config", untyped]), "add --no-nsp"),
         ((["--data", data, *small, "--out", done]), "already holds a run"),
@@ -459,12 +463,18 @@ def test_every_mistake_is_one_line(corpus, tmp_path, capsys, monkeypatch):
         out = [] if "--out" in args else ["--out", tmp_path / "run"]
         code, line = command(capsys, monkeypatch, "pretrain", *args, *out)
         assert code == 2 and line.startswith("bertfast: ") and message in line, (message, code, line)
-    (last / "model.safetensors").write_bytes(b"\0" * 100)
-    code, line = command(capsys, monkeypatch, "pretrain", "--out", done, "--resume")
-    assert code == 2 and "damaged or truncated" in line
-    for path, content, message in [(last / "trainer.json", "{}", "trainer.json is damaged"),
+    edited = lambda **changes: json.dumps({"settings": {**vars(pretrain.stored_settings(done)), **changes}})
+    untouched = edited()
+    for path, content, message in [(done / "config.json", edited(lr=0.5), "with other settings: lr 0.001 (now 0.5)"),
+                                   (done / "config.json", edited(steps="4"), "steps must be a whole number, got '4'"),
+                                   (done / "config.json", edited(nsp=None), "nsp must be true or false, got None"),
+                                   (done / "config.json", edited(lr=True), "config.json is damaged: lr must be a num"),
+                                   (done / "config.json", edited(preset=3), "preset must be text, got 3"),
+                                   (done / "config.json", edited(log_every=0), "--log-every must be between 1"),
+                                   (last / "trainer.json", "{}", "trainer.json is damaged"),
                                    (done / "config.json", "[]", "is not that of a pretraining run"),
                                    (done / "config.json", '{"settings": null}', "is not that of a pretraining run")]:
+        (done / "config.json").write_text(untouched)
         path.write_text(content)
         code, line = command(capsys, monkeypatch, "pretrain", "--out", done, "--resume")
         assert code == 2 and message in line
