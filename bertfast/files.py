@@ -65,31 +65,29 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
         temporary.mkdir(exist_ok=True)
     except OSError as error:
         raise _explained(error, path) from error
-    lock = _locked(temporary, path)
-    try:
-        for leftover in temporary.iterdir():
-            shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
-        yield temporary
-        readers = temporary.stat().st_mode & 0o666
-        for folder, _, names in os.walk(temporary):
-            for name in names:
-                Path(folder, name).chmod(readers)
-                _sync(Path(folder, name))
-            _sync(Path(folder))
-        shutil.rmtree(old, ignore_errors=True)
-        if path.exists():
-            os.replace(path, old)  # a folder cannot be renamed over a full one
-        os.replace(temporary, path)
-        _sync(path.parent)
-    except Exception as error:
-        raise _explained(error, path) from error
-    finally:
-        if old.exists() and not path.exists():
-            os.replace(old, path)
-        shutil.rmtree(old, ignore_errors=True)
-        shutil.rmtree(temporary, ignore_errors=True)
-        if lock is not None:
-            os.close(lock)
+    with locked(temporary, path):
+        try:
+            for leftover in temporary.iterdir():
+                shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+            yield temporary
+            readers = temporary.stat().st_mode & 0o666
+            for folder, _, names in os.walk(temporary):
+                for name in names:
+                    Path(folder, name).chmod(readers)
+                    _sync(Path(folder, name))
+                _sync(Path(folder))
+            shutil.rmtree(old, ignore_errors=True)
+            if path.exists():
+                os.replace(path, old)  # a folder cannot be renamed over a full one
+            os.replace(temporary, path)
+            _sync(path.parent)
+        except Exception as error:
+            raise _explained(error, path) from error
+        finally:
+            if old.exists() and not path.exists():
+                os.replace(old, path)
+            shutil.rmtree(old, ignore_errors=True)
+            shutil.rmtree(temporary, ignore_errors=True)
 
 
 def siblings(path: Path) -> tuple[Path, Path]:
@@ -97,17 +95,30 @@ def siblings(path: Path) -> tuple[Path, Path]:
     return path.parent / f".{path.name}.tmp", path.parent / f".{path.name}.old"
 
 
-def _locked(folder: Path, path: Path) -> int | None:
-    """A descriptor of `folder` that holds its lock, which ends with the process, however that ends."""
+@contextmanager
+def locked(folder: Path, path: Path) -> Iterator[None]:
+    """Holds the lock of `folder`, which ends with the process, however that ends.
+
+    Raises UserError, naming `path`, where another process holds it. Some file systems have no such locks (NFS, of
+    folders): there two processes are not told apart.
+    """
     if fcntl is None:
-        return None
-    lock = os.open(folder, os.O_RDONLY)
+        yield
+        return
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        lock = os.open(folder, os.O_RDONLY)
     except OSError as error:
+        raise _explained(error, path) from error
+    try:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise UserError(f"{path} is being written by another process") from error
+        except OSError:
+            pass
+        yield
+    finally:
         os.close(lock)
-        raise UserError(f"{path} is being written by another process") from error
-    return lock
 
 
 def write_bytes(path: str | Path, data: bytes) -> None:
@@ -118,7 +129,8 @@ def write_bytes(path: str | Path, data: bytes) -> None:
 
 def write_json(path: str | Path, value: Any) -> None:
     """Write `value` as indented JSON, atomically. Raises UserError where it cannot be written."""
-    write_bytes(path, (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode())
+    text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
+    write_bytes(path, text.encode(errors="backslashreplace"))  # bytes of a file's name that are no UTF-8: \\udc80
 
 
 def read_json(path: str | Path) -> Any:

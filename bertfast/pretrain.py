@@ -5,6 +5,8 @@ sentence pairs) of the whole step. Everything random is a function of (seed, ste
 interrupted and resumed is the run that was not.
 """
 
+import hashlib
+import json
 import re
 import shutil
 import signal
@@ -26,7 +28,7 @@ from .checkpoint import find, read_tensors, run_settings
 from .config import BertConfig
 from .data.dataset import Dataset, Loader
 from .data.tokenizer import Tokenizer
-from .files import UserError, atomic_folder, create_folder, read_json, write_json
+from .files import UserError, atomic_folder, create_folder, locked, read_json, sha256, write_json
 from .initial import start_from_counts, with_ordinary_tables
 from .model import BertForMaskedLM, BertForPreTraining, BertLMHeadModel
 from .optim import Optimizer, check_numbers, linear_schedule
@@ -34,6 +36,7 @@ from .step_graph import StepGraph
 from .version import __version__
 
 KEEP_CHECKPOINTS = 2
+LARGEST_STEP = 2**27  # tokens; a step's batches are held together, in some 60 bytes a token
 PATIENCE = 10  # steps skipped in a row before the run stops
 
 
@@ -84,8 +87,18 @@ class Settings:
 
     def check(self) -> None:
         """Raises UserError for settings no run can have."""
-        if self.steps < 1 or self.micro_batches < 1:
-            raise UserError("--steps and --micro-batches must be at least 1")
+        for field in fields(self):
+            kind: Any = field.type
+            value, allowed = getattr(self, field.name), (int, float) if kind is float else kind
+            if not isinstance(value, allowed) or (isinstance(value, bool) and kind is not bool):
+                words = {int: "a whole number", float: "a number", bool: "true or false"}.get(kind, "text")
+                raise UserError(f"{field.name} must be {words}, got {value!r}")
+        for name in ("steps", "micro_batches", "log_every", "eval_every", "save_every"):
+            if not 1 <= getattr(self, name) <= 10**12:
+                raise UserError(f"--{name.replace('_', '-')} must be between 1 and 10^12")
+        if self.tokens * self.micro_batches > LARGEST_STEP:
+            raise UserError(f"{self.tokens * self.micro_batches:,} tokens a step (--tokens times --micro-batches) are "
+                            f"too many: {LARGEST_STEP:,} at most")
         if not 0 <= self.long_share <= 1 or not 0 <= self.warmup <= 1:
             raise UserError("--long-share and --warmup are shares, between 0 and 1")
         if self.optimizer not in ("adamw", "lamb"):
@@ -98,7 +111,7 @@ class Settings:
                       dropout=self.dropout, seed=self.seed)
         machine.check_precision(self.precision)
         BertConfig.preset(self.preset)
-        if self.preset != "mini" and (self.model_config or self.init_from):
+        if (self.preset != "mini") + bool(self.model_config) + bool(self.init_from) > 1:
             raise UserError("--preset, or --model-config, or --init-from: one of them says what the model is")
         for _, _, length in self.phases():
             if length < 8:
@@ -165,7 +178,12 @@ class Run:
         self.folder, self.settings = folder, settings
         settings.check()
         self.device = machine.choose_device()
-        trainer = _trainer_state(checkpoint) if checkpoint else {}
+        trainer = self.trainer = _trainer_state(checkpoint) if checkpoint else {}
+        now = asdict(settings)
+        changed = [f"{name} {value} (now {now[name]})" for name, value in trainer.get("settings", {}).items()
+                   if name != "data" and now.get(name, value) != value]
+        if changed:
+            raise UserError(f"{checkpoint} was trained with other settings: {', '.join(changed)}")
         precision = trainer["precision"] if checkpoint else settings.precision
         self.precision, self.precision_reason = machine.choose_precision(precision, self.device)
         self.train_data = Dataset(settings.data, split="train")
@@ -264,10 +282,11 @@ class Run:
         Raises KeyboardInterrupt after a Ctrl-C.
         """
         settings = self.settings
-        metrics = report.Metrics(self.folder, self.step, settings.tensorboard)
         results: dict[int, dict] = {}
         checkpoint = self.folder
-        with stop_on_interrupt(self), report.progress(settings.steps, self.step, self.peak, settings.causal) as bar:
+        with (locked(self.folder, self.folder), stop_on_interrupt(self),
+              report.progress(settings.steps, self.step, self.peak, settings.causal) as bar):
+            metrics = report.Metrics(self.folder, self.step, settings.tensorboard)
             for start, end, length in settings.phases():
                 if self.step >= end:
                     continue
@@ -391,18 +410,20 @@ class Run:
             self.model.save_pretrained(folder, weights)
             self.tokenizer.save(folder)
             save_file(self.optimizer.state_dict(), folder / "optimizer.safetensors")
-            write_json(folder / "trainer.json", {
+            trainer = {
                 "step": self.step, "tokens_seen": self.tokens_seen, "settings": asdict(self.settings),
                 "precision": self.precision, "loader": self.loader_state, "window": self.window_state,
                 "data_files": self.train_data.manifest["files"],
-            })
+                "files": {path.name: sha256(path) for path in sorted(folder.iterdir())},
+            }
+            write_json(folder / "trainer.json", {**trainer, "checksum": _checksum(trainer)})
         for old in _numbered(self.folder)[:-KEEP_CHECKPOINTS]:
             shutil.rmtree(old, ignore_errors=True)
         return path
 
     def resume(self, path: Path) -> None:
         """Go on from the checkpoint that this run was made with. Raises UserError where it is damaged."""
-        trainer = _trainer_state(path)
+        trainer = self.trainer
         try:
             state = load_file(path / "optimizer.safetensors")
         except (SafetensorError, OSError) as error:
@@ -427,11 +448,22 @@ def latest(folder: Path) -> Path | None:
 
 
 def _trainer_state(checkpoint: Path) -> dict[str, Any]:
-    """What a checkpoint says of the run. Raises UserError where it is damaged."""
+    """What a checkpoint says of the run. Raises UserError where any of its files is damaged."""
     trainer = read_json(checkpoint / "trainer.json")
     if not isinstance(trainer, dict) or {"step", "tokens_seen", "precision", "loader", "data_files"} - set(trainer):
         raise UserError(f"{checkpoint / 'trainer.json'} is damaged")
+    checksum = trainer.pop("checksum", None)
+    if checksum or "files" in trainer:  # checkpoints of before have neither
+        damaged = ["trainer.json"] if checksum != _checksum(trainer) else [
+            name for name, expected in trainer["files"].items() if sha256(checkpoint / name) != expected]
+        if damaged:
+            raise UserError(f"{checkpoint / damaged[0]} is damaged (its checksum differs): delete {checkpoint}, and "
+                            "--resume goes on from the one before")
     return trainer
+
+
+def _checksum(trainer: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(trainer, sort_keys=True).encode()).hexdigest()
 
 
 def stored_settings(folder: Path) -> Settings:
@@ -440,7 +472,12 @@ def stored_settings(folder: Path) -> Settings:
     known = {f.name for f in fields(Settings)}
     if "data" not in values or set(values) - known:
         raise UserError(f"{folder / 'config.json'} is not that of a pretraining run")
-    return Settings(**values)
+    settings = Settings(**values)
+    try:
+        settings.check()
+    except UserError as error:
+        raise UserError(f"{folder / 'config.json'} is damaged: {error}") from error
+    return settings
 
 
 def start(folder: Path, settings: Settings, resume: bool) -> Run:
@@ -451,11 +488,11 @@ def start(folder: Path, settings: Settings, resume: bool) -> Run:
     run = Run(folder, settings, checkpoint)
     if checkpoint:
         run.resume(checkpoint)
-    create_folder(folder)
-    write_json(folder / "config.json", {
-        "settings": asdict(settings), "bertfast": __version__, "torch": torch.__version__,
-        "precision": run.precision, "threads": torch.get_num_threads(), "data": run.train_data.manifest,
-    })
+    with locked(create_folder(folder), folder):
+        write_json(folder / "config.json", {
+            "settings": asdict(settings), "bertfast": __version__, "torch": torch.__version__,
+            "precision": run.precision, "threads": torch.get_num_threads(), "data": run.train_data.manifest,
+        })
     return run
 
 

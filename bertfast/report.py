@@ -4,7 +4,7 @@ import json
 import math
 import os
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
@@ -105,14 +105,14 @@ class Metrics:
 
 
 def read_metrics(folder: Path) -> list[dict]:
-    """The rows of a run's metrics.jsonl; a last line cut short by a crash is left out."""
+    """The rows of a run's metrics.jsonl; a line cut short by a crash, or damaged, is left out."""
     rows = []
     if (folder / "metrics.jsonl").exists():
-        for line in (folder / "metrics.jsonl").read_text().splitlines():
-            try:
-                rows.append(json.loads(line))
-            except ValueError:
-                break
+        for line in (folder / "metrics.jsonl").read_text(errors="replace").splitlines():
+            with suppress(ValueError):
+                row = json.loads(line)
+                if isinstance(row, dict) and isinstance(row.get("step"), int):
+                    rows.append(row)
     return rows
 
 
@@ -253,7 +253,8 @@ def closing_table(folder: Path, results: dict[int, dict], entropy: float, causal
             cells = [format(c[name], form) if name in c else "" for c in columns]
             table.add_row(title.format(_predicted(causal)), *cells)
         if name == "mlm_loss":
-            table.add_row("  below the unigram entropy", *(f"{entropy - c[name]:.3f}" for c in columns))
+            below = (format(entropy - c[name], ".3f") if name in c else "" for c in columns)
+            table.add_row("  below the unigram entropy", *below)
     console.print(table)
 
 

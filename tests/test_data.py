@@ -185,6 +185,8 @@ def test_vocabulary_mistakes(tmp_path: Path) -> None:
         Tokenizer.load(tmp_path)
     with pytest.raises(UserError, match="99 entries is too small"):
         Tokenizer.train(["a b c"], 99)
+    with pytest.raises(UserError, match="2147483648 entries is too large"):
+        Tokenizer.train(["a b c"], 2**31)
     (tmp_path / "vocab.txt").write_text(good)
     (tmp_path / "tokenizer_config.json").write_text("[]")
     with pytest.raises(UserError, match="tokenizer_config.json is not a tokenizer's configuration"):

@@ -1,5 +1,6 @@
 """From files to a prepared set: every kind of input, every mistake, interruption, and the files' own safety."""
 
+import errno
 import gzip
 import json
 import os
@@ -92,6 +93,38 @@ def test_folders_globs_and_a_mixture(tmp_path: Path, vocab: Path) -> None:
     assert text_of(tmp_path / "one") == text_of(tmp_path / "two") == EXPECTED
 
 
+def test_a_file_is_read_once(tmp_path: Path, vocab: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Though it is named in several ways, or a link leads to it or to a folder around it."""
+    (tmp_path / "in").mkdir()
+    source = write(tmp_path / "in" / "a.txt", DOCUMENTS)
+    (tmp_path / "in" / "loop").symlink_to(".")
+    (tmp_path / "in" / "b.txt").symlink_to("a.txt")
+    monkeypatch.chdir(tmp_path)
+    for inputs in (["in/**/*.txt"], ["in/a.txt", str(source), "in/../in/a.txt", "in"]):
+        prepare(inputs, "set", vocab=vocab, workers=1)
+        assert text_of(tmp_path / "set") == EXPECTED
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="names are bytes there")
+def test_names_that_are_no_utf8(tmp_path: Path, vocab: Path) -> None:
+    source = os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9.txt")
+    write(Path(source), DOCUMENTS)
+    manifest = prepare([source], tmp_path / "set", vocab=vocab, workers=1)
+    assert text_of(tmp_path / "set") == EXPECTED
+    assert files.read_json(tmp_path / "set" / "manifest.json") == manifest
+    before = (tmp_path / "set" / "manifest.json").stat()
+    prepare([source], tmp_path / "set", vocab=vocab, workers=1)
+    assert (tmp_path / "set" / "manifest.json").stat() == before
+
+
+@pytest.mark.parametrize("column", [pa.array(DOCUMENTS).dictionary_encode(), pa.array(DOCUMENTS, pa.large_string()),
+                                    pa.array(DOCUMENTS, pa.string_view())], ids=["categories", "large", "view"])
+def test_text_as_parquet_keeps_it(column: pa.Array, tmp_path: Path, vocab: Path) -> None:
+    pq.write_table(pa.table({"text": column}), tmp_path / "a.parquet")
+    prepare([str(tmp_path / "a.parquet")], tmp_path / "set", vocab=vocab, workers=1)
+    assert text_of(tmp_path / "set") == EXPECTED
+
+
 def test_a_byte_order_mark_windows_line_ends_and_blank_lines(tmp_path: Path, vocab: Path) -> None:
     content = "\ufeff\r\n \r\n" + "\r\n \t \r\n\r\n".join(x.replace("\n", "\r\n") for x in DOCUMENTS) + "\r\n\r\n"
     (tmp_path / "a.txt").write_bytes(content.encode())
@@ -115,6 +148,17 @@ def test_a_byte_order_mark_windows_line_ends_and_blank_lines(tmp_path: Path, voc
 )  # fmt: skip
 def test_sentences(document: str, sentences: list[str]) -> None:
     assert split_sentences(document) == sentences
+
+
+def test_a_long_line_is_looked_at_in_windows(monkeypatch: pytest.MonkeyPatch) -> None:
+    segment, seen = preparing.sentencex.segment, []
+    monkeypatch.setattr(preparing.sentencex, "segment", lambda code, x: seen.append(len(x)) or segment(code, x))
+    monkeypatch.setattr(preparing, "WINDOW", 200)
+    for sentence, between in [("Number {} comes after the one before.", " "), ("第{}个句子在这里结束。", "")]:
+        sentences = [sentence.format(i) for i in range(300)]
+        assert split_sentences(between.join(sentences)) == sentences
+    assert max(seen) == 200
+    assert split_sentences("abc" * 1000) == ["abc" * 1000]
 
 
 def test_long_text_without_full_stops_is_cut_at_words(tmp_path: Path, vocab: Path) -> None:
@@ -219,6 +263,7 @@ def mistake(tmp_path: Path, name: str, content: bytes | None, message: str, *, f
     [
         ("absent.txt", None, "there is no file .*absent.txt"),
         ("*.nothing", None, "there is no file"),
+        (f"{'x' * 300}.txt", None, "cannot read .*: File name too long"),
         ("a.txt", b"", "a.txt is empty"),
         ("a.pdf", b"%PDF", "unknown kind: known are .txt"),
         ("a.txt", b"text\0more", "binary file"),
@@ -262,6 +307,11 @@ def test_mistakes_in_the_output(tmp_path: Path, vocab: Path, monkeypatch: pytest
         with pytest.raises(UserError, match=message):
             prepare([source], tmp_path / out, vocab=vocab, workers=1)
     assert (tmp_path / "mine" / "thesis.txt").read_text() == "precious"
+    prepare([source], tmp_path / "set", vocab=vocab, workers=1)
+    (tmp_path / "mine").rename(tmp_path / "set" / "run")
+    with pytest.raises(UserError, match=r"holds more than a prepared set .run.: choose another"):
+        prepare([source], tmp_path / "set", vocab_size=100, workers=1)
+    assert (tmp_path / "set" / "run" / "thesis.txt").read_text() == "precious"
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
     monkeypatch.setattr(os.path, "ismount", lambda path: path.name == "disk")
@@ -309,6 +359,9 @@ def test_damaged_sets_are_named(tmp_path: Path, vocab: Path) -> None:
         ("manifest.json", b"[]", "not the manifest"),
         ("manifest.json", json.dumps({**manifest, "version": 99}).encode(), "another version"),
         ("manifest.json", json.dumps({**manifest, "files": 3}).encode(), "manifest.json is damaged"),
+        ("manifest.json", json.dumps({**manifest, "dtype": "eint16"}).encode(), "manifest.json is damaged"),
+        ("manifest.json", json.dumps({**manifest, "unigram_entropy": "x"}).encode(), "manifest.json is damaged"),
+        ("manifest.json", json.dumps({**manifest, "files": {}}).encode(), "manifest.json is damaged"),
         ("manifest.json", None, "cannot read .*manifest.json"),
     ]
     for name, content, message in cases:
@@ -472,6 +525,18 @@ def test_files_are_whole_or_absent(tmp_path: Path) -> None:
         (new / "three").write_text("")
     assert [x.name for x in (tmp_path / "folder").iterdir()] == ["three"] and (tmp_path / "link").is_symlink()
     assert sorted(x.name for x in tmp_path.iterdir()) == ["a.json", "folder", "folder2", "link"]
+
+
+@pytest.mark.skipif(files.fcntl is None, reason="no locks there")
+def test_a_file_system_without_locks_of_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """NFS answers EBADF: an exclusive lock is for what is open for writing, which folders never are."""
+    def flock(*_) -> None:
+        raise OSError(errno.EBADF, "Bad file descriptor")
+
+    monkeypatch.setattr(files.fcntl, "flock", flock)
+    with files.atomic_folder(tmp_path / "folder") as new:
+        (new / "a").write_text("")
+    assert [x.name for x in (tmp_path / "folder").iterdir()] == ["a"]
 
 
 @pytest.mark.skipif(os.name == "nt", reason="no such errors there")

@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 import bertfast
 from bertfast import cli, machine, pretrain
 from bertfast.data.prepare import prepare
-from bertfast.files import UserError
+from bertfast.files import UserError, locked
 from bertfast.fill_mask import FillMask
 from bertfast.optim import Optimizer
 from bertfast.pretrain import Settings, learning_rate, start, step_seed, useful_flops
@@ -196,6 +196,48 @@ def test_resuming_is_as_if_nothing_had_happened(crash_after, corpus, tmp_path, m
     assert a.keys() == b.keys() and all(torch.equal(a[n], b[n]) for n in a)
     timeless = lambda folder: [{k: v for k, v in r.items() if k != "tokens_per_sec"} for r in rows(folder)]
     assert timeless(tmp_path / "whole") == timeless(tmp_path / "broken")
+
+
+def test_a_checkpoint_with_a_changed_byte_is_not_gone_on_from(corpus, tmp_path):
+    start(tmp_path, settings(corpus, steps=1), resume=False).train()
+    last = pretrain.latest(tmp_path)
+    for file in last.iterdir():
+        good = file.read_bytes()
+        at = good.index(b'"batch": 1') + 9 if file.name == "trainer.json" else len(good) - 9
+        file.write_bytes(good[:at] + bytes([good[at] ^ 2]) + good[at + 1 :])
+        with pytest.raises(UserError, match=f"{file.name} is damaged .its checksum differs.: delete"):
+            start(tmp_path, pretrain.stored_settings(tmp_path), resume=True)
+        file.write_bytes(good)
+    trainer = json.loads((last / "trainer.json").read_text())
+    del trainer["files"], trainer["checksum"]  # as checkpoints were before
+    (last / "trainer.json").write_text(json.dumps(trainer))
+    assert start(tmp_path, pretrain.stored_settings(tmp_path), resume=True).step == 1
+
+
+def test_damaged_rows_cost_no_others(tmp_path):
+    good = [{"step": 1, "loss": 2.0}, {"step": 2, "loss": 1.0}, {"step": 3, "loss": 0.5}]
+    one, two, three = (json.dumps(row).encode() for row in good)
+    lines = [one, b'{"st\xffep": 1}', b"7", b'{"step": null}', two, b"\0\0", three, b'{"step": 4, "lo']
+    (tmp_path / "metrics.jsonl").write_bytes(b"\n".join(lines))
+    assert pretrain.report.read_metrics(tmp_path) == good
+    pretrain.report.Metrics(tmp_path, 2, tensorboard=False)
+    assert rows(tmp_path) == good[:2]
+
+
+def test_two_processes_do_not_train_one_run(corpus, tmp_path):
+    run = start(tmp_path, settings(corpus), resume=False)
+    with locked(tmp_path, tmp_path):
+        for begin in (run.train, lambda: start(tmp_path, settings(corpus, seed=2), resume=False)):
+            with pytest.raises(UserError, match="is being written by another process"):
+                begin()
+    assert pretrain.stored_settings(tmp_path).seed == 1 and not (tmp_path / "metrics.jsonl").exists()
+
+
+def test_the_closing_table_of_a_run_without_a_finite_loss(corpus, tmp_path, capsys):
+    results, _ = start(tmp_path, settings(corpus, steps=2, lr=1e11, warmup=0.0), resume=False).train()
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "mlm_loss": null}\n')
+    pretrain.report.closing_table(tmp_path, results, 6.0)
+    assert "below the unigram entropy" in " ".join(capsys.readouterr().out.split())
 
 
 @pytest.mark.parametrize("source", ["model_config", "init_from"])
@@ -431,8 +473,12 @@ def test_every_mistake_is_one_line(corpus, tmp_path, capsys, monkeypatch):
         ((["--data", data, *small, "--optimizer", "sgd"]), "optimizer 'sgd' is unknown"),
         ((["--data", data, *small, "--dropout", 1.5]), "dropout"),
         ((["--data", data, *small, "--out", read_only / "run"]), "cannot create"),
-        ((["--data", foreign, *small, "--init-from", last]), "vocabulary of 400"),
-        ((["--data", tmp_path / "reordered", *small, "--init-from", last]), "with another vocabulary than that of"),
+        ((["--data", foreign, *small[2:], "--init-from", last]), "vocabulary of 400"),
+        ((["--data", data, *small, "--init-from", last]), "one of them says what the model is"),
+        ((["--data", data, *small, "--micro-batches", 1_000_000]), "256,000,000 tokens a step"),
+        ((["--data", data, *small, "--tokens", 10**30]), "tokens a step"),
+        ((["--data", data, *small, "--steps", 10**400]), "--steps must be between 1 and 10^12"),
+        ((["--data", tmp_path / "reordered", *small[2:], "--init-from", last]), "with another vocabulary than that of"),
         ((["--data", tmp_path / "one", *small]), "single validation sample: more documents are needed"),
         ((["--data", data, *small, "--model-config", untyped]), "add --no-nsp"),
         ((["--data", data, *small, "--out", done]), "already holds a run"),
@@ -443,12 +489,18 @@ def test_every_mistake_is_one_line(corpus, tmp_path, capsys, monkeypatch):
         out = [] if "--out" in args else ["--out", tmp_path / "run"]
         code, line = command(capsys, monkeypatch, "pretrain", *args, *out)
         assert code == 2 and line.startswith("bertfast: ") and message in line, (message, code, line)
-    (last / "model.safetensors").write_bytes(b"\0" * 100)
-    code, line = command(capsys, monkeypatch, "pretrain", "--out", done, "--resume")
-    assert code == 2 and "damaged or truncated" in line
-    for path, content, message in [(last / "trainer.json", "{}", "trainer.json is damaged"),
+    edited = lambda **changes: json.dumps({"settings": {**vars(pretrain.stored_settings(done)), **changes}})
+    untouched = edited()
+    for path, content, message in [(done / "config.json", edited(lr=0.5), "with other settings: lr 0.001 (now 0.5)"),
+                                   (done / "config.json", edited(steps="4"), "steps must be a whole number, got '4'"),
+                                   (done / "config.json", edited(nsp=None), "nsp must be true or false, got None"),
+                                   (done / "config.json", edited(lr=True), "config.json is damaged: lr must be a num"),
+                                   (done / "config.json", edited(preset=3), "preset must be text, got 3"),
+                                   (done / "config.json", edited(log_every=0), "--log-every must be between 1"),
+                                   (last / "trainer.json", "{}", "trainer.json is damaged"),
                                    (done / "config.json", "[]", "is not that of a pretraining run"),
                                    (done / "config.json", '{"settings": null}', "is not that of a pretraining run")]:
+        (done / "config.json").write_text(untouched)
         path.write_text(content)
         code, line = command(capsys, monkeypatch, "pretrain", "--out", done, "--resume")
         assert code == 2 and message in line

@@ -38,17 +38,21 @@ class Piece(NamedTuple):
 def find_files(inputs: list[str], out: Path) -> list[Path]:
     """Files, the known kinds under folders, and globs, in the order given (sorted inside a folder or a glob).
 
-    What lies in `out`, or in what it is written as, is no input. Raises UserError for what is not there, empty or of an
-    unknown kind.
+    A file that is reached in several ways, as through a link, is read once. What lies in `out`, or in what it is
+    written as, is no input. Raises UserError for what is not there, empty or of an unknown kind.
     """
-    found: dict[Path, None] = {}
+    found: dict[str, Path] = {}  # by the path without links
     out = Path(os.path.realpath(out))
     written = (out, *siblings(out))
     for name in inputs:
         path = Path(name)
+        try:
+            exists = path.exists()
+        except OSError as error:  # too long a name, a folder that may not be entered
+            raise UserError(f"cannot read {name}: {error.strerror}") from error
         if path.is_dir():
             new = [x for x in sorted(path.rglob("*")) if x.is_file() and x.name.lower().endswith(KINDS)]
-        elif path.exists():
+        elif exists:
             new = [path]
         else:
             new = [Path(x) for x in sorted(glob.glob(name, recursive=True)) if Path(x).is_file()]
@@ -56,13 +60,14 @@ def find_files(inputs: list[str], out: Path) -> list[Path]:
             new = [x for x in new if not any(map(x.resolve().is_relative_to, written))]
         if not new:
             raise UserError(f"{name} has no {' '.join(KINDS)} files" if path.is_dir() else f"there is no file {name}")
-        found.update(dict.fromkeys(new))
-    for path in found:
+        for path in new:
+            found.setdefault(os.path.realpath(path), path)
+    for path in found.values():
         if not path.name.lower().endswith(KINDS):
             raise UserError(f"{path} is of an unknown kind: known are {' '.join(KINDS)}")
         if path.stat().st_size == 0:
             raise UserError(f"{path} is empty")
-    return list(found)
+    return list(found.values())
 
 
 def read_files(files: list[Path], field: str = "text") -> Iterator[Piece]:
@@ -152,7 +157,9 @@ def _read_parquet(path: Path, field: str) -> Reader:
                 raise UserError(f"{path} has no column {field!r} (--field names another); it has {names}")
             if table.schema_arrow.names.count(field) > 1:
                 raise UserError(f"{path} has several columns {field!r}")
-            if table.schema_arrow.field(field).type not in (pyarrow.string(), pyarrow.large_string()):
+            kind = table.schema_arrow.field(field).type
+            kind = kind.value_type if pyarrow.types.is_dictionary(kind) else kind
+            if kind not in (pyarrow.string(), pyarrow.large_string(), pyarrow.string_view()):
                 raise UserError(f"the column {field!r} of {path} does not hold text")
             size, read = path.stat().st_size, 0
             for batch in table.iter_batches(batch_size=256, columns=[field]):

@@ -75,8 +75,9 @@ def _checked_manifest(path: Path, verify: bool | None) -> dict[str, Any]:
         raise UserError(f"{path} was prepared by another version of bertfast: prepare it again")
     try:
         files = {path / name: (entry["bytes"], entry["sha256"]) for name, entry in manifest["files"].items()}
-        manifest["dtype"], manifest["vocabulary_sha256"]
-    except (KeyError, TypeError, AttributeError) as error:
+        np.dtype(manifest["dtype"]), float(manifest["unigram_entropy"]), manifest["vocabulary_sha256"]
+        manifest["files"]["tokens.bin"]
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise UserError(f"{path / 'manifest.json'} is damaged: prepare the set again") from error
     for file, (size, _) in files.items():
         if not file.is_file():

@@ -38,7 +38,10 @@ from bertfast.data.tokenizer import Tokenizer, WordCache
 from bertfast.files import UserError, atomic_folder, read_json, sha256, write_json
 
 VERSION = 1
+FILES = {"tokens.bin", "sentences.bin", "documents.bin", "vocab.txt", "tokenizer.json", "tokenizer_config.json",
+         "manifest.json"}
 LONGEST_SENTENCE = 128  # tokens; text without full stops is cut at a word, or samples would lose what does not fit
+WINDOW = 10_000  # characters of a line that sentences are looked for in at a time
 VOCABULARY_TEXT = 64_000_000  # characters that a vocabulary is learned from, spread evenly over the input
 DEFAULT_VOCAB_SIZE = 30_522
 
@@ -132,6 +135,8 @@ def _already(out: Path, recipe: dict[str, Any]) -> dict[str, Any] | None:
     manifest = read_json(out / "manifest.json")
     if not isinstance(manifest, dict) or manifest.get("format") != "bertfast data":
         raise UserError(f"{out} exists and is no prepared set: choose another folder")
+    if others := sorted({path.name for path in out.iterdir()} - FILES):  # a run's folder, a user's notes
+        raise UserError(f"{out} holds more than a prepared set ({', '.join(others[:4])}): choose another folder")
     if manifest.get("version") != VERSION or manifest.get("recipe") != recipe:
         return None
     try:
@@ -252,8 +257,21 @@ def split_sentences(document: str) -> list[str]:
                 lines = [" ".join(lines)]
         for line in lines:
             line = re.sub(r"[^\S\0-\x7f]", " ", line)  # sentencex panics at a wide space after an initial: "J\u3000."
-            sentences += [stripped for x in sentencex.segment("en", line) if (stripped := x.strip())]
+            sentences += [stripped for x in _segments(line) if (stripped := x.strip())]
     return sentences
+
+
+def _segments(line: str) -> Iterator[str]:
+    """sentencex over a window at a time: its time grows with the square of the line, to minutes for a Chinese book.
+
+    The last sentence in a window may go on beyond it, so the next window begins with it, or is a wider one.
+    """
+    start, width = 0, WINDOW
+    while start + width < len(line):
+        *whole, _ = sentencex.segment("en", line[start : start + width])
+        start, width = start + sum(map(len, whole)), WINDOW if whole else 2 * width
+        yield from whole
+    yield from sentencex.segment("en", line[start:])
 
 
 def _cut(is_continuation: np.ndarray) -> list[int]:

@@ -87,6 +87,8 @@ class Tokenizer:
         """
         if vocab_size < 100:
             raise UserError(f"a vocabulary of {vocab_size} entries is too small: 100 at least")
+        if vocab_size > 10_000_000:  # the library allocates room for all of them first, and aborts where there is none
+            raise UserError(f"a vocabulary of {vocab_size} entries is too large: 10,000,000 at most")
         backend = _backend({token: i for i, token in enumerate(SPECIAL_TOKENS)}, cased, 2, 3)
         firsts: Counter[str] = Counter()
         inner: Counter[str] = Counter()
