@@ -48,12 +48,24 @@ SETUPS = {  # of transformers
 # ---- what they train on
 
 
+def model_config(preset: str, vocab_size: int, length: int) -> BertConfig:
+    """Weights twice the usual size: attention is not flat, so that a wrong one shows in the loss.
+
+    Raises UserError for an unknown preset, and for sequences that it has no positions for.
+    """
+    config = BertConfig.preset(preset, vocab_size=vocab_size, initializer_range=0.04)
+    if length > config.max_position_embeddings:
+        raise UserError(f"sequences of {length} tokens, but the model has {config.max_position_embeddings} positions")
+    return config
+
+
 def make_batches(data: str | None, tokens: int, length: int, fill: float, n: int = N_BATCHES,
                  vocab_size: int = 30522) -> list[PackedBatch]:
     """n packed batches of about `tokens` real tokens, so many that a padded batch would be `fill` full.
 
     Text of a prepared set, or without one ids of Zipf's frequencies. Lengths are spread evenly around fill * length,
-    the longest is `length`; masked 15 %, and as many empty slots as bertfast.data.dataset.Loader leaves.
+    the longest is `length`; masked 15 %, and as many empty slots as bertfast.data.dataset.Loader leaves. Raises
+    UserError for a fill out of range, and a set of fewer tokens than one sequence.
     """
     if not 0.5 <= fill <= 1.0:
         raise UserError(f"a fill of {fill:.0%} is out of range: 50 % to 100 %")
@@ -61,6 +73,8 @@ def make_batches(data: str | None, tokens: int, length: int, fill: float, n: int
     if data:
         text = Dataset(data)
         ids, tokenizer = text.tokens, text.tokenizer
+        if len(ids) <= length:
+            raise UserError(f"{data} holds {len(ids)} tokens, too few for a sequence of {length}")
         pad, cls, sep, mask = tokenizer.pad_id, tokenizer.cls_id, tokenizer.sep_id, tokenizer.mask_id
     else:
         pad, cls, sep, mask = 0, 101, 102, 103
@@ -298,8 +312,7 @@ def run(suite: str, *, data: str | None, preset: str, tokens: int, length: int, 
     vocabulary = Dataset(data).tokenizer.vocab_size if data else 30522
     batches = {"data": data, "tokens": tokens, "length": length, "fill": fill, "vocab_size": vocabulary}
     sample = make_batches(**batches, n=1)[0]
-    # weights twice the usual size: attention is not flat, so that a wrong one shows in the loss
-    config = BertConfig.preset(preset, vocab_size=vocabulary, initializer_range=0.04)
+    config = model_config(preset, vocabulary, length)
     steps = 8 if torch.cuda.is_available() else max(1, min(4, 4096 // sample.n_tokens))
     with tempfile.TemporaryDirectory() as folder:
         torch.manual_seed(0)

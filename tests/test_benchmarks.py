@@ -78,6 +78,20 @@ def test_batches_are_as_full_as_asked_and_padding_them_loses_nothing(fill):
         pretrain.make_batches(None, 256, 32, 0.3)
 
 
+def test_a_set_of_too_few_tokens_is_a_mistake(monkeypatch):
+    special = SimpleNamespace(pad_id=0, cls_id=1, sep_id=2, mask_id=3)
+    monkeypatch.setattr(pretrain, "Dataset", lambda data: SimpleNamespace(tokens=range(33), tokenizer=special))
+    assert pretrain.make_batches("small", 32, 32, 1.0, n=1)[0].n_tokens == 32
+    with pytest.raises(UserError, match="small holds 33 tokens, too few for a sequence of 33"):
+        pretrain.make_batches("small", 33, 33, 1.0)
+
+
+def test_moves_are_for_the_precisions_whose_peaks_are_measured(monkeypatch):
+    monkeypatch.setattr(machine, "choose_precision", lambda wanted, device: ("fp16", "as on a GPU without bf16"))
+    with pytest.raises(UserError, match="fp32 or bf16"):
+        moves.run(data=None, preset="tiny", tokens=64, length=32, precision="auto", rounds=1, threads=1)
+
+
 def test_every_contender_computes_the_same_step_and_a_wrong_one_is_refused(checkpoint, tmp_path):
     def facts(make, arguments, folder=checkpoint):
         turns = make(checkpoint=str(folder), batches=BATCHES, turn_steps=1, **arguments)
@@ -471,13 +485,18 @@ def test_every_suite_has_tables_and_pictures(op_rows, tmp_path):
 @pytest.mark.parametrize(("arguments", "message"), [
     (["bench", "ops", "--op", "softmax"], "op 'softmax' is unknown"),
     (["bench", "compare", "a.json", "b.json"], "cannot read a.json"),
-    (["bench", "pretrain", "--preset", "huge"], "preset 'huge' is unknown"),
+    *((["bench", suite, "--preset", "huge"], "preset 'huge' is unknown")
+      for suite in ("pretrain", "memory", "moves", "profile", "roofline")),
+    *((["bench", suite, "--length", "1024"], "sequences of 1024 tokens, but the model has 512 positions")
+      for suite in ("pretrain", "memory", "moves", "profile")),
     (["bench", "inference", "--model", "nowhere", "--text", "x"], "nowhere is not a checkpoint's folder"),
     (["bench", "quality", "--data", "nowhere"], "there is no prepared set nowhere"),
     (["bench", "finetune", "--task", "qa", "--model", "nowhere", "--train", "x"], "nowhere"),
 ])
 def test_mistakes_are_one_line(arguments, message, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(contest, "yardstick", None)  # it is told before anything is measured
+    monkeypatch.setattr(contest, "contest", None)
     monkeypatch.setattr("sys.argv", ["bertfast", *arguments])
     with pytest.raises(SystemExit) as ended:
         cli.main()
