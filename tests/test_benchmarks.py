@@ -4,6 +4,8 @@ import io
 import itertools
 import json
 import os
+import subprocess
+import sys
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -142,6 +144,21 @@ def test_a_share_is_that_of_the_peak_in_the_same_dtype(name, share):
     outcome = contest.Outcome({}, [{"seconds": 2e-4, "loss": 1.0}])
     row = pretrain._row(name, outcome, 1e9, {"fp32": 1e13, "bf16": 2e13}, False, STEP_SETTINGS)
     assert (row["share"], row["tokens_per_second"]) == pytest.approx((share, 5000))
+
+
+@pytest.mark.parametrize("name", [pretrain.REFERENCE, "plain fp32"])
+def test_memory_is_that_of_a_step_not_of_the_libraries_that_it_loads(name, checkpoint):
+    make, setup = CONTENDERS[name]
+    arguments = {"checkpoint": str(checkpoint), "batches": BATCHES, "turn_steps": 1, "memory": True, **setup}
+    code = f"""import sys
+from bertfast.benchmarks import pretrain
+loaded = []
+pretrain._resident = lambda: loaded.extend(sys.modules) or 0
+turns = pretrain.{make.__name__}(**{arguments!r})
+next(turns), next(turns)
+print(*(name for name in set(sys.modules) - set(loaded) if name.startswith(("transformers.", "torch._"))))"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == ""
 
 
 @pytest.mark.parametrize("move", moves.MOVES)
