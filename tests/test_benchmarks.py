@@ -429,6 +429,18 @@ def test_a_readme_is_filled_from_results_and_only_there(tmp_path):
         report.results(tmp_path / "none")
 
 
+def test_ops_in_short_have_the_least_and_the_median_of_their_shapes():
+    seconds = {"bertfast": (1, 1, 1, 1, 1), "eager": (4, 9, 2, 3, None), "compiled": (9, 1, 9, 9, None)}
+    rows = [{"key": f"bias_gelu {shape} fp32 forward", "op": "bias_gelu", "shape": str(shape), "dtype": "fp32",
+             "direction": "forward", "contender": name, "failed": "" if median else "no memory", "median": median,
+             "bytes": shape, "flops": 0, "rate": 1e9 * shape, "share": 0.5}
+            for name, medians in seconds.items() for shape, median in enumerate(medians)]
+    table = lambda rows: report.tables(made(rows, settings={"quick": False}))[0]["rows"]
+    assert table(rows)[0] == ["bias_gelu", "forward", "5", "1.00", "1", "2.50", "4", "4 GB/s", "50%"]
+    assert table(rows)[1][:3] == ["bias_gelu 4 fp32 forward", "eager", "no memory"]
+    assert table(rows[:5])[0] == ["bias_gelu", "forward", "5", "–", "–", "–", "4", "4 GB/s", "50%"]
+
+
 def test_a_finished_run_is_a_result(tmp_path):
     settings = asdict(Settings("runs/data", steps=20, long_share=0.5, tokens=512, log_every=5))
     data = {"tokens": 9000, "vocab_size": 500, "unigram_entropy": 6.0}
