@@ -293,16 +293,16 @@ def contenders(quick: bool, arguments: dict, memory: bool = False, bf16: bool = 
 
 
 def agreement(facts: dict[str, dict]) -> dict[str, str]:
-    """Whose losses or gradient norms, dropout off, are not the reference's: {name: reason}."""
+    """Whose losses or gradient norms, dropout off, are not the reference's (without it the first's): {name: why}."""
     facts = {name: found for name, found in facts.items() if "losses" in found}
-    reference = facts.get(REFERENCE) or next(iter(facts.values()), None)
+    reference = REFERENCE if REFERENCE in facts else next(iter(facts), "")
     refused: dict[str, str] = {}
     for name, found in facts.items():
         for kind, allowed in (("losses", LOSS_AGREES["bf16" if "bf16" in name else "fp32"]), ("norms", NORM_AGREES)):
-            for i, (value, wanted) in enumerate(zip(found.get(kind, []), reference[kind])):
+            for i, (value, wanted) in enumerate(zip(found.get(kind, []), facts[reference][kind])):
                 if not abs(value - wanted) <= allowed * abs(wanted):
-                    refused.setdefault(name, f"refused: {kind} of step {i + 1} with dropout off: {value:.5g}, the "
-                                             f"reference's {wanted:.5g}")
+                    refused.setdefault(name, f"refused: {kind} of step {i + 1} with dropout off: {value:.5g}, "
+                                             f"{reference}'s {wanted:.5g}")
     return refused
 
 

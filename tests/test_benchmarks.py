@@ -14,7 +14,21 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from bertfast.benchmarks import contest, inference, job, moves, ops, plain, plots, pretrain, quality, report, roofline
+from bertfast.benchmarks import (
+    commands,
+    contest,
+    finetune,
+    inference,
+    job,
+    moves,
+    ops,
+    plain,
+    plots,
+    pretrain,
+    quality,
+    report,
+    roofline,
+)
 from bertfast.benchmarks.cases import CASES
 from bertfast.benchmarks.contest import Contender
 from safetensors.torch import load_file, save_file
@@ -319,8 +333,32 @@ def test_other_embeddings_and_another_start_are_refused():
     for found in facts.values():
         found["embeddings"] /= np.linalg.norm(found["embeddings"], axis=1, keepdims=True)
     assert list(inference.agreement(facts)) == ["b fp32", "b bf16", "c bf16"]
+    (refused,) = inference.agreement({"a fp32": facts["a fp32"], "b fp32": facts["b fp32"]}).values()
+    assert "differ from a fp32's by" in refused  # the first, where the reference failed
+    steps = {name: {"losses": [1.0, loss], "norms": [1.0, 1.0]} for name, loss in (("x fp32", 1.0), ("y fp32", 1.1))}
+    assert pretrain.agreement(steps) == {"y fp32": "refused: losses of step 2 with dropout off: 1.1, x fp32's 1"}
     starts = {"first": {"loss": 7.0}, "near": {"loss": 7.005}, "far": {"loss": 7.1}}
     assert list(quality._same_start(starts)) == ["far"]
+
+
+def test_a_fine_tuning_whose_machine_was_not_measured_has_no_share():
+    outcome = contest.Outcome({}, [{"seconds": 0.01, "flops": 1e9}])
+    row = finetune._row("sst2", "bertfast fp32", outcome, {})
+    assert row["median"] == 0.01 and "share" not in row
+    assert finetune._row("sst2", "bertfast fp32", outcome, {"fp32": 1e12, "bf16": 2e12})["share"] == pytest.approx(0.1)
+
+
+def test_a_result_names_the_commit_of_this_code_and_no_path(tmp_path, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["/x/bin/bertfast", "bench", "--data", "/home/me/novels/", "--out=/home/me/a.json"])
+    assert contest.provenance(1)["command"] == "bertfast bench --data novels/ --out=a.json"
+    git = ["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a"]
+    subprocess.run([*git, "init", "-q"], check=True)
+    subprocess.run([*git, "commit", "-q", "--allow-empty", "-m", "a"], check=True)
+    (tmp_path / "contest.py").touch()
+    monkeypatch.setattr(contest, "__file__", str(tmp_path / "contest.py"))  # installed within another project
+    assert contest._commit() is None
+    subprocess.run([*git, "add", "contest.py"], check=True)
+    assert contest._commit().endswith(" + changes")
 
 
 # ---- ops: a slow one is caught, a wrong one refused
@@ -454,6 +492,12 @@ def test_a_finished_run_is_a_result(tmp_path):
     found = {"validation_mlm_loss": 5.5, "validation_mlm_accuracy": 0.2}
     rows += [{"step": 20, "validation_length": length, **found} for length in (128, 512)]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for out in (tmp_path / "result.json", tmp_path / "results/job.json"):  # beside the picture, and elsewhere
+        for picture in (b"", b"picture"):
+            (tmp_path / "loss.png").write_bytes(picture) if picture else (tmp_path / "loss.png").unlink(missing_ok=True)
+            commands.job(tmp_path, out)
+            assert report.load(out)["suite"] == "job"
+            assert out.with_name("loss.png").exists() == bool(picture)
     (table,) = report.tables(job.run(tmp_path))
     assert table["rows"] == [["128", "10", "150", "5.500", "0.500", "20.0%", "–"],
                              ["512", "10", "50", "5.500", "0.500", "20.0%", "–"]]
@@ -511,6 +555,13 @@ def test_every_suite_has_tables_and_pictures(op_rows, tmp_path):
     assert gpu[0]["label"] == "predicted, not measured" and gpu[0]["seconds"] > 0
 
 
+def test_a_result_that_the_disk_refuses_is_on_the_terminal(op_rows, tmp_path, capsys):
+    with pytest.raises(UserError, match="cannot create"):
+        (tmp_path / "file").touch()
+        commands._finish(made(op_rows["as it is"]), tmp_path / "file/result.json")
+    assert "bias_gelu" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(("arguments", "message"), [
     (["bench", "ops", "--op", "softmax"], "op 'softmax' is unknown"),
     (["bench", "compare", "a.json", "b.json"], "cannot read a.json"),
@@ -520,10 +571,14 @@ def test_every_suite_has_tables_and_pictures(op_rows, tmp_path):
       for suite in ("pretrain", "memory", "moves", "profile")),
     (["bench", "inference", "--model", "nowhere", "--text", "x"], "nowhere is not a checkpoint's folder"),
     (["bench", "quality", "--data", "nowhere"], "there is no prepared set nowhere"),
+    (["bench", "trainer", "--model", "nowhere", "--train", "x", "--dev", "x"], "no checkpoint at nowhere"),
+    (["bench", "roofline", "--out", "file/x.json"], "cannot create file"),
+    (["bench", "roofline", "--out", "folder"], "cannot write folder: it is a folder"),
     (["bench", "finetune", "--task", "qa", "--model", "nowhere", "--train", "x"], "nowhere"),
 ])
 def test_mistakes_are_one_line(arguments, message, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").touch(), (tmp_path / "folder").mkdir()
     monkeypatch.setattr(contest, "yardstick", None)  # it is told before anything is measured
     monkeypatch.setattr(contest, "contest", None)
     monkeypatch.setattr("sys.argv", ["bertfast", *arguments])
