@@ -33,7 +33,7 @@ Preset = Annotated[str, typer.Option(help="tiny, mini, small, medium, base or la
 Length = Annotated[int, typer.Option(min=8, help="Length of the longest sequence, S.")]
 Tokens = Annotated[int, typer.Option(min=8, help="Real tokens of a step.")]
 Fill = Annotated[float, typer.Option(help="How full the padded batch is, 0.5 to 1.")]
-AtOnce = Annotated[int, typer.Option(min=0, help="Contenders in memory together (large models); 0 = all.")]
+AtOnce = Annotated[int, typer.Option(min=0, help="In memory together, 3 at least (large models); 0 = all.")]
 
 
 def _finish(result: dict, out: Path | None) -> None:
