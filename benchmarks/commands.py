@@ -1,18 +1,30 @@
 """`bertfast bench …`: the suites as commands. Heavy imports stand inside, so that --help answers at once."""
 
+import os
 import shutil
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from bertfast.files import UserError
+from bertfast.files import UserError, create_folder
+
+
+def _writable(out: Path | None) -> Path | None:
+    """A result that cannot be written is told before it is measured."""
+    if out:
+        create_folder(out.parent)
+        if out.is_dir() or not os.access(out.parent, os.W_OK):
+            raise UserError(f"cannot write {out}: {'it is a folder' if out.is_dir() else 'no permission'}")
+    return out
+
 
 bench = typer.Typer(
     name="bench", no_args_is_help=True, pretty_exceptions_enable=False,
     help="Measure bertfast against Hugging Face and plain PyTorch on this machine; results are JSON files.",
 )
-Out = Annotated[Path | None, typer.Option(help="Write the result as JSON (NAME.json; `report` reads the folder).")]
+Out = Annotated[Path | None, typer.Option(
+    callback=_writable, help="Write the result as JSON (NAME.json; `report` reads the folder).")]
 Threads = Annotated[int | None, typer.Option(min=1, help="Threads of each contender; by default torch's choice.")]
 Rounds = Annotated[int, typer.Option(min=1, help="Turns of each contender, interleaved; medians are reported.")]
 Quick = Annotated[bool, typer.Option("--quick", help="Without what torch.compile has to compile first.")]
@@ -21,15 +33,17 @@ Preset = Annotated[str, typer.Option(help="tiny, mini, small, medium, base or la
 Length = Annotated[int, typer.Option(min=8, help="Length of the longest sequence, S.")]
 Tokens = Annotated[int, typer.Option(min=8, help="Real tokens of a step.")]
 Fill = Annotated[float, typer.Option(help="How full the padded batch is, 0.5 to 1.")]
-AtOnce = Annotated[int, typer.Option(min=0, help="Contenders in memory together (large models); 0 = all.")]
+AtOnce = Annotated[int, typer.Option(min=0, help="In memory together, 3 at least (large models); 0 = all.")]
 
 
 def _finish(result: dict, out: Path | None) -> None:
     from bertfast.benchmarks import report
 
-    if out:
-        report.write(result, out)
-    report.show(result)
+    try:
+        if out:
+            report.write(result, out)
+    finally:  # where the disk is full by now, the terminal still has it
+        report.show(result)
     if result.get("stopped_early"):
         raise typer.Exit(130)
     if all(row.get("failed") for row in result["rows"]):
@@ -190,8 +204,9 @@ def job(run: Annotated[Path, typer.Argument(help="The folder of a finished run o
     from bertfast.benchmarks import job
 
     _finish(job.run(run), out)
-    if out:
-        shutil.copyfile(run / "loss.png", out.with_name("loss.png"))
+    picture = run / "loss.png"
+    if out and picture.exists() and out.parent.resolve() != run.resolve():
+        shutil.copyfile(picture, out.with_name("loss.png"))
 
 
 @bench.command()
@@ -205,6 +220,7 @@ def roofline(preset: Preset = "mini", tokens: Tokens = 2048, length: Length = 12
     import torch
     from bertfast.benchmarks import contest, roofline
 
+    roofline.bounds(preset, tokens, length, vocab_size, [])  # a mistake is told before anything is measured
     torch.set_num_threads(_threads(threads))
     measuring = contest.yardstick()
     next(measuring)

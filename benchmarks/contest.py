@@ -258,7 +258,7 @@ def middle(values: list[float]) -> dict[str, float]:
 
 def provenance(threads: int) -> dict:
     """Where a result comes from: command, commit, hardware, versions, settings of the process. Paths are shortened."""
-    command = [Path(a).name if Path(a).is_absolute() else a for a in sys.argv]
+    command = [re.sub(r"(?:^|(?<==))/(?:.*/)?(?=.)", "", a) for a in sys.argv]  # also --out=/a/path
     return {
         "command": shlex.join([Path(command[0]).name, *command[1:]]),
         "date": time.strftime("%Y-%m-%d %H:%M", time.gmtime()) + " UTC",
@@ -298,9 +298,11 @@ def _versions() -> dict[str, str]:
 
 
 def _commit() -> str | None:
-    """The source tree's commit, with "+ changes" where its code differs; None outside a git tree."""
-    git = ["git", "-C", str(Path(__file__).resolve().parent)]
-    try:
+    """The source tree's commit, with "+ changes" where its code differs; None where git does not have this file."""
+    file = Path(__file__).resolve()
+    git = ["git", "-C", str(file.parent)]
+    try:  # installed, it may lie in the tree of another project
+        subprocess.run([*git, "ls-files", "--error-unmatch", file.name], capture_output=True, check=True)
         head = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True)
         code = ("*.py", "*.cpp", "*.h", "*.cu", "*.toml")
         status = subprocess.run([*git, "status", "--porcelain", "--", *(f":/{pattern}" for pattern in code)],

@@ -212,7 +212,8 @@ def _row(key: str, name: str, outcome: Outcome, peaks: dict[str, float]) -> dict
     if outcome.failed or not outcome.turns:
         return row
     row.update(samples=outcome.values(), **contest.middle(outcome.values()))
-    if flops := float(np.median(outcome.values("flops"))):
+    flops = float(np.median(outcome.values("flops")))
+    if flops and peaks:
         row.update(flops_per_sample=flops, share=flops / row["median"] / peaks[name.split()[-1]],
                    ceiling=max(peaks["fp32"], peaks["bf16"]) / flops)
     return row

@@ -108,17 +108,17 @@ def _longest(model: Path) -> int:
 
 def agreement(facts: dict[str, dict]) -> dict[str, str]:
     """Whose embeddings are not the reference's; each contender's facts get its difference and least cosine."""
-    reference = facts.get(REFERENCE) or next(iter(facts.values()), None)
+    reference = REFERENCE if REFERENCE in facts else next(iter(facts), "")
     refused = {}
-    wanted = reference["embeddings"] if reference else None
+    wanted = facts[reference]["embeddings"] if reference else None
     for name, found in facts.items():
         got = found["embeddings"]
         found["difference"] = float(np.abs(got - wanted).max())
         found["cosine"] = float((got * wanted).sum(1).min())
         good = found["cosine"] > BF16_COSINE if name.endswith("bf16") else found["difference"] <= FP32_AGREES
         if not good:  # also where it is NaN
-            refused[name] = (f"refused: embeddings differ from {REFERENCE} by {found['difference']:.1e}, least cosine "
-                             f"{found['cosine']:.5f}")
+            refused[name] = (f"refused: embeddings differ from {reference}'s by {found['difference']:.1e}, least "
+                             f"cosine {found['cosine']:.5f}")
     return refused
 
 

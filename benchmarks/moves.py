@@ -21,6 +21,7 @@ import bertfast.optim
 from bertfast import machine, model, nn, ops
 from bertfast.config import BertConfig
 from bertfast.data.dataset import Dataset
+from bertfast.files import UserError
 from bertfast.model import BertForPreTraining
 
 
@@ -210,10 +211,12 @@ def without(move: str, **arguments) -> Iterator[dict]:
 def run(*, data: str | None, preset: str, tokens: int, length: int, precision: str, rounds: int, threads: int) -> dict:
     """The result as JSON's types, a row a move. Raises UserError for settings that make no batch or no precision."""
     precision, _ = machine.choose_precision(precision, machine.choose_device())
+    if precision == "fp16":
+        raise UserError("bench moves runs in fp32 or bf16: say which with --precision")
     vocabulary = Dataset(data).tokenizer.vocab_size if data else 30522
     batches = {"data": data, "tokens": tokens, "length": length, "fill": 1.0, "vocab_size": vocabulary}
     sample = pretrain.make_batches(**batches, n=1)[0]
-    config = BertConfig.preset(preset, vocab_size=vocabulary, initializer_range=0.04)
+    config = pretrain.model_config(preset, vocabulary, length)
     ours = f"bertfast {precision}"
     with tempfile.TemporaryDirectory() as folder:
         torch.manual_seed(0)

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch._dynamo  # torch's optimisers load it, 140 MiB: before memory is read
 from bertfast.benchmarks import contest
 from bertfast.benchmarks.contest import Contender, Outcome, timed
 from safetensors.torch import load_file
@@ -48,12 +49,24 @@ SETUPS = {  # of transformers
 # ---- what they train on
 
 
+def model_config(preset: str, vocab_size: int, length: int) -> BertConfig:
+    """Weights twice the usual size: attention is not flat, so that a wrong one shows in the loss.
+
+    Raises UserError for an unknown preset, and for sequences that it has no positions for.
+    """
+    config = BertConfig.preset(preset, vocab_size=vocab_size, initializer_range=0.04)
+    if length > config.max_position_embeddings:
+        raise UserError(f"sequences of {length} tokens, but the model has {config.max_position_embeddings} positions")
+    return config
+
+
 def make_batches(data: str | None, tokens: int, length: int, fill: float, n: int = N_BATCHES,
                  vocab_size: int = 30522) -> list[PackedBatch]:
     """n packed batches of about `tokens` real tokens, so many that a padded batch would be `fill` full.
 
     Text of a prepared set, or without one ids of Zipf's frequencies. Lengths are spread evenly around fill * length,
-    the longest is `length`; masked 15 %, and as many empty slots as bertfast.data.dataset.Loader leaves.
+    the longest is `length`; masked 15 %, and as many empty slots as bertfast.data.dataset.Loader leaves. Raises
+    UserError for a fill out of range, and a set of fewer tokens than one sequence.
     """
     if not 0.5 <= fill <= 1.0:
         raise UserError(f"a fill of {fill:.0%} is out of range: 50 % to 100 %")
@@ -61,6 +74,8 @@ def make_batches(data: str | None, tokens: int, length: int, fill: float, n: int
     if data:
         text = Dataset(data)
         ids, tokenizer = text.tokens, text.tokenizer
+        if len(ids) <= length:
+            raise UserError(f"{data} holds {len(ids)} tokens, too few for a sequence of {length}")
         pad, cls, sep, mask = tokenizer.pad_id, tokenizer.cls_id, tokenizer.sep_id, tokenizer.mask_id
     else:
         pad, cls, sep, mask = 0, 101, 102, 103
@@ -156,10 +171,10 @@ def bertfast(checkpoint: str, batches: dict, precision: str, replayed: bool = Tr
 def hugging_face(checkpoint: str, batches: dict, attention: str, bf16: bool, compiled: bool,
                  fused: bool = True, **turns) -> Iterator[dict]:
     """transformers' BertForPreTraining on the padded batch."""
-    import transformers
+    from transformers import BertForPreTraining as TheirBert  # its module is loaded before memory is read
 
     device, before = machine.choose_device(), _resident()
-    model = transformers.BertForPreTraining.from_pretrained(checkpoint, attn_implementation=attention).to(device)
+    model = TheirBert.from_pretrained(checkpoint, attn_implementation=attention).to(device)
     parameters = list(model.parameters())
     optimizer = torch.optim.AdamW(parameters, lr=LR, fused=fused, **ADAMW)
     call = torch.compile(model) if compiled else model
@@ -278,16 +293,16 @@ def contenders(quick: bool, arguments: dict, memory: bool = False, bf16: bool = 
 
 
 def agreement(facts: dict[str, dict]) -> dict[str, str]:
-    """Whose losses or gradient norms, dropout off, are not the reference's: {name: reason}."""
+    """Whose losses or gradient norms, dropout off, are not the reference's (without it the first's): {name: why}."""
     facts = {name: found for name, found in facts.items() if "losses" in found}
-    reference = facts.get(REFERENCE) or next(iter(facts.values()), None)
+    reference = REFERENCE if REFERENCE in facts else next(iter(facts), "")
     refused: dict[str, str] = {}
     for name, found in facts.items():
         for kind, allowed in (("losses", LOSS_AGREES["bf16" if "bf16" in name else "fp32"]), ("norms", NORM_AGREES)):
-            for i, (value, wanted) in enumerate(zip(found.get(kind, []), reference[kind])):
+            for i, (value, wanted) in enumerate(zip(found.get(kind, []), facts[reference][kind])):
                 if not abs(value - wanted) <= allowed * abs(wanted):
-                    refused.setdefault(name, f"refused: {kind} of step {i + 1} with dropout off: {value:.5g}, the "
-                                             f"reference's {wanted:.5g}")
+                    refused.setdefault(name, f"refused: {kind} of step {i + 1} with dropout off: {value:.5g}, "
+                                             f"{reference}'s {wanted:.5g}")
     return refused
 
 
@@ -298,8 +313,7 @@ def run(suite: str, *, data: str | None, preset: str, tokens: int, length: int, 
     vocabulary = Dataset(data).tokenizer.vocab_size if data else 30522
     batches = {"data": data, "tokens": tokens, "length": length, "fill": fill, "vocab_size": vocabulary}
     sample = make_batches(**batches, n=1)[0]
-    # weights twice the usual size: attention is not flat, so that a wrong one shows in the loss
-    config = BertConfig.preset(preset, vocab_size=vocabulary, initializer_range=0.04)
+    config = model_config(preset, vocabulary, length)
     steps = 8 if torch.cuda.is_available() else max(1, min(4, 4096 // sample.n_tokens))
     with tempfile.TemporaryDirectory() as folder:
         torch.manual_seed(0)

@@ -13,7 +13,7 @@ from bertfast.benchmarks import contest
 from bertfast.benchmarks.tables import sweep, tables
 from rich.table import Table
 
-from bertfast.files import UserError, atomic_path, read_json, write_bytes
+from bertfast.files import UserError, atomic_path, create_folder, read_json, write_bytes
 
 NOISE = 0.05  # a slowdown below this is never called one, whatever the spread
 
@@ -150,5 +150,5 @@ def write(result: dict, path: Path) -> None:
     head = json.dumps({k: v for k, v in result.items() if k != "rows"}, indent=1, ensure_ascii=False)
     text = f'{head[:-2]},\n "rows": [\n  {rows}\n ]\n}}\n'
     json.loads(text)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    create_folder(path.parent)
     write_bytes(path, text.encode())

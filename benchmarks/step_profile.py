@@ -6,11 +6,10 @@ just before. "rest" is what no formula counts: autograd, indexing, copies, Pytho
 
 import torch
 from bertfast.benchmarks import contest, roofline
-from bertfast.benchmarks.pretrain import ADAMW, LR, MAX_NORM, WARM, make_batches
+from bertfast.benchmarks.pretrain import ADAMW, LR, MAX_NORM, WARM, make_batches, model_config
 from torch.profiler import ProfilerActivity, profile
 
 from bertfast import machine
-from bertfast.config import BertConfig
 from bertfast.data.dataset import Dataset
 from bertfast.files import UserError
 from bertfast.model import BertForPreTraining
@@ -36,18 +35,16 @@ def run(*, data: str | None, preset: str, tokens: int, length: int, precision: s
     """The result as JSON's types, a row a kind. Raises UserError for settings that make no batch or no precision."""
     machine.keep_pages()
     torch.set_num_threads(threads)
-    measuring = contest.yardstick()
-    next(measuring)
-    peaks = next(measuring)
     device = machine.choose_device()
     if device.type == "cuda":
         raise UserError("bench profile times what the CPU does: hide the GPU (CUDA_VISIBLE_DEVICES=)")
     precision, _ = machine.choose_precision(precision, device)
     batches = [b.to(device) for b in make_batches(data, tokens, length, 1.0, n=4)]
     vocabulary = Dataset(data).tokenizer.vocab_size if data else 30522
-    config = BertConfig.preset(preset, vocab_size=vocabulary)
-    if length > config.max_position_embeddings:
-        raise UserError(f"sequences of {length} tokens, but the model has {config.max_position_embeddings} positions")
+    config = model_config(preset, vocabulary, length)
+    measuring = contest.yardstick()
+    next(measuring)
+    peaks = next(measuring)
     model = BertForPreTraining(config).to(device).train()
     optimizer = Optimizer(model, machine.DTYPES[precision], max_grad_norm=MAX_NORM, **ADAMW)
 

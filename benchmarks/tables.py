@@ -4,7 +4,7 @@ One function a suite. Colours are Okabe and Ito's (2008), told apart by the colo
 label what they say by colour.
 """
 
-import math
+import statistics
 from collections.abc import Callable
 
 from bertfast.files import UserError
@@ -149,14 +149,14 @@ def _ops_in_short(result: dict) -> list[dict]:
             if not ours:
                 continue
             others = [r for r in here if r["contender"] != "bertfast" and not r["failed"]]
-            ahead = {shape: min((r["median"] for r in others if r["shape"] == shape), default=math.nan) / row["median"]
-                     for shape, row in ours.items()}
-            least, ratios = min(ahead, key=ahead.__getitem__), sorted(ahead.values())
+            best = {r["shape"]: r["median"] for r in sorted(others, key=lambda r: -r["median"])}  # the last one stays
+            ahead = {shape: best[shape] / row["median"] for shape, row in ours.items() if shape in best}
+            least = min(ahead, key=ahead.__getitem__, default="–")
             largest = max(ours.values(), key=lambda r: (r["bytes"], r["flops"]))
             lines.append([
-                op, direction, str(len(ours)), f"{ahead[least]:.2f}", least, f"{ratios[len(ratios) // 2]:.2f}",
-                largest["shape"], f"{largest['rate'] / 1e9:,.0f} {'GFLOP/s' if largest['flops'] else 'GB/s'}",
-                f"{largest['share']:.0%}",
+                op, direction, str(len(ours)), f"{ahead[least]:.2f}" if ahead else "–", least,
+                f"{statistics.median(ahead.values()):.2f}" if ahead else "–", largest["shape"],
+                f"{largest['rate'] / 1e9:,.0f} {'GFLOP/s' if largest['flops'] else 'GB/s'}", f"{largest['share']:.0%}",
             ])
         if rows:
             made.append({"title": f"ops in {dtype}, {result['threads']} threads, all shapes", "columns": columns,

@@ -15,6 +15,7 @@ import torch
 from bertfast.benchmarks import contest
 from bertfast.benchmarks.contest import Contender, Outcome
 
+from bertfast.checkpoint import find
 from bertfast.files import UserError
 
 CONTENDERS = ("original fp32", "original bf16", "patched fp32", "patched bf16")
@@ -108,7 +109,8 @@ def agreement(facts: dict[str, dict]) -> dict[str, str]:
 
 
 def run(*, model: str, train: str, dev: str, count: int, rounds: int, seed: int, threads: int) -> dict:
-    """The result as JSON's types. Raises UserError for files that are not sentences and classes."""
+    """The result as JSON's types. Raises UserError for files that are not sentences and classes, or no checkpoint."""
+    find(model)
     n_train, n_dev = len(read_rows(train, count)), len(read_rows(dev))
     if n_train < rounds * BATCH:
         raise UserError(f"{train} has {n_train} sentences, fewer than {rounds} turns of one batch of {BATCH}")

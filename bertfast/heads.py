@@ -241,8 +241,8 @@ class BertForFeatures(Headed):
     What is mixed is each sequence's mean over its tokens, or where config.extra["features"] is "tokens" the words'
     first pieces, where it is "rows" all tokens, for the span of an answer ("options": one output a sequence).
     With config.extra["static"] there is nothing to mix but the word table's rows, normalised: static vectors, as
-    word2vec's are used (Mikolov et al. 2013). `features` computes it once, (N, layers + 1 or 1, H) in fp16, and `decide` is all that training runs. The rounding to
-    fp16 belongs to the model: cached or not, the same numbers.
+    word2vec's are used (Mikolov et al. 2013). `features` computes it once, (N, layers + 1 or 1, H) in fp16, and
+    `decide` is all that training runs. The rounding to fp16 belongs to the model: cached or not, the same numbers.
     """
 
     def __init__(self, config: BertConfig):
@@ -255,7 +255,7 @@ class BertForFeatures(Headed):
 
     @torch.no_grad()
     def features(self, batch: PackedBatch) -> Tensor:
-        """What `decide` reads of a packed batch: (B, P or T, layers + 1 or 1, H) fp16. No dropout, in training neither."""
+        """What `decide` reads of a batch, (B, P or T, layers + 1 or 1, H) fp16; without dropout, in training too."""
         states: list[Tensor] = []
         if self.config.extra.get("static"):
             words = self.bert.embeddings.word_embeddings(batch.input_ids)

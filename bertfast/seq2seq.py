@@ -217,7 +217,7 @@ class BertForSeq2Seq(_Generator):
         table = embeddings.word_embeddings.weight
         return HeadOutput(head(x, table, labels, scale, embeddings.sink)[0])
 
-    def begin(self, batch: PackedBatch, start: int, room: int, beams: int) -> tuple[State, Tensor]:
+    def begin(self, batch: PackedBatch, start: int, room: int) -> tuple[State, Tensor]:
         """Encode the sources; the logits after [CLS], (B, V). room: tokens to write at most."""
         memory = self.encoder.encode(batch, read=False)
         n, device = batch.cu_seqlens.numel() - 1, memory.device
@@ -255,7 +255,7 @@ class BertForPrefixLM(BertForMaskedLM, _Generator):
         table = embeddings.word_embeddings.weight
         return HeadOutput(head(x[batch.mask_index], table, batch.labels, scale, embeddings.sink)[0])
 
-    def begin(self, batch: PackedBatch, start: int, room: int, beams: int) -> tuple[State, Tensor]:
+    def begin(self, batch: PackedBatch, start: int, room: int) -> tuple[State, Tensor]:
         """Read the prefixes; the logits after each one's [SEP], (B, V)."""
         states: list[Tensor] = []
         x = self.bert.encode(batch, read=False, hidden_states=states)
@@ -284,7 +284,7 @@ def generate(model, batch: PackedBatch, start: int, end: int, max_new: int = 128
     over length ** length_penalty (Wu et al. 2016); a source is done when `beams` have ended and none in progress is
     ahead of the worst of them. start: what the decoder of (a) begins with. The model must be in eval mode.
     """
-    state, logits = model.begin(batch, start, max_new, beams)
+    state, logits = model.begin(batch, start, max_new)
     n, vocabulary, device = logits.shape[0], logits.shape[1], logits.device
     state.reorder(torch.arange(n, device=device).repeat_interleave(beams))
     logits = logits.repeat_interleave(beams, 0)

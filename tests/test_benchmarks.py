@@ -4,6 +4,8 @@ import io
 import itertools
 import json
 import os
+import subprocess
+import sys
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -12,7 +14,21 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from bertfast.benchmarks import contest, inference, job, moves, ops, plain, plots, pretrain, quality, report, roofline
+from bertfast.benchmarks import (
+    commands,
+    contest,
+    finetune,
+    inference,
+    job,
+    moves,
+    ops,
+    plain,
+    plots,
+    pretrain,
+    quality,
+    report,
+    roofline,
+)
 from bertfast.benchmarks.cases import CASES
 from bertfast.benchmarks.contest import Contender
 from safetensors.torch import load_file, save_file
@@ -78,6 +94,20 @@ def test_batches_are_as_full_as_asked_and_padding_them_loses_nothing(fill):
         pretrain.make_batches(None, 256, 32, 0.3)
 
 
+def test_a_set_of_too_few_tokens_is_a_mistake(monkeypatch):
+    special = SimpleNamespace(pad_id=0, cls_id=1, sep_id=2, mask_id=3)
+    monkeypatch.setattr(pretrain, "Dataset", lambda data: SimpleNamespace(tokens=range(33), tokenizer=special))
+    assert pretrain.make_batches("small", 32, 32, 1.0, n=1)[0].n_tokens == 32
+    with pytest.raises(UserError, match="small holds 33 tokens, too few for a sequence of 33"):
+        pretrain.make_batches("small", 33, 33, 1.0)
+
+
+def test_moves_are_for_the_precisions_whose_peaks_are_measured(monkeypatch):
+    monkeypatch.setattr(machine, "choose_precision", lambda wanted, device: ("fp16", "as on a GPU without bf16"))
+    with pytest.raises(UserError, match="fp32 or bf16"):
+        moves.run(data=None, preset="tiny", tokens=64, length=32, precision="auto", rounds=1, threads=1)
+
+
 def test_every_contender_computes_the_same_step_and_a_wrong_one_is_refused(checkpoint, tmp_path):
     def facts(make, arguments, folder=checkpoint):
         turns = make(checkpoint=str(folder), batches=BATCHES, turn_steps=1, **arguments)
@@ -128,6 +158,21 @@ def test_a_share_is_that_of_the_peak_in_the_same_dtype(name, share):
     outcome = contest.Outcome({}, [{"seconds": 2e-4, "loss": 1.0}])
     row = pretrain._row(name, outcome, 1e9, {"fp32": 1e13, "bf16": 2e13}, False, STEP_SETTINGS)
     assert (row["share"], row["tokens_per_second"]) == pytest.approx((share, 5000))
+
+
+@pytest.mark.parametrize("name", [pretrain.REFERENCE, "plain fp32"])
+def test_memory_is_that_of_a_step_not_of_the_libraries_that_it_loads(name, checkpoint):
+    make, setup = CONTENDERS[name]
+    arguments = {"checkpoint": str(checkpoint), "batches": BATCHES, "turn_steps": 1, "memory": True, **setup}
+    code = f"""import sys
+from bertfast.benchmarks import pretrain
+loaded = []
+pretrain._resident = lambda: loaded.extend(sys.modules) or 0
+turns = pretrain.{make.__name__}(**{arguments!r})
+next(turns), next(turns)
+print(*(name for name in set(sys.modules) - set(loaded) if name.startswith(("transformers.", "torch._"))))"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == ""
 
 
 @pytest.mark.parametrize("move", moves.MOVES)
@@ -288,8 +333,32 @@ def test_other_embeddings_and_another_start_are_refused():
     for found in facts.values():
         found["embeddings"] /= np.linalg.norm(found["embeddings"], axis=1, keepdims=True)
     assert list(inference.agreement(facts)) == ["b fp32", "b bf16", "c bf16"]
+    (refused,) = inference.agreement({"a fp32": facts["a fp32"], "b fp32": facts["b fp32"]}).values()
+    assert "differ from a fp32's by" in refused  # the first, where the reference failed
+    steps = {name: {"losses": [1.0, loss], "norms": [1.0, 1.0]} for name, loss in (("x fp32", 1.0), ("y fp32", 1.1))}
+    assert pretrain.agreement(steps) == {"y fp32": "refused: losses of step 2 with dropout off: 1.1, x fp32's 1"}
     starts = {"first": {"loss": 7.0}, "near": {"loss": 7.005}, "far": {"loss": 7.1}}
     assert list(quality._same_start(starts)) == ["far"]
+
+
+def test_a_fine_tuning_whose_machine_was_not_measured_has_no_share():
+    outcome = contest.Outcome({}, [{"seconds": 0.01, "flops": 1e9}])
+    row = finetune._row("sst2", "bertfast fp32", outcome, {})
+    assert row["median"] == 0.01 and "share" not in row
+    assert finetune._row("sst2", "bertfast fp32", outcome, {"fp32": 1e12, "bf16": 2e12})["share"] == pytest.approx(0.1)
+
+
+def test_a_result_names_the_commit_of_this_code_and_no_path(tmp_path, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["/x/bin/bertfast", "bench", "--data", "/home/me/novels/", "--out=/home/me/a.json"])
+    assert contest.provenance(1)["command"] == "bertfast bench --data novels/ --out=a.json"
+    git = ["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a"]
+    subprocess.run([*git, "init", "-q"], check=True)
+    subprocess.run([*git, "commit", "-q", "--allow-empty", "-m", "a"], check=True)
+    (tmp_path / "contest.py").touch()
+    monkeypatch.setattr(contest, "__file__", str(tmp_path / "contest.py"))  # installed within another project
+    assert contest._commit() is None
+    subprocess.run([*git, "add", "contest.py"], check=True)
+    assert contest._commit().endswith(" + changes")
 
 
 # ---- ops: a slow one is caught, a wrong one refused
@@ -398,6 +467,18 @@ def test_a_readme_is_filled_from_results_and_only_there(tmp_path):
         report.results(tmp_path / "none")
 
 
+def test_ops_in_short_have_the_least_and_the_median_of_their_shapes():
+    seconds = {"bertfast": (1, 1, 1, 1, 1), "eager": (4, 9, 2, 3, None), "compiled": (9, 1, 9, 9, None)}
+    rows = [{"key": f"bias_gelu {shape} fp32 forward", "op": "bias_gelu", "shape": str(shape), "dtype": "fp32",
+             "direction": "forward", "contender": name, "failed": "" if median else "no memory", "median": median,
+             "bytes": shape, "flops": 0, "rate": 1e9 * shape, "share": 0.5}
+            for name, medians in seconds.items() for shape, median in enumerate(medians)]
+    table = lambda rows: report.tables(made(rows, settings={"quick": False}))[0]["rows"]
+    assert table(rows)[0] == ["bias_gelu", "forward", "5", "1.00", "1", "2.50", "4", "4 GB/s", "50%"]
+    assert table(rows)[1][:3] == ["bias_gelu 4 fp32 forward", "eager", "no memory"]
+    assert table(rows[:5])[0] == ["bias_gelu", "forward", "5", "–", "–", "–", "4", "4 GB/s", "50%"]
+
+
 @pytest.mark.parametrize(("causal", "words"), [(False, "masked-LM"), (True, "next-word")])
 def test_a_finished_run_is_a_result(causal, words, tmp_path):
     settings = asdict(Settings("runs/data", steps=20, long_share=0.5, tokens=512, log_every=5, causal=causal))
@@ -412,6 +493,12 @@ def test_a_finished_run_is_a_result(causal, words, tmp_path):
     found = {"validation_mlm_loss": 5.5, "validation_mlm_accuracy": 0.2}
     rows += [{"step": 20, "validation_length": length, **found} for length in (128, 512)]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for out in (tmp_path / "result.json", tmp_path / "results/job.json"):  # beside the picture, and elsewhere
+        for picture in (b"", b"picture"):
+            (tmp_path / "loss.png").write_bytes(picture) if picture else (tmp_path / "loss.png").unlink(missing_ok=True)
+            commands.job(tmp_path, out)
+            assert report.load(out)["suite"] == "job"
+            assert out.with_name("loss.png").exists() == bool(picture)
     (table,) = report.tables(job.run(tmp_path))
     assert table["columns"][3] == f"validation {words} loss"
     assert table["rows"] == [["128", "10", "150", "5.500", "0.500", "20.0%", "–"],
@@ -470,16 +557,32 @@ def test_every_suite_has_tables_and_pictures(op_rows, tmp_path):
     assert gpu[0]["label"] == "predicted, not measured" and gpu[0]["seconds"] > 0
 
 
+def test_a_result_that_the_disk_refuses_is_on_the_terminal(op_rows, tmp_path, capsys):
+    with pytest.raises(UserError, match="cannot create"):
+        (tmp_path / "file").touch()
+        commands._finish(made(op_rows["as it is"]), tmp_path / "file/result.json")
+    assert "bias_gelu" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(("arguments", "message"), [
     (["bench", "ops", "--op", "softmax"], "op 'softmax' is unknown"),
     (["bench", "compare", "a.json", "b.json"], "cannot read a.json"),
-    (["bench", "pretrain", "--preset", "huge"], "preset 'huge' is unknown"),
+    *((["bench", suite, "--preset", "huge"], "preset 'huge' is unknown")
+      for suite in ("pretrain", "memory", "moves", "profile", "roofline")),
+    *((["bench", suite, "--length", "1024"], "sequences of 1024 tokens, but the model has 512 positions")
+      for suite in ("pretrain", "memory", "moves", "profile")),
     (["bench", "inference", "--model", "nowhere", "--text", "x"], "nowhere is not a checkpoint's folder"),
     (["bench", "quality", "--data", "nowhere"], "there is no prepared set nowhere"),
+    (["bench", "trainer", "--model", "nowhere", "--train", "x", "--dev", "x"], "no checkpoint at nowhere"),
+    (["bench", "roofline", "--out", "file/x.json"], "cannot create file"),
+    (["bench", "roofline", "--out", "folder"], "cannot write folder: it is a folder"),
     (["bench", "finetune", "--task", "qa", "--model", "nowhere", "--train", "x"], "nowhere"),
 ])
 def test_mistakes_are_one_line(arguments, message, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").touch(), (tmp_path / "folder").mkdir()
+    monkeypatch.setattr(contest, "yardstick", None)  # it is told before anything is measured
+    monkeypatch.setattr(contest, "contest", None)
     monkeypatch.setattr("sys.argv", ["bertfast", *arguments])
     with pytest.raises(SystemExit) as ended:
         cli.main()

@@ -120,7 +120,7 @@ def test_cached_decoding_is_the_whole_model(style, pair):
     model = pair[1].eval() if style == "encoder-decoder" else prefix_model()
     sources, targets, given = arguments()
     for source, target in zip(sources, targets):
-        state, logits = model.begin(packed([source]), CLS, len(target), 1)
+        state, logits = model.begin(packed([source]), CLS, len(target))
         total = 0.0
         for token in target:
             total += logits.float().log_softmax(-1)[0, token]

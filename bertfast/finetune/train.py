@@ -123,7 +123,8 @@ class FineTuning:
         cached = {}
         if settings.features:
             rows = sum(map(self.task.n_features, self.train_items + self.dev_items))
-            layers, what = (1, "word vectors") if settings.static else (self.config.num_hidden_layers + 1, "all layers' outputs")
+            layers = 1 if settings.static else self.config.num_hidden_layers + 1
+            what = "word vectors" if settings.static else "all layers' outputs"
             size = 2 * rows * layers * self.config.hidden_size
             cached = {"features": f"{rows:,} rows of {what}, {size / 1e9:,.1f} GB in memory"}
         return {
