@@ -49,7 +49,7 @@ def run(*, data: str | None, preset: str, tokens: int, length: int, precision: s
     if length > config.max_position_embeddings:
         raise UserError(f"sequences of {length} tokens, but the model has {config.max_position_embeddings} positions")
     model = BertForPreTraining(config).to(device).train()
-    optimizer = Optimizer(model, machine.DTYPES[precision], max_grad_norm=MAX_NORM, **ADAMW)
+    optimizer = Optimizer(model, machine.DTYPES[precision], max_grad_norm=MAX_NORM, sink=True, **ADAMW)
 
     def step(i: int) -> float:
         batch = batches[i % len(batches)]
