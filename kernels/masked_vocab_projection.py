@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 
 from .hardware import architecture, backward_programs, tuned
-from .rows import column_sum
+from .rows import check_shapes, column_sum
 
 IGNORE_INDEX = tl.constexpr(-100)
 EVEN = 8  # words: tensor cores at full rate want products in multiples of 16 bytes; the vocabulary's last few go apart
@@ -321,7 +321,14 @@ def logits_fit(hidden, weight) -> bool:
     return hidden.shape[0] * weight.shape[0] * hidden.element_size() <= LOGITS_LIMIT
 
 
+def check(hidden, weight, bias, labels):
+    check_shapes((len(weight), hidden.shape[1]), weight=weight)
+    check_shapes((len(weight),), bias=bias)
+    check_shapes((len(hidden),), labels=labels)
+
+
 def masked_vocab_projection_eval(hidden, weight, bias, labels):
+    check(hidden, weight, bias, labels)
     if logits_fit(hidden, weight):
         return cross_entropy(hidden, weight, bias, labels, None)[:3]
     return statistics(hidden.contiguous(), weight.contiguous(), bias, labels)[:3]
@@ -334,6 +341,7 @@ def masked_vocab_projection_fwd(hidden, weight, bias, labels, scale):
 
 
 def masked_vocab_projection_fwd_into(hidden, weight, bias, labels, scale, dweight, accumulate):
+    check(hidden, weight, bias, labels)
     scale = scale.float()
     if logits_fit(hidden, weight):
         *sums, padded = cross_entropy(hidden, weight, bias, labels, scale)
