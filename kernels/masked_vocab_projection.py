@@ -67,7 +67,9 @@ def cross_entropy_kernel(
         total = total * tl.exp(peak - new_peak) + tl.sum(tl.exp(x - new_peak), 0)
         peak_before = tl.maximum(peak_before, tl.max(tl.where(columns < label, x, float("-inf")), 0))
         peak = new_peak
-    of_label = tl.load(row_ptr + label).to(tl.float32) + tl.load(bias_ptr + label)
+    known = (label >= 0) & (label < n_columns)  # the loss of another label is no number, not what lies there
+    of_label = tl.load(row_ptr + label, mask=known, other=float("nan")).to(tl.float32)
+    of_label += tl.load(bias_ptr + label, mask=known, other=0.0)
     tl.store(loss_ptr + row, tl.log(total) - (of_label - peak))
     tl.store(correct_ptr + row, ((of_label == peak) & (peak_before < peak)).to(tl.int32))
     if GRADIENT:

@@ -130,6 +130,12 @@ def test_counts_of_the_projection(way):
     torch.testing.assert_close(ops.masked_vocab_projection(*args)[0], loss)
 
 
+@pytest.mark.parametrize("label", [-1, 20, 10**6])
+def test_a_label_outside_the_vocabulary_has_no_finite_loss(label, way):
+    hidden, weight = torch.ones(2, 16), torch.ones(20, 16)
+    assert not torch.isfinite(ops.masked_vocab_projection(hidden, weight, torch.ones(20), torch.tensor([3, label]))[0])
+
+
 @pytest.fixture(params=[None, 0], ids=["logits", "no_logits"])
 def way(request, monkeypatch):
     """Both ways of the projection; without logits, one block of columns after another."""
