@@ -162,7 +162,7 @@ def training_step(preset: str, length: int, kind: str) -> None:
     """
     n, picks = 1024 // length, 1024 * 15 // 100
     model = BertForPreTraining(BertConfig.preset(preset, num_hidden_layers=2)).train()
-    optimizer = Optimizer(model, torch.bfloat16, kind=kind)
+    optimizer = Optimizer(model, torch.bfloat16, kind=kind, sink=True)
     rows, per_sequence, per_pick, read = (torch.zeros(k, dtype=torch.int64) for k in (1024, n, picks, picks + n))
     bounds = torch.zeros(n + 1, dtype=torch.int32)
     batch = PackedBatch(rows, rows, rows, bounds, length, rows, read, bounds, per_sequence, per_pick, per_pick,

@@ -111,7 +111,7 @@ def trained(preset: str, dtype, tokens: int, length: int, device: str, steps: in
     torch.manual_seed(0)
     config = BertConfig.preset(preset)
     model = BertForPreTraining(config).to(device).train()
-    optimizer, losses = Optimizer(model, dtype), []
+    optimizer, losses = Optimizer(model, dtype, sink=True), []
     batches = [packed_batch(config, tokens, length, step, device) for step in range(steps)]
     step_graph = StepGraph(model, optimizer, batches[:1], replayed=True) if graph else None
     for step, batch in enumerate(batches):

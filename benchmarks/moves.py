@@ -147,7 +147,7 @@ def _optimizer() -> None:
     """torch's fused AdamW on fp32 masters, gradients and parameters copied between them."""
 
     class Plain:
-        def __init__(self, model, dtype, max_grad_norm, **options):
+        def __init__(self, model, dtype, max_grad_norm, sink, **options):
             self.inner = plain.AdamW(list(model.to(dtype).parameters()), lr=pretrain.LR, **options)
             self.max_norm, self.loss_scale = max_grad_norm, torch.ones((), device=next(model.parameters()).device)
 

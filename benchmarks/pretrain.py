@@ -153,7 +153,7 @@ def bertfast(checkpoint: str, batches: dict, precision: str, replayed: bool = Tr
     device, before = machine.choose_device(), _resident()
     replayed = replayed and device.type == "cuda" and not turns.get("memory")
     model = BertForPreTraining.from_pretrained(checkpoint).to(device)
-    optimizer = Optimizer(model, machine.DTYPES[precision], max_grad_norm=MAX_NORM, **ADAMW)
+    optimizer = Optimizer(model, machine.DTYPES[precision], max_grad_norm=MAX_NORM, sink=True, **ADAMW)
     packed = [batch.to(device) for batch in make_batches(**batches)]
     counts = [[b.n_masked, int((b.next_sentence_label >= 0).sum())] for b in packed]
     graphs: dict[bool, StepGraph] = {}  # with dropout, and without

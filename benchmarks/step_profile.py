@@ -46,7 +46,7 @@ def run(*, data: str | None, preset: str, tokens: int, length: int, precision: s
     next(measuring)
     peaks = next(measuring)
     model = BertForPreTraining(config).to(device).train()
-    optimizer = Optimizer(model, machine.DTYPES[precision], max_grad_norm=MAX_NORM, **ADAMW)
+    optimizer = Optimizer(model, machine.DTYPES[precision], max_grad_norm=MAX_NORM, sink=True, **ADAMW)
 
     def step(i: int) -> float:
         batch = batches[i % len(batches)]

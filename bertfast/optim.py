@@ -47,13 +47,18 @@ class Optimizer:
     compute_dtype: dtype of the parameters from now on (the model is converted in place; tied parameters stay tied).
     weight_decay applies to matrices and tables only, never to biases and LayerNorm (BERT). max_grad_norm 0 = no
     clipping. `loss_scale` is the factor that the caller's loss must carry (1 unless fp16). lr_scale: parameter name ->
-    factor of its learning rate (layer-wise decay); None: 1 for all.
+    factor of its learning rate (layer-wise decay); None: 1 for all. sink: save the passes that add up a tied word
+    table's two gradients (GradientSink): only for a loop that backpropagates every loss of the model as it is, once.
+    A parameter without a gradient counts as one whose gradient is 0: its weight still decays.
     """
 
     def __init__(self, model: nn.Module, compute_dtype=torch.float32, *, kind="adamw", betas=(0.9, 0.999), eps=1e-6,
-                 weight_decay=0.01, max_grad_norm=1.0, lr_scale: Callable[[str], float] | None = None):
+                 weight_decay=0.01, max_grad_norm=1.0, lr_scale: Callable[[str], float] | None = None,
+                 sink: bool = False):
         self.kind, self.betas, self.eps, self.max_grad_norm = kind, betas, eps, max_grad_norm
         named = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        if not named:
+            raise UserError("the model has nothing to train: no parameter requires a gradient")
         device = next(iter(named.values())).device
         self.groups = []
         members: dict[tuple[bool, float], dict[str, nn.Parameter]] = {}
@@ -67,7 +72,7 @@ class Optimizer:
             p.data = view
         self.sinks = [(e.word_embeddings.weight, e) for e in model.modules() if isinstance(e, Embeddings)]
         for table, embeddings in self.sinks:
-            embeddings.sink = GradientSink(torch.empty_like(table)) if table.requires_grad else None
+            embeddings.sink = GradientSink(torch.empty_like(table)) if sink and table.requires_grad else None
         scalar = lambda value: torch.full((), value, dtype=torch.float32, device=device)
         self.loss_scale = scalar(2.0**16 if compute_dtype == torch.float16 else 1.0)
         self.dynamic = compute_dtype == torch.float16

@@ -207,7 +207,7 @@ class Run:
         self.step_graph: StepGraph | None = None  # the step of the phase in progress
         self.optimizer = Optimizer(
             self.model, dtype, kind=settings.optimizer, weight_decay=settings.weight_decay,
-            betas=(0.9, 0.98), max_grad_norm=settings.max_grad_norm,
+            betas=(0.9, 0.98), max_grad_norm=settings.max_grad_norm, sink=True,
         )
         self.step = 0
         self.tokens_seen = 0

@@ -14,7 +14,7 @@ from bertfast.ops.dropout import keep_scale
 from .dropout import keep_mask, row_counters, signed_threshold
 from .hardware import backward_programs
 from .layer_norm import KEPT, layer_norm_gradient, load_row, store_layer_norm, tile_of_rows
-from .rows import STAGES, column_sum, row_tile, store_partial, sum_partials
+from .rows import STAGES, check_matrix, check_row_key, check_shapes, column_sum, row_tile, store_partial, sum_partials
 
 
 @triton.jit(do_not_specialize=["n_rows", "threshold", "stream"])
@@ -86,8 +86,12 @@ def add_layer_norm_bwd_kernel(
 
 
 def add_layer_norm_fwd(x, bias, residual, weight, ln_bias, eps, p, seed, row_key, stream):
+    check_matrix(x)
     x, residual = x.contiguous(), residual.contiguous()
     n_rows, n_columns = x.shape
+    check_shapes(x.shape, residual=residual)
+    check_shapes((n_columns,), bias=bias, weight=weight, ln_bias=ln_bias)
+    check_row_key(row_key, n_rows)
     y, z = torch.empty_like(x), torch.empty_like(x)
     mean = torch.empty(n_rows, dtype=torch.float32, device=x.device)
     rstd = torch.empty_like(mean)

@@ -14,6 +14,7 @@ from bertfast.ops.dropout import keep_scale
 
 from .dropout import keep_mask, signed_threshold
 from .hardware import architecture, tuned
+from .rows import check_row_key, check_shapes
 
 LOG2E = tl.constexpr(1.4426950408889634)
 UNSPECIALIZED = [  # arguments whose value must not lead to another compilation
@@ -394,6 +395,10 @@ def attention_fwd(
 ):
     q, k, v = check(q, k, v, scale, max(max_q, max_k))
     n_rows, n_heads, d = q.shape
+    check_shapes((len(k), n_heads, d), k=k, v=v)
+    check_shapes((len(cu_seqlens_q),), cu_seqlens_k=cu_seqlens_k)
+    check_shapes((len(cu_seqlens_q) - 1,), prefix_lens=prefix_lens if mask_mode == 2 else None)
+    check_row_key(q_row_key, n_rows)
     out = torch.empty((n_rows, n_heads, d), dtype=q.dtype, device=q.device)
     lse = torch.empty((n_heads, n_rows), dtype=torch.float32, device=q.device)
     block_d = triton.next_power_of_2(d)

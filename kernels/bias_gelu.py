@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 
 from .hardware import backward_programs, tuned
-from .rows import STAGES, store_partial, sum_partials
+from .rows import STAGES, check_matrix, check_shapes, store_partial, sum_partials
 
 COLUMNS = 512  # of a tile: two warps of 16-byte accesses
 TILE = (4, 4)  # its rows and warps
@@ -80,8 +80,10 @@ def bias_gelu_bwd_kernel(
 
 
 def bias_gelu_fwd(x, bias):
+    check_matrix(x)
     x = x.contiguous()
     n_rows, n_columns = x.shape
+    check_shapes((n_columns,), bias=bias)
     y = torch.empty_like(x)
     rows, warps = tuned(f"bias_gelu_fwd I{n_columns}", TILE)
     if n_rows:

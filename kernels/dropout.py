@@ -10,6 +10,8 @@ import triton.language as tl
 
 from bertfast.ops.dropout import keep_scale, threshold
 
+from .rows import check_matrix, check_row_key
+
 ROWS, COLUMNS = 8, 256  # of a tile of `dropout`
 
 
@@ -68,8 +70,10 @@ def dropout_kernel(
 
 
 def dropout(x, p, seed, row_key, stream):
+    check_matrix(x)
     x = x.contiguous()
     n_rows, n_columns = x.shape
+    check_row_key(row_key, n_rows)
     y = torch.empty_like(x)
     if n_rows:
         dropout_kernel[(triton.cdiv(n_rows, ROWS), triton.cdiv(n_columns, COLUMNS))](

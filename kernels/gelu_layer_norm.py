@@ -10,7 +10,7 @@ import triton.language as tl
 from .bias_gelu import gelu, gelu_derivative
 from .hardware import backward_programs
 from .layer_norm import KEPT, layer_norm_gradient, load_row, store_layer_norm, tile_of_rows
-from .rows import STAGES, column_sum, row_tile, store_partial, sum_partials
+from .rows import STAGES, check_matrix, check_shapes, column_sum, row_tile, store_partial, sum_partials
 
 
 @triton.jit(do_not_specialize=["n_rows"])
@@ -63,8 +63,10 @@ def gelu_layer_norm_bwd_kernel(
 
 
 def gelu_layer_norm_fwd(x, bias, weight, ln_bias, eps):
+    check_matrix(x)
     x = x.contiguous()
     n_rows, n_columns = x.shape
+    check_shapes((n_columns,), bias=bias, weight=weight, ln_bias=ln_bias)
     y = torch.empty_like(x)
     mean = torch.empty(n_rows, dtype=torch.float32, device=x.device)
     rstd = torch.empty_like(mean)

@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 
 from .hardware import architecture, backward_programs, tuned
-from .rows import column_sum
+from .rows import check_shapes, column_sum
 
 IGNORE_INDEX = tl.constexpr(-100)
 EVEN = 8  # words: tensor cores at full rate want products in multiples of 16 bytes; the vocabulary's last few go apart
@@ -67,7 +67,9 @@ def cross_entropy_kernel(
         total = total * tl.exp(peak - new_peak) + tl.sum(tl.exp(x - new_peak), 0)
         peak_before = tl.maximum(peak_before, tl.max(tl.where(columns < label, x, float("-inf")), 0))
         peak = new_peak
-    of_label = tl.load(row_ptr + label).to(tl.float32) + tl.load(bias_ptr + label)
+    known = (label >= 0) & (label < n_columns)  # the loss of another label is no number, not what lies there
+    of_label = tl.load(row_ptr + label, mask=known, other=float("nan")).to(tl.float32)
+    of_label += tl.load(bias_ptr + label, mask=known, other=0.0)
     tl.store(loss_ptr + row, tl.log(total) - (of_label - peak))
     tl.store(correct_ptr + row, ((of_label == peak) & (peak_before < peak)).to(tl.int32))
     if GRADIENT:
@@ -321,7 +323,14 @@ def logits_fit(hidden, weight) -> bool:
     return hidden.shape[0] * weight.shape[0] * hidden.element_size() <= LOGITS_LIMIT
 
 
+def check(hidden, weight, bias, labels):
+    check_shapes((len(weight), hidden.shape[1]), weight=weight)
+    check_shapes((len(weight),), bias=bias)
+    check_shapes((len(hidden),), labels=labels)
+
+
 def masked_vocab_projection_eval(hidden, weight, bias, labels):
+    check(hidden, weight, bias, labels)
     if logits_fit(hidden, weight):
         return cross_entropy(hidden, weight, bias, labels, None)[:3]
     return statistics(hidden.contiguous(), weight.contiguous(), bias, labels)[:3]
@@ -334,6 +343,7 @@ def masked_vocab_projection_fwd(hidden, weight, bias, labels, scale):
 
 
 def masked_vocab_projection_fwd_into(hidden, weight, bias, labels, scale, dweight, accumulate):
+    check(hidden, weight, bias, labels)
     scale = scale.float()
     if logits_fit(hidden, weight):
         *sums, padded = cross_entropy(hidden, weight, bias, labels, scale)

@@ -53,6 +53,23 @@ def column_sum_kernel(
     store_partial(partial_ptr, 0, total, columns, n_columns)
 
 
+def check_shapes(wanted: tuple[int, ...], **tensors: Tensor | None) -> None:
+    """ValueError for a tensor of another shape: a kernel would read past its end."""
+    for name, t in tensors.items():
+        if t is not None and t.shape != wanted:
+            raise ValueError(f"{name} has shape {list(t.shape)}, expected {list(wanted)}")
+
+
+def check_row_key(row_key: Tensor | None, n_rows: int) -> None:
+    if row_key is not None and (row_key.shape != (n_rows,) or row_key.dtype != torch.int64):
+        raise ValueError(f"row_key must be int64 of shape [{n_rows}], got {row_key.dtype} {list(row_key.shape)}")
+
+
+def check_matrix(x: Tensor) -> None:
+    if x.dim() != 2:
+        raise ValueError(f"x must be (rows, columns), got {list(x.shape)}")
+
+
 def sum_partials(partial: Tensor, dtype: torch.dtype) -> tuple[Tensor, ...]:
     """(n_sums, n_partials, H) float32 -> n_sums tensors (H,), added in a fixed order: no atomics, same bits always."""
     n_sums, n_partials, n_columns = partial.shape

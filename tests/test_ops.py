@@ -543,6 +543,22 @@ def test_scores_of_any_size_have_a_softmax():
     assert ((out - truth).abs().amax((1, 2)) <= 1e-4 * truth.abs().max()).sum() >= 48  # but for a tie or two
 
 
+@needs_extension
+@pytest.mark.parametrize("size", [1e2, 1e5, 1e18])
+def test_scores_of_any_size_have_a_gradient(size):
+    """A sequence of one is its own value; of two, the first wins by far."""
+    for dtype in (torch.float32, torch.bfloat16):
+        qkv = torch.randn(5, 3, 2, 64, generator=torch.Generator().manual_seed(0)).to(dtype)
+        qkv[:, 0], qkv[:, 1] = size, torch.tensor([1.0, 1.0, -1.0, 1.0, -1.0], dtype=dtype).view(5, 1, 1)
+        dy = torch.randn(5, 2, 64, generator=torch.Generator().manual_seed(1)).to(dtype)
+        qkv.requires_grad_()
+        ops.attention_packed(qkv, torch.tensor([0, 1, 3, 5], dtype=torch.int32), 2).backward(dy)
+        dv = torch.zeros(5, 2, 64)
+        for sequence in ([0], [1, 2], [3, 4]):
+            dv[sequence[0]] = dy[sequence].float().sum(0)
+        torch.testing.assert_close(qkv.grad[:, 2].float(), dv, rtol=torch.finfo(dtype).eps, atol=0)
+
+
 @pytest.mark.parametrize("op", ["bias_gelu", "gelu_layer_norm", "add_layer_norm"])
 def test_outputs_are_contiguous_whatever_the_inputs_are(op):
     """torch.compile plans by the reference's strides, whichever implementation runs."""

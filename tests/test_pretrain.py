@@ -1,5 +1,6 @@
 """The pretraining loop: it learns, resumes bit for bit, normalises over the step, survives and explains faults."""
 
+import copy
 import json
 import os
 import pydoc_data.topics
@@ -563,6 +564,31 @@ def test_a_gradient_sink_changes_nothing(corpus, tmp_path):
             gradients.append((sink.buffer if sink else table.grad).clone())
     for with_sink, without in zip(gradients[:2], gradients[2:]):
         torch.testing.assert_close(with_sink, without, rtol=1e-4, atol=1e-7)
+
+
+LOOPS = {
+    "a part of the loss": lambda model, ids: model(ids, labels=ids).loss / 4,
+    "a loss of one's own": lambda model, ids: torch.nn.functional.cross_entropy(model(ids).logits[0], ids[0]),
+    "a loss only looked at": lambda model, ids: model(ids, labels=ids).loss.detach() + model(ids[:1]).logits.sum(),
+}
+
+
+@pytest.mark.parametrize("loop", LOOPS)
+def test_the_optimiser_lets_every_loop_have_its_gradients(loop, corpus):
+    torch.manual_seed(0)
+    model = bertfast.BertForMaskedLM(bertfast.BertConfig.from_file(corpus / "model.json")).eval()
+    given = copy.deepcopy(model)
+    Optimizer(given)
+    ids = torch.arange(24).view(3, 8) + 5
+    for side in (model, given):
+        LOOPS[loop](side, ids).backward()
+    for (name, expected), p in zip(model.named_parameters(), given.parameters()):
+        torch.testing.assert_close(p.grad, expected.grad, rtol=1e-5, atol=1e-7, msg=name)
+
+
+def test_a_model_with_nothing_to_train_is_refused():
+    with pytest.raises(UserError, match="nothing to train"):
+        Optimizer(torch.nn.Linear(2, 2).requires_grad_(False))
 
 
 def test_too_little_memory_is_one_line(capsys, monkeypatch):

@@ -40,7 +40,7 @@ def model_and_optimizer():
     config = bertfast.BertConfig(vocab_size=97, hidden_size=32, num_hidden_layers=2, num_attention_heads=2,
                                  intermediate_size=64, max_position_embeddings=16)
     model = bertfast.BertForPreTraining(config).train()
-    return model, Optimizer(model, torch.bfloat16, kind="lamb")
+    return model, Optimizer(model, torch.bfloat16, kind="lamb", sink=True)
 
 
 @pytest.mark.parametrize("n_micro", [1, 2])

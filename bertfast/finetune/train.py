@@ -114,6 +114,7 @@ class FineTuning:
         return Optimizer(
             model, machine.DTYPES[self.precision], eps=1e-8, weight_decay=settings.weight_decay,
             max_grad_norm=settings.max_grad_norm, lr_scale=layer_scale(model.config, settings.layer_decay),
+            sink=True,
         )
 
     def describe(self, allocator: str) -> dict[str, str]:

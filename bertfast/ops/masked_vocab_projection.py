@@ -79,7 +79,7 @@ class GradientSink:
     embedding adds to it in its backward, and autograd sees no gradient of the table at all.
 
     Only for a loop that backpropagates the returned loss itself, once and unscaled (bertfast.optim.Optimizer hands it
-    out): not under DDP or FSDP, nor in a patched model.
+    out where asked to): not under DDP or FSDP, nor in a patched model.
     """
 
     buffer: Tensor

@@ -123,6 +123,14 @@ acc scaled_max(const acc* scores, int64_t n, acc scale) {
   return max(highest);
 }
 
+// One row of scores becomes scale * score - max, the highest exactly 0: what no rounding of a large max can spoil.
+template <typename acc>
+void centre(acc* scores, int64_t n, acc scale, acc max) {
+  for_columns(n, [&](int64_t j, auto) {
+    (unfused(Vec<acc>::load(scores + j) * Vec<acc>(scale)) - Vec<acc>(max)).store(scores + j);
+  });
+}
+
 // One row of scores becomes 2^(scale * score - max), dropped ones 0, as elements of words, in place. Returns the sum,
 // dropped ones included.
 template <typename Word, bool DROP, typename acc = tile_acc_t<Word>>
@@ -130,9 +138,7 @@ acc exponentiate(acc* scores, int64_t n, int64_t width, acc scale, acc max, cons
                  int64_t head) {
   const Vec<acc> factor(scale), minus_max(-max);
   if (std::abs(max) > acc(0x1p24)) {  // max was rounded by more than 1, so that the highest score might give 0 or inf
-    for_columns(n, [&](int64_t j, auto) {
-      (unfused(Vec<acc>::load(scores + j) * factor) + minus_max).store(scores + j);
-    });
+    centre(scores, n, scale, max);
     return exponentiate<Word, DROP>(scores, n, width, acc(1), acc(0), dropout, row_key, head);
   }
   Vec<acc> total;
@@ -148,9 +154,15 @@ acc exponentiate(acc* scores, int64_t n, int64_t width, acc scale, acc max, cons
 
 // One row of scores and of dP = dout V^T becomes P with dropped elements 0, and P (dP M - delta), in place.
 template <typename Word, bool DROP, typename acc = tile_acc_t<Word>>
-void softmax_gradient_row(const Problem& p, acc* scores, acc* dp, int64_t n, int64_t width, acc lse2, acc delta,
-                          int64_t row_key, int64_t head) {
-  const Vec<acc> scale(static_cast<acc>(p.scale * LOG2_E)), keep_scale(static_cast<acc>(p.dropout.scale));
+void softmax_gradient_row(const Problem& p, acc* scores, acc* dp, int64_t n, int64_t width, acc scale_, acc lse2,
+                          acc delta, int64_t row_key, int64_t head) {
+  if (n > 0 && std::abs(lse2) > acc(64)) {  // rounded so far that P would be off in its 18th bit: from the scores again
+    centre(scores, n, scale_, scaled_max(scores, n, scale_));
+    Vec<acc> total;
+    for_columns(n, [&](int64_t j, auto size) { total += keep(size, exp2(Vec<acc>::load(scores + j))); });
+    return softmax_gradient_row<Word, DROP>(p, scores, dp, n, width, acc(1), log2(sum(total)), delta, row_key, head);
+  }
+  const Vec<acc> scale(scale_), keep_scale(static_cast<acc>(p.dropout.scale));
   const Vec<acc> minus_lse(-lse2), minus_delta(-delta);
   auto* out = reinterpret_cast<element_t<Word>*>(scores);
   auto* ds_out = reinterpret_cast<element_t<Word>*>(dp);
@@ -363,8 +375,8 @@ void backward_task(const Problem& p, const Task& task, const Saved<scalar_t>& s,
     }
     for (int64_t i = 0; i < rows; i++) {
       softmax_gradient_row<Word, DROP>(p, buffers.scores + i * stride, buffers.dp + i * stride, p.visible(b, first + i),
-                                       round_up(seen, LANES), static_cast<acc>(lse[i] * LOG2_E), deltas[i],
-                                       p.row_key(b, first + i), head);
+                                       round_up(seen, LANES), static_cast<acc>(p.scale * LOG2_E),
+                                       static_cast<acc>(lse[i] * LOG2_E), deltas[i], p.row_key(b, first + i), head);
     }
     multiply<Word>(reinterpret_cast<const Word*>(buffers.dp), stride, 1, buffers.key_rows, dim_width,
                    steps_of<Word>(n_keys), steps_of<Word>(seen), buffers.dq, buffers.dim, rows, dim, false);

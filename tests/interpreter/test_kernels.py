@@ -130,6 +130,12 @@ def test_counts_of_the_projection(way):
     torch.testing.assert_close(ops.masked_vocab_projection(*args)[0], loss)
 
 
+@pytest.mark.parametrize("label", [-1, 20, 10**6])
+def test_a_label_outside_the_vocabulary_has_no_finite_loss(label, way):
+    hidden, weight = torch.ones(2, 16), torch.ones(20, 16)
+    assert not torch.isfinite(ops.masked_vocab_projection(hidden, weight, torch.ones(20), torch.tensor([3, label]))[0])
+
+
 @pytest.fixture(params=[None, 0], ids=["logits", "no_logits"])
 def way(request, monkeypatch):
     """Both ways of the projection; without logits, one block of columns after another."""
@@ -221,3 +227,36 @@ def test_rows_of_any_stride(case):
     p = 0.3 if case.dropout else 0.0
     wanted, got = (run(case.fused, case, tensors, p) for tensors in (dense, strided))
     assert all(torch.equal(got[name], value) for name, value in wanted.items())
+
+
+def short(t):
+    """Without its last column, or element."""
+    return t[..., :-1].contiguous()
+
+
+MISFITS = {
+    "add_layer_norm": {"bias": short, "residual": short, "weight": short, "ln_bias": short, "row_key": torch.Tensor.int},
+    "bias_gelu": {"bias": short},
+    "gelu_layer_norm": {"bias": short, "weight": short, "ln_bias": short},
+    "dropout": {"row_key": short, "x": torch.Tensor.flatten},
+    "masked_vocab_projection": {"weight": short, "bias": short, "labels": short},
+    "attention_prefix": {"prefix_lens": short, "row_key": short},
+}
+
+
+@pytest.mark.parametrize(("op", "name"), [(op, name) for op, names in MISFITS.items() for name in names])
+def test_what_a_kernel_would_read_past_its_end_is_refused(op, name):
+    case = CASES[op]
+    tensors = case.inputs(shapes_of(case)[1], torch.float32)
+    tensors[name] = MISFITS[op][name](tensors[name])
+    with pytest.raises(ValueError, match=f"{name} (has shape|must be)"):
+        case.fused(tensors, 0.3 if case.dropout else 0.0)
+
+
+@pytest.mark.parametrize("name", ["k", "v", "cu_seqlens_k"])
+def test_keys_that_do_not_fit_the_queries_are_refused(name):
+    q, bounds = torch.randn(9, 2, 16), torch.tensor([0, 4, 9], dtype=torch.int32)
+    tensors = {"q": q, "k": q, "v": q, "cu_seqlens_q": bounds, "cu_seqlens_k": bounds}
+    tensors[name] = tensors[name][:, :1] if name == "k" else tensors[name][:-1]
+    with pytest.raises(ValueError, match=f"{name} has shape"):
+        ops.attention(**tensors, max_q=5, max_k=5)

@@ -49,7 +49,7 @@ def train(kind: str, dtype: str) -> torch.Tensor:
     config = bertfast.BertConfig(vocab_size=203, hidden_size=64, num_hidden_layers=2, num_attention_heads=2,
                                  intermediate_size=128, max_position_embeddings=64)  # fmt: skip
     model, batch, rows = bertfast.BertForPreTraining(config).train(), packed_batch(), []
-    optimizer = Optimizer(model, DTYPES[dtype], kind=kind)
+    optimizer = Optimizer(model, DTYPES[dtype], kind=kind, sink=True)
     for step in range(STEPS):
         out = model(batch, seed=torch.tensor([step + 77]))
         out.loss.backward()
