@@ -155,7 +155,8 @@ def _hook(module: nn.Module, before, after=None) -> None:
     if before not in module._forward_pre_hooks.values():
         module.register_forward_pre_hook(before, with_kwargs=True)
         if after is not None:
-            module.register_forward_hook(after, with_kwargs=True)
+            # before FSDP2's, which must see the loss
+            module.register_forward_hook(after, prepend=True, with_kwargs=True)
 
 
 def _argument(module: nn.Module, args: tuple, kwargs: dict, name: str) -> Any:

@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import nn
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from transformers import BertConfig, DistilBertConfig, ElectraConfig, RobertaConfig, XLMRobertaConfig
 from transformers import modeling_flash_attention_utils as flash
@@ -470,8 +471,12 @@ def test_fully_sharded_models(name, first, one_process):
     for step in (bertfast.patch, fully_shard)[:: 1 if first == "patch" else -1]:
         step(patched)
     given = inputs_of(type(original))
-    torch.testing.assert_close(patched(**given).loss, original(**given).loss, rtol=1e-5, atol=1e-6)
-    assert name != "MaskedLM" or patched(**given).logits is None  # the loss is still fused
+    out = patched(**given)
+    torch.testing.assert_close(out.loss, original(**given).loss, rtol=1e-5, atol=1e-6)
+    assert name != "MaskedLM" or out.logits is None  # the loss is still fused
+    out.loss.backward()
+    assert all(isinstance(p.grad, DTensor) for p in patched.parameters() if p.grad is not None)  # reduced and sharded
+    assert all(isinstance(p, DTensor) for p in patched.parameters())
 
 
 @pytest.mark.parametrize("asked_first", [True, False])
