@@ -205,7 +205,10 @@ def _before_head(model: Any, args: tuple, kwargs: dict):
     if labels is not None and (model.training if skip is None else skip) and not whole and _fusable_head(model):
         if _home(model).__name__ == "BertForMaskedLM":
             reads.head = model.cls.predictions
-        elif _argument(model, args, kwargs, "next_sentence_label") is not None:  # the original wants both, or no loss
+        elif (
+            _argument(model, args, kwargs, "next_sentence_label") is not None  # the original wants both, or no loss
+            and _takes_first(model)
+        ):
             reads.head, reads.n_first = model.cls.predictions, 1
     if reads.head is not None:
         args, kwargs = _without(args, kwargs, _POSITIONS[_home(model), "labels"], "labels")

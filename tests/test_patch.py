@@ -381,11 +381,14 @@ def test_replacements_need_no_weight_and_read_every_column(cls, path, replace):
     torch.testing.assert_close(patched(IDS).logits, original(IDS).logits, rtol=1e-4, atol=1e-5)
 
 
-def test_a_hooked_pooler_sees_every_column():
-    seen = []
-    for model in pair(modeling_bert.BertForSequenceClassification):
+@pytest.mark.parametrize("name", ["SequenceClassification", "PreTraining"])
+def test_a_hooked_or_replaced_pooler_sees_every_column(name):
+    cls, seen = getattr(modeling_bert, f"BertFor{name}"), []
+    given = {**inputs_of(cls), "attention_mask": torch.ones_like(MASK)}
+    original, patched = pair(cls)
+    for model in (original, patched):
         model.bert.pooler.register_forward_hook(lambda m, args, out: seen.append(args[0]))
-        model(IDS)
+        model(**given)
     torch.testing.assert_close(seen[1], seen[0], rtol=1e-4, atol=1e-5)
 
 
