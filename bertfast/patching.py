@@ -57,13 +57,17 @@ def patch(model: nn.Module) -> Report:
     for name, module in model.named_modules():
         if type(module) not in ENCODERS:
             continue
+        own_name = name or ORIGINALS.get(type(module), type(module)).__name__  # `model` is the encoder itself
+        if not module.layer:
+            report.left[own_name] = "an encoder without layers"
+            continue
         config = config_of(module)
         if getattr(config, "is_decoder", False) or getattr(config, "add_cross_attention", False):
-            report.left[name] = "a decoder or with cross-attention; bertfast runs encoders"
+            report.left[own_name] = "a decoder or with cross-attention; bertfast runs encoders"
             continue
         for inner_name, inner in [("", module), *module.layer.named_children()]:  # type: ignore[union-attr]
             inner.__class__ = STAND_INS.get(type(inner), type(inner))
-            full_name = f"{name}.layer.{inner_name}" if inner_name else name
+            full_name = f"{name}.layer.{inner_name}".lstrip(".") if inner_name else own_name
             if type(inner) in ORIGINALS:
                 report.replaced.append(full_name)
             else:

@@ -541,6 +541,12 @@ def test_what_is_left_alone_is_said():
         report = bertfast.patch(model)
     assert "encoder.encoder.layer.0" in report.replaced and list(report.left) == ["decoder.bert.encoder"]
     torch.testing.assert_close(model(**given).logits, expected, rtol=1e-4, atol=1e-5)
+    report = bertfast.patch(build(modeling_bert.BertModel).encoder)
+    assert report.replaced == ["BertEncoder", "layer.0", "layer.1", "layer.2"]
+    empty = build(modeling_distilbert.DistilBertModel)
+    empty.transformer.layer = nn.ModuleList()
+    with pytest.warns(UserWarning, match="transformer left alone: an encoder without layers"):
+        assert list(bertfast.patch(empty).left) == ["transformer"]
     with pytest.raises(UserError, match="holds no encoder that bertfast knows"):
         bertfast.patch(nn.Sequential(nn.Linear(3, 3)))
 
