@@ -390,6 +390,55 @@ def test_a_hooked_or_replaced_pooler_sees_every_column(name):
         model.bert.pooler.register_forward_hook(lambda m, args, out: seen.append(args[0]))
         model(**given)
     torch.testing.assert_close(seen[1], seen[0], rtol=1e-4, atol=1e-5)
+    for model in (original, patched):
+        model.bert.pooler = _Replacement(model.bert.pooler.dense, torch.mean)
+    assert_equal_training(original, patched, given)
+
+
+def _inputs_seen(model, path, with_kwargs, before):
+    """Patch `model` after or before a hook is put on `path`; returns the list that the hook fills."""
+    seen = []
+    if not before:
+        bertfast.patch(model)
+    module = model.get_submodule(path)
+    if with_kwargs:
+        module.register_forward_pre_hook(lambda m, args, kwargs: seen.append((args, kwargs)), with_kwargs=True)
+        module.register_forward_hook(lambda m, args, kwargs, out: seen.append((args, kwargs, out)), with_kwargs=True)
+    else:
+        module.register_forward_hook(lambda m, args, out: seen.append((args, out)))
+    if before:
+        bertfast.patch(model)
+    return seen
+
+
+@pytest.mark.parametrize("before", [True, False], ids=["hook first", "patch first"])
+@pytest.mark.parametrize("path, argument", [("", "labels"), ("", "attention_mask"), ("bert", "attention_mask"),
+                                            ("bert.encoder", "attention_mask")])
+def test_hooks_see_the_arguments_of_the_original(path, argument, before):
+    original, patched = (build(modeling_bert.BertForMaskedLM) for _ in range(2))
+    seen = [_inputs_seen(model, path, True, before) for model in (original, patched)]
+    assert_equal_training(original, patched, inputs_of(type(original)))
+    for expected, found in zip(*seen, strict=True):
+        assert torch.equal(found[1][argument], expected[1][argument])
+    assert seen[1][1][2].keys() == seen[0][1][2].keys()
+
+
+@pytest.mark.parametrize("before", [True, False], ids=["hook first", "patch first"])
+def test_a_hook_on_a_layer_sees_its_mask(before):
+    models = [build(modeling_bert.BertModel) for _ in range(2)]
+    seen = [_inputs_seen(model, "encoder.layer.1", False, before) for model in models]
+    for model in models:
+        model(**INPUTS)
+    (expected, _), (found, _) = seen[0][0], seen[1][0]
+    assert len(found) >= 2 and torch.equal(found[1], expected[1])
+
+
+def test_a_backward_hook_on_the_activation_of_the_head_is_called():
+    _, patched = pair(modeling_bert.BertForMaskedLM)
+    called = []
+    patched.cls.predictions.transform.transform_act_fn.register_full_backward_hook(lambda *_: called.append(1))
+    patched(**INPUTS, labels=LABELS).loss.backward()
+    assert called
 
 
 def _doubled(self, hidden_states, attention_mask=None, *args, **kwargs):
