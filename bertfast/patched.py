@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
 
 from . import ops
 from .files import UserError
@@ -120,7 +121,7 @@ def _parts(layer: Any) -> Parts | None:
     norms = (parts.out_norm, parts.down_norm)
     if (
         all(type(m).__module__ == layer.home or type(m) is nn.Dropout for m in between)
-        and all(type(m) is nn.LayerNorm and m.weight is not None and m.bias is not None for m in norms)
+        and all(map(plain_norm, norms))
         and not any(map(hooked, (*between, *leaves)))
         and not (isinstance(parts.activation, nn.Module) and hooked(parts.activation))
     ):
@@ -246,6 +247,10 @@ class Encoder:
             reason = "a cache of keys and values"
         elif kwargs.get("is_causal"):
             reason = "is_causal"
+        elif hidden_states.is_meta:
+            reason = "a meta tensor"
+        elif _has_any_global_hook():
+            reason = "a hook on every module (a FLOP counter sets one)"
         elif reason is None:
             reason = _other_attention(config, hidden_states.shape[0], kwargs)
         if reason is not None:
@@ -391,7 +396,7 @@ class _Embeddings:
             all(t.max_norm is None and not t.sparse and not t.scale_grad_by_freq and not hooked(t, transparent)
                 for t in tables)
             and not (trained and any(t.padding_idx is not None for t in tables[1:]))  # the op knows the word table's
-            and type(self.dropout) is nn.Dropout and type(self.LayerNorm) is nn.LayerNorm
+            and type(self.dropout) is nn.Dropout and plain_norm(self.LayerNorm)
             and not hooked(self.dropout) and not hooked(self.LayerNorm)
         )
 

@@ -14,6 +14,7 @@ from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import BertConfig, DistilBertConfig, ElectraConfig, RobertaConfig, XLMRobertaConfig
 from transformers import modeling_flash_attention_utils as flash
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -567,6 +568,31 @@ def test_changed_heads_of_masked_models_run(path, cls):
     patched = copy.deepcopy(original)
     bertfast.patch(patched)
     assert_equal_training(original, patched, inputs_of(type(original)))
+
+
+@pytest.mark.parametrize("path", ["bert.embeddings.LayerNorm", "bert.encoder.layer.1.output.LayerNorm",
+                                  "cls.predictions.transform.LayerNorm"])
+@pytest.mark.parametrize("settings", [{"bias": False}, {"elementwise_affine": False}], ids=lambda s: next(iter(s)))
+def test_layer_norms_without_bias_or_weight_run(path, settings):
+    original = build(modeling_bert.BertForMaskedLM)
+    original.set_submodule(path, nn.LayerNorm(64, **settings))
+    patched = copy.deepcopy(original)
+    bertfast.patch(patched)
+    assert_equal_training(original, patched, inputs_of(type(original)))
+
+
+def test_meta_tensors_run():
+    _, patched = pair(modeling_bert.BertForSequenceClassification)
+    assert patched.to("meta")(IDS.to("meta")).logits.shape == (B, 3)
+
+
+def test_hooks_on_every_module_see_every_module():
+    counts = []
+    for model in pair(modeling_bert.BertForSequenceClassification):
+        with FlopCounterMode(display=False) as counter:
+            model(**INPUTS)
+        counts.append(counter.get_total_flops())
+    assert counts[0] == counts[1] > 0
 
 
 def test_jit_trace_keeps_the_mask():
