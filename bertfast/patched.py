@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
 
 from . import ops
 from .files import UserError
@@ -39,16 +40,22 @@ except ImportError as error:
 
 _OURS = ("bertfast.patching",)
 _TRANSPARENT = (*_OURS, "transformers.utils.output_capturing")  # hooks that need no padded tensors
+_CARRIED = (*_TRANSPARENT, "torch.distributed.fsdp._fully_shard._fsdp_state")  # hooks that read no argument by its name
+
+
+def watched(module: nn.Module, transparent: tuple[str, ...] = _CARRIED) -> bool:
+    """Whether forward hooks of others may read or change what goes into this module and comes out."""
+    if not module._forward_hooks and not module._forward_pre_hooks:
+        return False
+    hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
+    return any(getattr(hook, "__module__", None) not in transparent for hook in hooks)
 
 
 def hooked(module: nn.Module, transparent: tuple[str, ...] = _TRANSPARENT) -> bool:
     """Whether somebody watches or replaces this module's calls."""
     if "forward" in module.__dict__ or module._backward_hooks or module._backward_pre_hooks:
         return True
-    if not module._forward_hooks and not module._forward_pre_hooks:
-        return False
-    hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
-    return any(getattr(hook, "__module__", None) not in transparent for hook in hooks)
+    return watched(module, transparent)
 
 
 def runs(module: nn.Module, cls: Any) -> bool:
@@ -114,7 +121,7 @@ def _parts(layer: Any) -> Parts | None:
     norms = (parts.out_norm, parts.down_norm)
     if (
         all(type(m).__module__ == layer.home or type(m) is nn.Dropout for m in between)
-        and all(type(m) is nn.LayerNorm and m.weight is not None and m.bias is not None for m in norms)
+        and all(map(plain_norm, norms))
         and not any(map(hooked, (*between, *leaves)))
         and not (isinstance(parts.activation, nn.Module) and hooked(parts.activation))
     ):
@@ -129,6 +136,10 @@ def past_cache(kwargs: dict) -> Any:
 
 def plain(module: nn.Module) -> bool:
     return type(module) is nn.Linear and module.bias is not None
+
+
+def plain_norm(module: nn.Module) -> bool:
+    return type(module) is nn.LayerNorm and module.weight is not None and module.bias is not None
 
 
 def _linear(module: nn.Module, x: Tensor, gelu_bias: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
@@ -236,6 +247,10 @@ class Encoder:
             reason = "a cache of keys and values"
         elif kwargs.get("is_causal"):
             reason = "is_causal"
+        elif hidden_states.is_meta:
+            reason = "a meta tensor"
+        elif _has_any_global_hook():
+            reason = "a hook on every module (a FLOP counter sets one)"
         elif reason is None:
             reason = _other_attention(config, hidden_states.shape[0], kwargs)
         if reason is not None:
@@ -273,13 +288,16 @@ class Encoder:
             pad = parts is None or hooked(layer, transparent)  # whoever looks at a layer sees padded tensors
             if pad != is_padded:
                 x, is_padded = (rows.restore(x) if pad else rows.pack(x)), pad
+            given: tuple = ()
+            if parts is None or hooked(layer):  # hooks may read what the original is given
+                given = (_original_mask(config, hidden_states, mask), *args)
             if parts is None:
-                x = layer(x, _original_mask(config, hidden_states, mask), *args, **kwargs)
+                x = layer(x, *given, **kwargs)
                 continue
             index = None
             if i == len(layers) - 1 and not pad and not collecting:
                 index, final = last_rows(rows, reads, labels)
-            x = layer(x, rows=rows, parts=parts, stream=3 * i + 1, index=index, final=final)
+            x = layer(x, *given, rows=rows, parts=parts, stream=3 * i + 1, index=index, final=final)
         if is_padded:
             x = rows.pack(x)
         out = final.restore(x)
@@ -378,7 +396,7 @@ class _Embeddings:
             all(t.max_norm is None and not t.sparse and not t.scale_grad_by_freq and not hooked(t, transparent)
                 for t in tables)
             and not (trained and any(t.padding_idx is not None for t in tables[1:]))  # the op knows the word table's
-            and type(self.dropout) is nn.Dropout and type(self.LayerNorm) is nn.LayerNorm
+            and type(self.dropout) is nn.Dropout and plain_norm(self.LayerNorm)
             and not hooked(self.dropout) and not hooked(self.LayerNorm)
         )
 

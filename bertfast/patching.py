@@ -17,7 +17,20 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .files import UserError
-from .patched import ENCODERS, FAMILIES, ORIGINALS, STAND_INS, Encoder, config_of, hooked, past_cache, plain, runs
+from .patched import (
+    ENCODERS,
+    FAMILIES,
+    ORIGINALS,
+    STAND_INS,
+    Encoder,
+    config_of,
+    hooked,
+    past_cache,
+    plain,
+    plain_norm,
+    runs,
+    watched,
+)
 from .patched_rows import Reads
 
 READS = {  # what each of transformers' heads reads of the encoder's output
@@ -48,7 +61,7 @@ def patch(model: nn.Module) -> Report:
 
     Nothing else changes: the classes of models, the parameters (the same objects), state_dict, signatures, outputs;
     rows at padding are zeros. BertForMaskedLM and BertForPreTraining, in training with labels, compute the loss
-    without the logits and return None for them; skip_logits=False forces them, skip_logits=True skips them in eval too.
+    without the logits and return None for them; skip_logits=False or a hook forces them, True skips them in eval too.
     A batch with no label at all has loss 0 then. Attentions, masks that are not padding masks, and layers with hooks
     inside run as the original. Decoders are left alone, with a warning. Patching twice does nothing more.
     Returns a Report. Raises UserError where there is nothing to patch.
@@ -57,13 +70,17 @@ def patch(model: nn.Module) -> Report:
     for name, module in model.named_modules():
         if type(module) not in ENCODERS:
             continue
+        own_name = name or ORIGINALS.get(type(module), type(module)).__name__  # `model` is the encoder itself
+        if not module.layer:
+            report.left[own_name] = "an encoder without layers"
+            continue
         config = config_of(module)
         if getattr(config, "is_decoder", False) or getattr(config, "add_cross_attention", False):
-            report.left[name] = "a decoder or with cross-attention; bertfast runs encoders"
+            report.left[own_name] = "a decoder or with cross-attention; bertfast runs encoders"
             continue
         for inner_name, inner in [("", module), *module.layer.named_children()]:  # type: ignore[union-attr]
             inner.__class__ = STAND_INS.get(type(inner), type(inner))
-            full_name = f"{name}.layer.{inner_name}" if inner_name else name
+            full_name = f"{name}.layer.{inner_name}".lstrip(".") if inner_name else own_name
             if type(inner) in ORIGINALS:
                 report.replaced.append(full_name)
             else:
@@ -155,7 +172,8 @@ def _hook(module: nn.Module, before, after=None) -> None:
     if before not in module._forward_pre_hooks.values():
         module.register_forward_pre_hook(before, with_kwargs=True)
         if after is not None:
-            module.register_forward_hook(after, with_kwargs=True)
+            # before FSDP2's, which must see the loss
+            module.register_forward_hook(after, prepend=True, with_kwargs=True)
 
 
 def _argument(module: nn.Module, args: tuple, kwargs: dict, name: str) -> Any:
@@ -183,6 +201,8 @@ def _before_base(model: nn.Module, args: tuple, kwargs: dict):
         tokens = kwargs.get("inputs_embeds")
     if tokens is None or mask.shape != tokens.shape[:2] or past_cache(kwargs) is not None:
         return None
+    if watched(model) or watched(_encoder(model)):  # whoever looks on finds the mask where it was
+        return None
     args, kwargs = _without(args, kwargs, 1, "attention_mask")
     return args, {**kwargs, "bertfast_mask": mask}
 
@@ -201,10 +221,14 @@ def _before_head(model: Any, args: tuple, kwargs: dict):
         return args, {**kwargs, "bertfast_reads": Reads(first_only=not whole and _takes_first(model))}
     labels = _argument(model, args, kwargs, "labels")
     reads = Reads(labels)
-    if labels is not None and (model.training if skip is None else skip) and not whole and _fusable_head(model):
+    skip = model.training if skip is None else skip
+    if labels is not None and skip and not whole and not watched(model) and _fusable_head(model):
         if _home(model).__name__ == "BertForMaskedLM":
             reads.head = model.cls.predictions
-        elif _argument(model, args, kwargs, "next_sentence_label") is not None:  # the original wants both, or no loss
+        elif (
+            _argument(model, args, kwargs, "next_sentence_label") is not None  # the original wants both, or no loss
+            and _takes_first(model)
+        ):
             reads.head, reads.n_first = model.cls.predictions, 1
     if reads.head is not None:
         args, kwargs = _without(args, kwargs, _POSITIONS[_home(model), "labels"], "labels")
@@ -225,8 +249,8 @@ def _fusable_head(model: Any) -> bool:
     own = (model.cls, head, getattr(head, "transform", None))
     if any(type(m).__module__ not in _HOMES for m in own):
         return False
-    inner = (*own, head.transform.dense, head.transform.LayerNorm, head.decoder)
-    return plain(head.decoder) and type(head.transform.LayerNorm) is nn.LayerNorm and not any(map(hooked, inner))
+    inner = (*own, *head.transform.children(), head.decoder)
+    return plain(head.decoder) and plain_norm(head.transform.LayerNorm) and not any(map(hooked, inner))
 
 
 def _after_head(model: Any, args: tuple, kwargs: dict, output):

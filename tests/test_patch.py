@@ -12,7 +12,9 @@ import pytest
 import torch
 from torch import nn
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import BertConfig, DistilBertConfig, ElectraConfig, RobertaConfig, XLMRobertaConfig
 from transformers import modeling_flash_attention_utils as flash
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -380,12 +382,64 @@ def test_replacements_need_no_weight_and_read_every_column(cls, path, replace):
     torch.testing.assert_close(patched(IDS).logits, original(IDS).logits, rtol=1e-4, atol=1e-5)
 
 
-def test_a_hooked_pooler_sees_every_column():
-    seen = []
-    for model in pair(modeling_bert.BertForSequenceClassification):
+@pytest.mark.parametrize("name", ["SequenceClassification", "PreTraining"])
+def test_a_hooked_or_replaced_pooler_sees_every_column(name):
+    cls, seen = getattr(modeling_bert, f"BertFor{name}"), []
+    given = {**inputs_of(cls), "attention_mask": torch.ones_like(MASK)}
+    original, patched = pair(cls)
+    for model in (original, patched):
         model.bert.pooler.register_forward_hook(lambda m, args, out: seen.append(args[0]))
-        model(IDS)
+        model(**given)
     torch.testing.assert_close(seen[1], seen[0], rtol=1e-4, atol=1e-5)
+    for model in (original, patched):
+        model.bert.pooler = _Replacement(model.bert.pooler.dense, torch.mean)
+    assert_equal_training(original, patched, given)
+
+
+def _inputs_seen(model, path, with_kwargs, before):
+    """Patch `model` after or before a hook is put on `path`; returns the list that the hook fills."""
+    seen = []
+    if not before:
+        bertfast.patch(model)
+    module = model.get_submodule(path)
+    if with_kwargs:
+        module.register_forward_pre_hook(lambda m, args, kwargs: seen.append((args, kwargs)), with_kwargs=True)
+        module.register_forward_hook(lambda m, args, kwargs, out: seen.append((args, kwargs, out)), with_kwargs=True)
+    else:
+        module.register_forward_hook(lambda m, args, out: seen.append((args, out)))
+    if before:
+        bertfast.patch(model)
+    return seen
+
+
+@pytest.mark.parametrize("before", [True, False], ids=["hook first", "patch first"])
+@pytest.mark.parametrize("path, argument", [("", "labels"), ("", "attention_mask"), ("bert", "attention_mask"),
+                                            ("bert.encoder", "attention_mask")])
+def test_hooks_see_the_arguments_of_the_original(path, argument, before):
+    original, patched = (build(modeling_bert.BertForMaskedLM) for _ in range(2))
+    seen = [_inputs_seen(model, path, True, before) for model in (original, patched)]
+    assert_equal_training(original, patched, inputs_of(type(original)))
+    for expected, found in zip(*seen, strict=True):
+        assert torch.equal(found[1][argument], expected[1][argument])
+    assert seen[1][1][2].keys() == seen[0][1][2].keys()
+
+
+@pytest.mark.parametrize("before", [True, False], ids=["hook first", "patch first"])
+def test_a_hook_on_a_layer_sees_its_mask(before):
+    models = [build(modeling_bert.BertModel) for _ in range(2)]
+    seen = [_inputs_seen(model, "encoder.layer.1", False, before) for model in models]
+    for model in models:
+        model(**INPUTS)
+    (expected, _), (found, _) = seen[0][0], seen[1][0]
+    assert len(found) >= 2 and torch.equal(found[1], expected[1])
+
+
+def test_a_backward_hook_on_the_activation_of_the_head_is_called():
+    _, patched = pair(modeling_bert.BertForMaskedLM)
+    called = []
+    patched.cls.predictions.transform.transform_act_fn.register_full_backward_hook(lambda *_: called.append(1))
+    patched(**INPUTS, labels=LABELS).loss.backward()
+    assert called
 
 
 def _doubled(self, hidden_states, attention_mask=None, *args, **kwargs):
@@ -470,8 +524,12 @@ def test_fully_sharded_models(name, first, one_process):
     for step in (bertfast.patch, fully_shard)[:: 1 if first == "patch" else -1]:
         step(patched)
     given = inputs_of(type(original))
-    torch.testing.assert_close(patched(**given).loss, original(**given).loss, rtol=1e-5, atol=1e-6)
-    assert name != "MaskedLM" or patched(**given).logits is None  # the loss is still fused
+    out = patched(**given)
+    torch.testing.assert_close(out.loss, original(**given).loss, rtol=1e-5, atol=1e-6)
+    assert name != "MaskedLM" or out.logits is None  # the loss is still fused
+    out.loss.backward()
+    assert all(isinstance(p.grad, DTensor) for p in patched.parameters() if p.grad is not None)  # reduced and sharded
+    assert all(isinstance(p, DTensor) for p in patched.parameters())
 
 
 @pytest.mark.parametrize("asked_first", [True, False])
@@ -512,6 +570,31 @@ def test_changed_heads_of_masked_models_run(path, cls):
     assert_equal_training(original, patched, inputs_of(type(original)))
 
 
+@pytest.mark.parametrize("path", ["bert.embeddings.LayerNorm", "bert.encoder.layer.1.output.LayerNorm",
+                                  "cls.predictions.transform.LayerNorm"])
+@pytest.mark.parametrize("settings", [{"bias": False}, {"elementwise_affine": False}], ids=lambda s: next(iter(s)))
+def test_layer_norms_without_bias_or_weight_run(path, settings):
+    original = build(modeling_bert.BertForMaskedLM)
+    original.set_submodule(path, nn.LayerNorm(64, **settings))
+    patched = copy.deepcopy(original)
+    bertfast.patch(patched)
+    assert_equal_training(original, patched, inputs_of(type(original)))
+
+
+def test_meta_tensors_run():
+    _, patched = pair(modeling_bert.BertForSequenceClassification)
+    assert patched.to("meta")(IDS.to("meta")).logits.shape == (B, 3)
+
+
+def test_hooks_on_every_module_see_every_module():
+    counts = []
+    for model in pair(modeling_bert.BertForSequenceClassification):
+        with FlopCounterMode(display=False) as counter:
+            model(**INPUTS)
+        counts.append(counter.get_total_flops())
+    assert counts[0] == counts[1] > 0
+
+
 def test_jit_trace_keeps_the_mask():
     original, patched = (model.eval() for model in pair(return_dict=False))
     with warnings.catch_warnings(), torch.no_grad():
@@ -533,6 +616,12 @@ def test_what_is_left_alone_is_said():
         report = bertfast.patch(model)
     assert "encoder.encoder.layer.0" in report.replaced and list(report.left) == ["decoder.bert.encoder"]
     torch.testing.assert_close(model(**given).logits, expected, rtol=1e-4, atol=1e-5)
+    report = bertfast.patch(build(modeling_bert.BertModel).encoder)
+    assert report.replaced == ["BertEncoder", "layer.0", "layer.1", "layer.2"]
+    empty = build(modeling_distilbert.DistilBertModel)
+    empty.transformer.layer = nn.ModuleList()
+    with pytest.warns(UserWarning, match="transformer left alone: an encoder without layers"):
+        assert list(bertfast.patch(empty).left) == ["transformer"]
     with pytest.raises(UserError, match="holds no encoder that bertfast knows"):
         bertfast.patch(nn.Sequential(nn.Linear(3, 3)))
 
