@@ -1,6 +1,7 @@
 """The command line: what is given to a command arrives at the functions behind it."""
 
 import inspect
+import io
 from collections.abc import Iterator
 from dataclasses import asdict, is_dataclass
 from importlib import import_module
@@ -109,3 +110,14 @@ def test_every_option_and_its_default_arrive(command: str, name: str, kind: Any,
     assert arriving(*arguments) in (str(value), [str(value)])
     if default not in (None, inspect.Parameter.empty):
         assert arriving() == str(default)
+
+
+def test_output_that_lacks_a_character(monkeypatch: pytest.MonkeyPatch) -> None:
+    out = io.TextIOWrapper(io.BytesIO(), "ascii")  # as of LC_ALL=de_DE.iso88591, or of a pipe on Windows
+    monkeypatch.setattr("sys.stdout", out)
+    monkeypatch.setattr("sys.argv", ["bertfast", "finetune", "--help"])
+    monkeypatch.setattr("signal.signal", lambda *_: None)
+    with pytest.raises(SystemExit, match="0"):
+        cli.main()
+    out.flush()
+    assert rb"pearson, \u2026" in out.buffer.getvalue()  # type: ignore[attr-defined]
