@@ -531,6 +531,12 @@ def test_a_cuda_library_that_does_not_load_is_told(monkeypatch, tmp_path):
         assert _define._load_triton() == "Triton"
 
 
+def test_where_pytorch_multiplies_no_reference_is_named(monkeypatch):
+    monkeypatch.setattr(torch._C, "_dispatch_has_kernel_for_dispatch_key", lambda name, key: False)
+    for name, who in (("gemm", "PyTorch"), ("few_rows_linear", "PyTorch"), ("bias_gelu_fwd", "reference")):
+        assert _define.implementation(name, "cpu", {"cpu": "C++ (avx2)"}) == f"{who}: no C++ (avx2) kernel for this op"
+
+
 def test_no_gradients_have_norm_zero():
     assert ops.grad_norm([]) == 0
 

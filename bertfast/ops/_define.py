@@ -207,6 +207,6 @@ def implementation(name: str, device: str, loaded: dict[str, str]) -> str:
         return "CUDA C++" if has_kernel else "reference: bertfast._C_cuda is not built (it needs nvcc)"
     if has_kernel or loaded[device].startswith(("reference", "no ")):
         return loaded[device]
-    return f"reference: no {loaded[device]} kernel for this op"
+    return f"{'PyTorch' if name in _cpu_only else 'reference'}: no {loaded[device]} kernel for this op"
 
 
