@@ -527,7 +527,7 @@ def test_a_cuda_library_that_does_not_load_is_told(monkeypatch, tmp_path):
     monkeypatch.setattr(torch.ops, "load_library", unloadable)
     monkeypatch.setattr(_define, "register_launchers", lambda key: None)
     monkeypatch.setattr(_define, "_built", lambda name: tmp_path / name)
-    with pytest.warns(UserWarning, match="_C_cuda does not load .undefined symbol.; rebuild"):
+    with pytest.warns(UserWarning, match="_C_cuda does not load .undefined symbol.; rebuild it .make clean"):
         assert _define._load_triton() == "Triton"
 
 

@@ -1,7 +1,8 @@
-"""Building: what is asked of setup.py and cannot be had is one line."""
+"""Building: setup.py and the Makefile, without compiling."""
 
 import os
 import platform
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -23,3 +24,17 @@ def test_instruction_sets_by_name(wanted: str, code: int, said: str) -> None:
     done = subprocess.run([sys.executable, "setup.py", "--version"], cwd=ROOT, capture_output=True, text=True,
                           env={**os.environ, "BERTFAST_ISA": wanted})
     assert done.returncode == code and (done.stdout + done.stderr).splitlines()[-1] == said
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="make is not here")
+def test_make_builds_once_and_again_what_was_cleaned(tmp_path: Path) -> None:
+    for name in ("Makefile", "pyproject.toml", "constraints.txt", "setup.py"):
+        shutil.copy(ROOT / name, tmp_path)
+    (tmp_path / ".venv").mkdir()
+    for name in (".dependencies", ".built"):
+        (tmp_path / ".venv" / name).touch()
+    make = lambda *what: subprocess.check_output(["make", *what], cwd=tmp_path, text=True)
+    builds = lambda: '-e ".[dev]"' in make("-n", "install")
+    assert not builds()
+    make("clean")
+    assert builds()
