@@ -73,4 +73,4 @@ gpu-check: install
 	$(RUN)python benchmarks/gpu_check.py
 
 clean:
-	rm -rf build *.egg-info bertfast/*.so
+	rm -rf build *.egg-info bertfast/*.so $(VENV)/.built

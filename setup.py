@@ -90,7 +90,9 @@ def extensions():
     if platform.machine() not in ("x86_64", "AMD64") or platform.system() != "Linux":
         return everywhere + cuda_extension()
     sources = sorted(glob("csrc/cpu/*.cpp"))
-    wanted = os.environ.get("BERTFAST_ISA", ",".join(ISAS)).split(",")
+    wanted = [isa.strip() for isa in os.environ.get("BERTFAST_ISA", ",".join(ISAS)).split(",")]
+    if unknown := [isa for isa in wanted if isa not in ISAS]:
+        raise SystemExit(f"BERTFAST_ISA={unknown[0]!r} is unknown; known: {', '.join(ISAS)}")
     return everywhere + cuda_extension() + [
         CppExtension(
             f"bertfast._C_{isa}", sources, depends=headers, extra_compile_args=FLAGS + ISAS[isa] + sanitize,

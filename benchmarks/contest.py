@@ -203,6 +203,8 @@ def _work(pipe, make, arguments, threads, keep_pages) -> None:
             where = traceback.extract_tb(error.__traceback__)[-1]
             message = (str(error).strip().splitlines() or [""])[0]
             answer = f"{type(error).__name__}: {message} ({Path(where.filename).name}:{where.lineno})"
+            if isinstance(error, ModuleNotFoundError):
+                answer = f"{message}: pip install 'bertfast[hf]'"
         pipe.send(answer)
 
 

@@ -4,6 +4,7 @@ the command's usage) and exit code 2.
 Heavy imports stand inside the commands, so that --help answers at once.
 """
 
+import io
 import re
 import signal
 import sys
@@ -275,6 +276,8 @@ def doctor() -> None:
 def main() -> None:
     """The console script. Exit codes: 0; 2 for a mistake of the user or too little memory; 130 Ctrl-C; 143 SIGTERM."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # as an exception, so that temporary files are removed
+    if isinstance(sys.stdout, io.TextIOWrapper):  # texts and vocabularies have characters that some terminals lack
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         app()
     except UserError as error:

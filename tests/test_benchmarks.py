@@ -1,5 +1,6 @@
 """The harness: it measures what it says, refuses what computes something else, and catches what got slower."""
 
+import importlib
 import io
 import itertools
 import json
@@ -302,13 +303,16 @@ def test_contenders_take_turns_and_those_that_fail_are_reported():
         Contender("dies", os._exit, {"status": 3}),
         Contender("stops", itertools.repeat, {"object": {"seconds": 1.0}, "times": 2}),
         Contender("wrong", itertools.repeat, {"object": {"seconds": 2.0}}),
+        Contender("lacks", importlib.import_module, {"name": "absent_package"}),
     ]
     check = lambda facts: {"wrong": "refused: 2"} if facts["wrong"]["seconds"] == 2.0 else {}
     outcomes, stopped = contest.contest(contenders, rounds=2, threads=1, check=check)
     assert not stopped
-    assert {n: len(o.turns) for n, o in outcomes.items()} == {"good": 2, "dies": 0, "stops": 1, "wrong": 0}
+    assert {n: len(o.turns) for n, o in outcomes.items()} == {"good": 2, "dies": 0, "stops": 1, "wrong": 0,
+                                                             "lacks": 0}
     assert outcomes["good"].failed == "" and outcomes["wrong"].failed == "refused: 2"
     assert "exit code 3" in outcomes["dies"].failed and "StopIteration" in outcomes["stops"].failed
+    assert outcomes["lacks"].failed == "No module named 'absent_package': pip install 'bertfast[hf]'"
 
 
 def test_bf16_is_left_out_where_its_products_are_a_fallback(monkeypatch):

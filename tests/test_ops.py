@@ -527,8 +527,14 @@ def test_a_cuda_library_that_does_not_load_is_told(monkeypatch, tmp_path):
     monkeypatch.setattr(torch.ops, "load_library", unloadable)
     monkeypatch.setattr(_define, "register_launchers", lambda key: None)
     monkeypatch.setattr(_define, "_built", lambda name: tmp_path / name)
-    with pytest.warns(UserWarning, match="_C_cuda does not load .undefined symbol.; rebuild"):
+    with pytest.warns(UserWarning, match="_C_cuda does not load .undefined symbol.; rebuild it .make clean"):
         assert _define._load_triton() == "Triton"
+
+
+def test_where_pytorch_multiplies_no_reference_is_named(monkeypatch):
+    monkeypatch.setattr(torch._C, "_dispatch_has_kernel_for_dispatch_key", lambda name, key: False)
+    for name, who in (("gemm", "PyTorch"), ("few_rows_linear", "PyTorch"), ("bias_gelu_fwd", "reference")):
+        assert _define.implementation(name, "cpu", {"cpu": "C++ (avx2)"}) == f"{who}: no C++ (avx2) kernel for this op"
 
 
 def test_no_gradients_have_norm_zero():

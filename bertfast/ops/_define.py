@@ -144,7 +144,7 @@ def _load_nodes(cpu: str) -> None:
         except OSError as error:  # built against another torch
             why = str(error).splitlines()[0]
     if why:
-        warnings.warn(f"bertfast: no autograd nodes in C++ ({why}); rebuild the extension (make install)", stacklevel=2)
+        warnings.warn(f"bertfast: no autograd nodes in C++ ({why}); rebuild them (make clean install)", stacklevel=2)
 
 
 def _load_extension() -> str:
@@ -167,7 +167,8 @@ def _load_extension() -> str:
             try:
                 torch.ops.load_library(path)
             except OSError as error:  # built against another torch
-                return f"reference: {path.name} does not load ({str(error).splitlines()[0]}); rebuild it"
+                why = str(error).splitlines()[0]
+                return f"reference: {path.name} does not load ({why}); rebuild it (make clean install)"
             return f"C++ ({isa})"
     return "reference: the C++ extension is not built (make install)"
 
@@ -187,7 +188,7 @@ def _load_triton() -> str:
             torch.ops.load_library(path)
         except OSError as error:  # built against another torch
             why = str(error).splitlines()[0]
-            warnings.warn(f"bertfast: {path.name} does not load ({why}); rebuild the extension", stacklevel=2)
+            warnings.warn(f"bertfast: {path.name} does not load ({why}); rebuild it (make clean install)", stacklevel=2)
     return "Triton"
 
 
@@ -207,6 +208,6 @@ def implementation(name: str, device: str, loaded: dict[str, str]) -> str:
         return "CUDA C++" if has_kernel else "reference: bertfast._C_cuda is not built (it needs nvcc)"
     if has_kernel or loaded[device].startswith(("reference", "no ")):
         return loaded[device]
-    return f"reference: no {loaded[device]} kernel for this op"
+    return f"{'PyTorch' if name in _cpu_only else 'reference'}: no {loaded[device]} kernel for this op"
 
 

@@ -1,0 +1,123 @@
+"""The command line: what is given to a command arrives at the functions behind it."""
+
+import inspect
+import io
+from collections.abc import Iterator
+from dataclasses import asdict, is_dataclass
+from importlib import import_module
+from pathlib import Path
+from typing import Any, get_args
+
+import pytest
+import torch
+import typer
+from bertfast.benchmarks import commands
+from typer.models import OptionInfo
+
+from bertfast import cli, machine
+
+BENCH = "benchmarks.commands:_finish"
+COMMANDS = {  # command: (arguments without which it does not start, the functions behind it, the last one called last)
+    "prepare": ("a.txt --out set", ["data.prepare:prepare"]),
+    "pretrain": ("--out run --data set", ["pretrain:start"]),
+    "finetune": ("--task qa --model m --train t --out run", ["finetune.train:finetune"]),
+    "predict": ("--model m --input i --out o",
+                ["finetune.predict:Predictor.__init__", "finetune.predict:predict_file"]),
+    "fill-mask": ("[MASK] --model m", ["fill_mask:FillMask.__init__", "fill_mask:FillMask.__call__"]),
+    "bench pretrain": ("", ["benchmarks.pretrain:run", BENCH]),
+    "bench memory": ("", ["benchmarks.pretrain:run", BENCH]),
+    "bench ops": ("", ["benchmarks.ops:run", BENCH]),
+    "bench inference": ("--model m --text t", ["benchmarks.inference:run", BENCH]),
+    "bench finetune": ("--task qa --model m --train t", ["benchmarks.finetune:run", BENCH]),
+    "bench trainer": ("--model m --train t --dev d", ["benchmarks.trainer:run", BENCH]),
+    "bench quality": ("--data set", ["benchmarks.quality:run", BENCH]),
+    "bench job": ("run", ["benchmarks.job:run", BENCH]),
+    "bench roofline": ("", ["benchmarks.roofline:bounds", BENCH]),
+    "bench profile": ("", ["benchmarks.step_profile:run", BENCH]),
+    "bench moves": ("", ["benchmarks.moves:run", BENCH]),
+    "bench tune": ("", ["benchmarks.tune:tune"]),
+    "bench report": ("", ["benchmarks.report:update"]),
+}
+RENAMED = {  # where what arrives has another name than the option, in one command or in all
+    ("pretrain", "out"): "folder", ("finetune", "out"): "folder", ("predict", "model"): "folder", "input": "source",
+    ("fill-mask", "model"): "folder", ("bench quality", "precision"): "precisions", "peer": "peers", "op": "only",
+    "batch": "batches", "head_size": "head_sizes", "hidden_size": "hidden_sizes", "readme": "readmes",
+}
+COMMAND_LINE = typer.main.get_command(cli.app)
+VALUES = {"preset": "tiny", "start": "normal", "optimizer": "lamb", "precision": "bf16", "op": "bias_gelu",
+          "peer": "HF eager fp32", "readme": __file__}  # where not every value will do
+
+
+def options() -> Iterator[tuple[str, str, Any, Any]]:
+    """(command, name, type, default) of all there are."""
+    for prefix, app in (("", cli.app), ("bench ", commands.bench)):
+        for command in app.registered_commands:
+            for name, parameter in inspect.signature(command.callback).parameters.items():
+                kind, *more = get_args(parameter.annotation) or (parameter.annotation,)
+                if any(isinstance(m, OptionInfo) for m in more):
+                    yield prefix + command.callback.__name__.replace("_", "-"), name, kind, parameter.default
+
+
+@pytest.mark.parametrize("command, name, kind, default", list(options()))
+def test_every_option_and_its_default_arrive(command: str, name: str, kind: Any, default: Any,
+                                             monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    if command == "bench tune":
+        pytest.importorskip("triton")
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
+    needed, behind = COMMANDS[command]
+    found: dict[str, Any] = {}
+
+    class Arrived(Exception):
+        pass
+
+    def noting(function, last: bool):
+        def noted(*args, **kwargs):
+            for key, value in inspect.signature(function).bind(*args, **kwargs).arguments.items():
+                found.update(asdict(value) if is_dataclass(value) else {key: value})
+            if last:
+                raise Arrived
+            return None if function.__name__ == "__init__" else {}
+        return noted
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(machine, "keep_pages", lambda: "")  # of this process
+    monkeypatch.setattr(torch, "set_num_threads", lambda n: found.update(threads=n))
+    monkeypatch.setattr(machine, "gemm_rate", lambda *_: 1e9)
+    monkeypatch.setattr("bertfast.benchmarks.report.results", lambda folder: {})
+    for place in behind:
+        module, _, path = place.partition(":")
+        *owner, attribute = path.split(".")
+        holder = import_module(f"bertfast.{module}")
+        holder = getattr(holder, owner[0]) if owner else holder
+        monkeypatch.setattr(holder, attribute, noting(getattr(holder, attribute), place == behind[-1]))
+
+    def arriving(*arguments: str) -> Any:
+        found.clear()
+        with pytest.raises(Arrived):
+            COMMAND_LINE.main([*command.split(), *needed.split(), *arguments], standalone_mode=False)
+        there = found[RENAMED.get((command, name), RENAMED.get(name, name))]
+        return [str(x) for x in there] if isinstance(there, list) else str(there)
+
+    option = "--" + name.replace("_", "-")
+    if kind is bool:
+        arguments, value = [option if not default else option.replace("--", "--no-", 1)], not default
+    else:
+        number = default if isinstance(default, (int, float)) else 0
+        other = {"int": number + 1 if number else 128, "float": number / 2 + 0.125}
+        value = VALUES.get(name) or next((v for type_, v in other.items() if type_ in str(kind)), f"a-{name}")
+        arguments = [option, str(value)]
+    assert arriving(*arguments) in (str(value), [str(value)])
+    if default not in (None, inspect.Parameter.empty):
+        assert arriving() == str(default)
+
+
+def test_output_that_lacks_a_character(monkeypatch: pytest.MonkeyPatch) -> None:
+    out = io.TextIOWrapper(io.BytesIO(), "ascii")  # as of LC_ALL=de_DE.iso88591, or of a pipe on Windows
+    monkeypatch.setattr("sys.stdout", out)
+    monkeypatch.setattr("sys.argv", ["bertfast", "finetune", "--help"])
+    monkeypatch.setattr("signal.signal", lambda *_: None)
+    with pytest.raises(SystemExit, match="0"):
+        cli.main()
+    out.flush()
+    assert rb"pearson, \u2026" in out.buffer.getvalue()  # type: ignore[attr-defined]
