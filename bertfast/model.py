@@ -302,11 +302,11 @@ class BertLMHeadModel(_Pretraining):
         super().__init__(replace(config, is_decoder=True))
 
     def forward(self, input_ids, attention_mask=None, token_type_ids=None, position_ids=None, labels=None,
-                **arguments) -> ModelOutput:
+                *arguments, **named) -> ModelOutput:
         """As the others; labels (B, S) stand at their own tokens, whose predictions come from the rows before them."""
         if labels is not None:
             labels = F.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX)
-        return super().forward(input_ids, attention_mask, token_type_ids, position_ids, labels, **arguments)
+        return super().forward(input_ids, attention_mask, token_type_ids, position_ids, labels, *arguments, **named)
 
 
 def _packed(input_ids, attention_mask, token_type_ids, position_ids, labels=None, next_sentence_label=None):

@@ -235,7 +235,8 @@ def short(t):
 
 
 MISFITS = {
-    "add_layer_norm": {"bias": short, "residual": short, "weight": short, "ln_bias": short, "row_key": torch.Tensor.int},
+    "add_layer_norm": {"bias": short, "residual": short, "weight": short, "ln_bias": short,
+                       "row_key": torch.Tensor.int},
     "bias_gelu": {"bias": short},
     "gelu_layer_norm": {"bias": short, "weight": short, "ln_bias": short},
     "dropout": {"row_key": short, "x": torch.Tensor.flatten},
