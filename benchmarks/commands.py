@@ -311,7 +311,10 @@ def compare(before: Annotated[Path, typer.Argument(help="A result.")],
     """
     from bertfast.benchmarks import report
 
-    worse = report.compare(report.load(before), report.load(after))
+    old, new = report.load(before), report.load(after)
+    worse = report.compare(old, new)
+    for name, was, now in report.changed_settings(old, new):
+        print(f"{name}: {was} before, {now} after: not the same measurement")
     for row in worse:
         print(f"{row['key']}: {row['contender']} {row['why']}")
     if worse:

@@ -8,6 +8,7 @@ import fnmatch
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 from bertfast.benchmarks import contest
 from bertfast.benchmarks.tables import sweep, tables
@@ -129,6 +130,12 @@ def compare(before: dict, after: dict) -> list[dict]:
         if why:
             found.append({"key": key, "contender": contender, "why": why})
     return found
+
+
+def changed_settings(before: dict, after: dict) -> list[tuple[str, Any, Any]]:
+    """(name, before, after) of what decides how much work a result measures, and is not the same in both."""
+    old, new = ({"threads": r.get("threads"), **r.get("settings", {})} for r in (before, after))
+    return [(name, old[name], new[name]) for name in old if name in new and old[name] != new[name]]
 
 
 def load(path: Path) -> dict:

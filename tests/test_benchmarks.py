@@ -431,6 +431,9 @@ def test_a_slower_trainer_is_noticed_and_results_without_times_are_refused():
     before, after = (made([{**row, "median": seconds}], "trainer") for seconds in (0.01, 0.1))
     assert [row["why"] for row in report.compare(before, after)] == ["10.00 times as slow (allowed 1.05)"]
     assert report.compare(after, before) == []
+    fewer = {**before, "threads": 1, "settings": {"tokens": 512, "length": 128}}
+    more = {**fewer, "threads": 2, "settings": {"tokens": 2048, "length": 128}}
+    assert report.changed_settings(fewer, more) == [("threads", 1, 2), ("tokens", 512, 2048)]
     scores = made([{"key": "sst2", "contender": "bertfast", "failed": "", "metrics": {"f1": 0.9}}], "tasks")
     with pytest.raises(UserError, match="results of tasks have no time"):
         report.compare(scores, scores)

@@ -789,3 +789,9 @@ def test_spans_in_bilou_and_words_of_any_alphabet():
     assert metrics.spans([["B", "I", "O", "B"]], [["B", "O", "O", "B"]])["f1"] == 0.5  # one of two spans, no kinds
     assert metrics.texts([["\u6211\u4eec\u53bb"]], ["\u6211\u4eec\u53bb"])["rouge_l"] == 1
     assert metrics.texts([["The cat's hat"]], ["the cat s HAT!"])["rouge_l"] == 1
+
+
+def test_a_correlation_with_what_is_no_number_is_told():
+    assert metrics.correlation([1.0, 2.0, 3.0], [2.0, 4.0, 6.0])["pearson"] == pytest.approx(1)
+    with pytest.raises(UserError, match="not numbers any more; try a lower --lr"):
+        metrics.correlation([1.0, 2.0, 3.0], [1.0, float("nan"), 3.0])

@@ -48,8 +48,10 @@ def multi_label(gold: np.ndarray, guess: np.ndarray) -> dict[str, float]:
 
 
 def correlation(gold: Sequence[float], guess: Sequence[float]) -> dict[str, float]:
-    """Pearson's and Spearman's; 0 where one side is constant."""
+    """Pearson's and Spearman's; 0 where one side is constant. Raises UserError for a guess that is no number."""
     stats = need("scipy.stats")
+    if not np.isfinite(guess).all():
+        raise UserError("the model's predictions are not numbers any more; try a lower --lr")
     mse = float(np.mean((np.array(gold) - np.array(guess)) ** 2))
     if len(set(gold)) < 2 or len(set(guess)) < 2:
         return {"pearson": 0.0, "spearman": 0.0, "mse": mse}
