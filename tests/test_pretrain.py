@@ -237,7 +237,7 @@ def test_two_processes_do_not_train_one_run(corpus, tmp_path):
 def test_the_closing_table_of_a_run_without_a_finite_loss(corpus, tmp_path, capsys):
     results, _ = start(tmp_path, settings(corpus, steps=2, lr=1e11, warmup=0.0), resume=False).train()
     (tmp_path / "metrics.jsonl").write_text('{"step": 1, "mlm_loss": null}\n')
-    pretrain.report.closing_table(tmp_path, results, 6.0)
+    pretrain.report.closing_table(tmp_path, results, 6.0, False)
     assert "below the unigram entropy" in " ".join(capsys.readouterr().out.split())
 
 
