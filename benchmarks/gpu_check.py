@@ -4,6 +4,7 @@
                 in several processes, since most of the time kernels are compiled
   training      three steps of a tiny BERT with dropout in fp32, bf16 and fp16, launched kernel by kernel and replayed
                 as a CUDA graph, each twice: the same bits all four times, in fp32 the CPU engine's losses
+  fine-tuning   the same of every head, launched and replayed
   speed, memory a BERT-base step in bf16, launched kernel by kernel and replayed
   ops           each in bf16 at the shapes of that step, against eager and compiled PyTorch, and Liger-Kernel and
                 flash-attn where they are installed
@@ -14,7 +15,7 @@ transformers: `bertfast bench pretrain --bf16 --preset base --tokens 16384` on t
 import argparse
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
@@ -26,13 +27,30 @@ from bertfast.benchmarks.cases import CASES, Case, run
 from bertfast.kernels import masked_vocab_projection
 
 from bertfast import BertConfig, BertForPreTraining, PackedBatch, ops
+from bertfast.heads import (
+    BertForMultipleChoice,
+    BertForQuestionAnswering,
+    BertForSequenceClassification,
+    BertForTokenClassification,
+)
 from bertfast.optim import Optimizer
+from bertfast.seq2seq import BertForPrefixLM, BertForSeq2Seq
 from bertfast.step_graph import StepGraph
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 ULPS = {torch.float32: 4, torch.bfloat16: 2, torch.float16: 2}
 LR = 1e-3
 DEVICE = "cuda"
+HEADS: dict[type, Callable[[PackedBatch], dict]] = {  # what each is called with besides the batch
+    BertForSequenceClassification: lambda batch: {"labels": batch.next_sentence_label},
+    BertForTokenClassification: lambda batch: {"labels": batch.labels % 2},
+    BertForQuestionAnswering: lambda batch: {f"{end}_positions": batch.labels[: batch.n_sequences] % batch.max_seqlen
+                                             for end in ("start", "end")},
+    BertForMultipleChoice: lambda batch: {"n_options": (2,) * (batch.n_sequences // 2),
+                                          "labels": batch.next_sentence_label[::2]},
+    BertForSeq2Seq: lambda batch: {"targets": batch, "labels": batch.input_ids.roll(-1)},
+    BertForPrefixLM: lambda batch: {"prefix_lens": batch.cu_seqlens.diff() // 2},
+}
 
 
 def op_parity(case: Case, shape, dtype: torch.dtype, p: float) -> list[str]:
@@ -113,10 +131,10 @@ def trained(preset: str, dtype, tokens: int, length: int, device: str, steps: in
     model = BertForPreTraining(config).to(device).train()
     optimizer, losses = Optimizer(model, dtype, sink=True), []
     batches = [packed_batch(config, tokens, length, step, device) for step in range(steps)]
-    step_graph = StepGraph(model, optimizer, batches[:1], replayed=True) if graph else None
+    step_graph = StepGraph(model, optimizer, [(batches[0], {})], replayed=True) if graph else None
     for step, batch in enumerate(batches):
         if step_graph:
-            step_graph([batch], [step + 5], LR, batch.n_masked, batch.n_sequences)
+            step_graph([(batch, {})], [step + 5], LR, (batch.n_masked, batch.n_sequences))
             out = step_graph.outputs[0]
         else:
             scale = optimizer.loss_scale
@@ -154,6 +172,35 @@ def check_training() -> list[str]:
                 faults.append(f"training in {name}, {how}: other bits than launched the first time")
         if dtype == torch.float32 and not torch.allclose(first, on_cpu, rtol=1e-5, atol=0):
             faults.append(f"training in {name}: losses differ from the CPU's {on_cpu.tolist()} by more than 1e-5")
+    return faults
+
+
+def finetuned(head: type, dtype: torch.dtype, device: str, graph: bool = False) -> torch.Tensor:
+    """Losses of three steps of a task's head on a tiny BERT, with dropout: (steps,)."""
+    torch.manual_seed(0)
+    config = BertConfig.preset("tiny")
+    model = head(config).to(device).train()
+    optimizer, losses = Optimizer(model, dtype, sink=True), []
+    batches = [packed_batch(config, 512, 64, step, device) for step in range(3)]
+    calls = [(batch, HEADS[head](batch)) for batch in batches]
+    step_graph = StepGraph(model, optimizer, calls[:1], ("scale",), replayed=graph)
+    for step, call in enumerate(calls):
+        step_graph([call], [step + 5], LR, [call[0].n_sequences])
+        losses.append((step_graph.outputs[0].loss / step_graph.scale).float().cpu())
+    return torch.stack(losses)
+
+
+def check_finetuning() -> list[str]:
+    faults = []
+    for head in HEADS:
+        on_cpu = finetuned(head, torch.float32, "cpu")
+        for name, dtype in DTYPES.items():
+            launched, replayed = (finetuned(head, dtype, DEVICE, graph) for graph in (False, True))
+            if not torch.equal(launched, replayed):
+                faults.append(f"{head.__name__} in {name}, replayed: other bits than launched")
+            if dtype == torch.float32 and not torch.allclose(launched, on_cpu, rtol=1e-5, atol=0):
+                faults.append(f"{head.__name__}: losses {launched.tolist()}, the CPU's are {on_cpu.tolist()}")
+    print(f"  fine-tuning: {len(HEADS)} heads, {len(faults)} faults")
     return faults
 
 
@@ -205,7 +252,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"  {name}: {where['cuda']}")
     faults = check_parity()
     print("training:")
-    faults += check_training()
+    faults += check_training() + check_finetuning()
     print("speed and memory:")
     for graph in (False, True):
         show_speed(graph)

@@ -28,7 +28,7 @@ from bertfast.files import UserError
 from bertfast.model import BertForPreTraining
 from bertfast.optim import Optimizer
 from bertfast.pretrain import step_seed, useful_flops
-from bertfast.step_graph import StepGraph
+from bertfast.step_graph import Call, StepGraph
 
 ADAMW = {"betas": (0.9, 0.98), "eps": 1e-6, "weight_decay": 0.01}
 LR, MAX_NORM = 5e-4, 1.0
@@ -156,13 +156,14 @@ def bertfast(checkpoint: str, batches: dict, precision: str, replayed: bool = Tr
     optimizer = Optimizer(model, machine.DTYPES[precision], max_grad_norm=MAX_NORM, sink=True, **ADAMW)
     packed = [batch.to(device) for batch in make_batches(**batches)]
     counts = [[b.n_masked, int((b.next_sentence_label >= 0).sum())] for b in packed]
+    calls: list[list[Call]] = [[(batch, {})] for batch in packed]
     graphs: dict[bool, StepGraph] = {}  # with dropout, and without
 
     def step(i):
         if model.training not in graphs:
-            graphs[model.training] = StepGraph(model, optimizer, packed[:1], replayed and model.training)
+            graphs[model.training] = StepGraph(model, optimizer, calls[i], replayed=replayed and model.training)
         graph = graphs[model.training]
-        norm = graph([packed[i]], [step_seed(1, i)], LR, *counts[i])
+        norm = graph(calls[i], [step_seed(1, i)], LR, counts[i])
         return graph.outputs[0].loss.detach(), norm
 
     yield from _train(model, step, packed, before, **turns, state=14 if precision == "bf16" else 16)

@@ -43,15 +43,15 @@ class PackedBatch:
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> "PackedBatch":
         """The same batch with its tensors on `device`; the host integers stay. `non_blocking` wants pinned memory."""
-        return self._map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
+        return map_tensors(self, lambda tensor: tensor.to(device, non_blocking=non_blocking))
 
     def pin_memory(self) -> "PackedBatch":
         """The same batch in page-locked host memory, from which a copy to a GPU need not wait."""
-        return self._map(torch.Tensor.pin_memory)
+        return map_tensors(self, torch.Tensor.pin_memory)
 
-    def _map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> "PackedBatch":
-        values: dict[str, Any] = {}
-        for field in fields(self):
-            value = getattr(self, field.name)
-            values[field.name] = function(value) if isinstance(value, torch.Tensor) else value
-        return PackedBatch(**values)
+
+def map_tensors(value: Any, function: Callable[[torch.Tensor], torch.Tensor]) -> Any:
+    """A PackedBatch with each of its tensors through `function`, or a tensor itself; anything else as it is."""
+    if isinstance(value, PackedBatch):
+        return PackedBatch(**{field.name: map_tensors(getattr(value, field.name), function) for field in fields(value)})
+    return function(value) if isinstance(value, torch.Tensor) else value

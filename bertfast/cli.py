@@ -197,6 +197,8 @@ def finetune(
     seed: Annotated[int, typer.Option(help="Order, dropout and the new head are functions of it.")] = 1,
     seeds: Annotated[int, typer.Option(min=1, help="Train so many times; mean and spread are reported.")] = 1,
     log_every: Annotated[int, typer.Option(min=1, help="Steps between rows of metrics.jsonl.")] = 10,
+    cuda_graph: Annotated[bool, typer.Option("--cuda-graph/--no-cuda-graph",
+                                             help="On a GPU, replay steps whose shapes recur as CUDA graphs.")] = True,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a run that --out already holds.")] = False,
 ) -> None:
     """Put a head on a pretrained encoder and train both on your examples.

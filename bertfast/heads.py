@@ -8,6 +8,7 @@ A packed loss is the mean over the labels, or their sum times `scale` (0-dim: on
 batch, times the loss scale). Which loss a sequence head takes is config.extra["problem_type"], as in transformers.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -55,21 +56,21 @@ def _span_loss(logits: Tensor, cu_seqlens: Tensor, longest: int, span: tuple[Ten
 
     An end outside its sequence is ignored, as transformers ignores one beyond the padded length.
     """
-    lengths = cu_seqlens.diff().long()
+    lengths, n, longest = cu_seqlens.diff().long(), len(span[0]), max(1, longest)
     ends = [torch.where((end >= 0) & (end < lengths), end, IGNORE_INDEX) for end in span]
     row = torch.arange(len(logits), device=logits.device)
     sequence = torch.searchsorted(cu_seqlens[1:].long(), row, right=True)
-    padded = logits.new_full((len(span[0]), max(1, longest), 2), -torch.inf)
-    padded = padded.index_put((sequence, row - cu_seqlens[sequence]), logits)
+    padded = logits.new_full((n + 1, longest, 2), -torch.inf)  # the last for rows behind all sequences
+    padded = padded.index_put((sequence, (row - cu_seqlens[sequence]).clamp(max=longest - 1)), logits)[:n]
     first, last = (_cross_entropy(padded[..., i], labels, scale) for i, labels in enumerate(ends))
     return (first + last) / 2
 
 
-def options_apart(scores: Tensor, n_options: Tensor) -> Tensor:
+def options_apart(scores: Tensor, n_options: Sequence[int]) -> Tensor:
     """One score an option, all in a row, as (questions, most options), -inf where a question has fewer."""
-    column = torch.arange(int(n_options.max()) if len(n_options) else 0, device=scores.device)
-    used = column < n_options.unsqueeze(1)
-    return scores.new_full(used.shape, -torch.inf).masked_scatter(used, scores)
+    if len(set(n_options)) <= 1:
+        return scores.view(len(n_options), max(n_options, default=0))
+    return nn.utils.rnn.pad_sequence(scores.split(list(n_options)), batch_first=True, padding_value=-torch.inf)
 
 
 class Headed(Checkpointed):
@@ -152,18 +153,18 @@ class BertForMultipleChoice(Headed):
         return 1
 
     def forward(self, input_ids, attention_mask=None, token_type_ids=None, position_ids=None, labels=None, *,
-                n_options: Tensor | None = None, seed=None, scale: Tensor | None = None) -> HeadOutput:
+                n_options: Sequence[int] | None = None, seed=None, scale: Tensor | None = None) -> HeadOutput:
         """input_ids: (questions, options, S) ids, or a PackedBatch of the options one after another.
 
-        n_options: (questions,) int64 with the packed call: how many sequences each question has; the logits of those
-        with fewer than the most are -inf at the end. labels: (questions,) int64.
+        n_options: with the packed call, how many sequences each question has; the logits of those with fewer than the
+        most are -inf at the end. labels: (questions,) int64.
         """
         if isinstance(input_ids, PackedBatch):
             if n_options is None:
                 raise ValueError("a packed call needs n_options, the number of sequences of each question")
             batch = input_ids
         else:
-            n_options = torch.full(input_ids.shape[:1], input_ids.shape[1], device=input_ids.device)
+            n_options = [input_ids.shape[1]] * input_ids.shape[0]
             flat = [None if t is None else t.flatten(0, 1)
                     for t in (input_ids, attention_mask, token_type_ids, position_ids)]
             batch, _ = _packed(*flat)
@@ -214,8 +215,7 @@ class BertForQuestionAnswering(Headed):
         logits = self.qa_outputs(x)
         out = HeadOutput(logits=logits)
         if start_positions is not None and end_positions is not None:
-            out.loss = _span_loss(logits[: batch.n_tokens], batch.cu_seqlens, batch.max_seqlen,
-                                  (start_positions, end_positions), scale)
+            out.loss = _span_loss(logits, batch.cu_seqlens, batch.max_seqlen, (start_positions, end_positions), scale)
         if padding is not None:
             logits = padding.restore(logits)
         out.start_logits, out.end_logits = logits.unbind(-1)
@@ -277,7 +277,7 @@ class BertForFeatures(Headed):
             sums[:, k].index_add_(0, sequence, x[: len(sequence)].float())
         return (sums / lengths.clamp(min=1).view(-1, 1, 1)).half()
 
-    def decide(self, features: Tensor, labels: Tensor | None = None, *, n_options: Tensor | None = None,
+    def decide(self, features: Tensor, labels: Tensor | None = None, *, n_options: Sequence[int] | None = None,
                orders: int = 1, lengths: Tensor | None = None, start_positions: Tensor | None = None,
                end_positions: Tensor | None = None, seed=None, scale: Tensor | None = None) -> HeadOutput:
         """The head on features; arguments as the other heads take them. lengths: (B,) rows of each sequence (spans)."""
@@ -299,6 +299,6 @@ class BertForFeatures(Headed):
         kind = self.config.extra.get("problem_type", "single_label_classification")
         return HeadOutput(sequence_loss(logits, labels, kind, scale), logits)
 
-    def forward(self, batch: PackedBatch, labels: Tensor | None = None, **arguments) -> HeadOutput:
-        """Features and decision of a packed batch."""
-        return self.decide(self.features(batch), labels, **arguments)
+    def forward(self, batch: PackedBatch | Tensor, labels: Tensor | None = None, **arguments) -> HeadOutput:
+        """The decision on a packed batch, or on its features."""
+        return self.decide(batch if isinstance(batch, Tensor) else self.features(batch), labels, **arguments)

@@ -32,7 +32,7 @@ from .files import UserError, atomic_folder, create_folder, locked, read_json, s
 from .initial import start_from_counts, with_ordinary_tables
 from .model import BertForMaskedLM, BertForPreTraining, BertLMHeadModel
 from .optim import Optimizer, check_numbers, linear_schedule
-from .step_graph import StepGraph
+from .step_graph import Call, StepGraph
 from .version import __version__
 
 KEEP_CHECKPOINTS = 2
@@ -330,23 +330,15 @@ class Run:
         settings = self.settings
         masked = max(1, sum(b.n_masked for b in micro))
         pairs = max(1, sum(int((b.next_sentence_label >= 0).sum()) for b in micro))
+        calls: list[Call] = [(batch, {}) for batch in micro]
         if self.step_graph is None:
-            self.step_graph = self._make_step(micro)
+            self.step_graph = StepGraph(self.model, self.optimizer, calls, replayed=self.replayed)
         seeds = [step_seed(settings.seed, self.step, i) for i in range(len(micro))]
-        norm = self.step_graph(micro, seeds, learning_rate(settings, self.step), masked, pairs)
+        norm = self.step_graph(calls, seeds, learning_rate(settings, self.step), (masked, pairs))
         for out, host in zip(self.step_graph.outputs, micro):
             window.add(out, host, self.step_graph.scale, masked, pairs, useful_flops(self.config, host))
             self.tokens_seen += host.n_tokens
         return norm
-
-    def _make_step(self, micro: list[PackedBatch]) -> StepGraph:
-        try:
-            return StepGraph(self.model, self.optimizer, micro, self.replayed)
-        except RuntimeError as error:
-            if not self.replayed or isinstance(error, torch.OutOfMemoryError):
-                raise
-            reason = str(error).partition("\n")[0]
-            raise UserError(f"the step cannot be replayed as a CUDA graph ({reason}): use --no-cuda-graph") from error
 
     @torch.no_grad()
     def evaluate(self, length: int, max_batches: int = 32) -> dict:

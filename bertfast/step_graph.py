@@ -1,22 +1,42 @@
-"""A whole training step, forward to optimiser: the loop's one step, which a GPU may replay as one CUDA graph.
+"""A whole training step, forward to optimiser: the loops' one step, which a GPU may replay as one CUDA graph.
 
-What changes from step to step lies in tensors: the packed batches (their shapes are constants of a phase), the dropout
-seeds, the label counts and the learning rate. So a replay draws new masks, and what a captured step computes is what
-the step launched kernel by kernel computes; the host launches once instead of some hundred times. After Nguyen et al.
-2021, "Accelerating PyTorch with CUDA Graphs"; the packed batch is what keeps masked-only projection, the last layer's
-subset and unpadding inside the graph.
+What changes from step to step lies in tensors: the packed batches and what else the model is called with, the dropout
+seeds, the counts that losses are divided by and the learning rate. So a replay draws new masks, and what a captured
+step computes is what the step launched kernel by kernel computes; the host launches once instead of some hundred
+times. After Nguyen et al. 2021, "Accelerating PyTorch with CUDA Graphs"; the packed batch is what keeps masked-only
+projection, the last layer's subset and unpadding inside the graph.
 """
 
+from collections.abc import Sequence
 from dataclasses import fields
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .batch import PackedBatch
+from .batch import PackedBatch, map_tensors
+from .files import UserError
 from .model import ModelOutput
 from .optim import _COUNTERS, Optimizer
 
 WARMUP = 3  # steps that compile kernels and fill caches before the capture
+
+Call = tuple[PackedBatch | Tensor, dict[str, Any]]  # a micro-batch: what the model is called with, but seed and scales
+
+
+def _tensors(value: Any) -> list[Tensor]:
+    if isinstance(value, PackedBatch):
+        return [t for field in fields(value) for t in _tensors(getattr(value, field.name))]
+    return [value] if isinstance(value, Tensor) else []
+
+
+def signature(micro: Sequence[Call]) -> tuple:
+    """What steps must have in common to be one graph: the tensors' shapes and dtypes, and all that is no tensor."""
+    def of(value: Any) -> Any:
+        tensors = tuple((tuple(t.shape), t.dtype) for t in _tensors(value))
+        return (tensors, value.max_seqlen) if isinstance(value, PackedBatch) else tensors or value
+
+    return tuple((of(batch), *((name, of(value)) for name, value in rest.items())) for batch, rest in micro)
 
 
 def _detach(out: ModelOutput) -> ModelOutput:
@@ -28,22 +48,42 @@ def _detach(out: ModelOutput) -> ModelOutput:
 
 
 class StepGraph:
-    """One step of `model` and `optimizer` on `len(micro)` packed batches; call it for each step of a phase.
+    """One step of `model` and `optimizer` on `len(micro)` packed batches; call it for each step of the same shapes.
 
-    micro: the phase's first batches, on the host or on the model's device; later ones must have the same shapes and
-    max_seqlen. replayed: capture the step as a CUDA graph first, which changes neither weights nor optimiser.
+    micro: the first step's batches, on the host or on the model's device. scales: the model's arguments that say what
+    a loss is multiplied by. replayed: capture the step as a CUDA graph first, which changes neither weights nor
+    optimiser; beside: an earlier graph, whose memory this one shares (they never run at the same time).
     `outputs` (one a batch), `scale` (the loss scale they carry) and the norm that a call returns are overwritten by
-    the next call.
+    the next call. Raises UserError for a step that cannot be captured.
     """
 
-    def __init__(self, model: nn.Module, optimizer: Optimizer, micro: list[PackedBatch], replayed: bool = False):
-        self.model, self.optimizer = model, optimizer
-        device = next(model.parameters()).device
-        self.micro = [batch._map(lambda t: t.to(device, copy=True)) for batch in micro]
+    def __init__(self, model: nn.Module, optimizer: Optimizer, micro: Sequence[Call],
+                 scales: tuple[str, ...] = ("mlm_scale", "nsp_scale"), replayed: bool = False,
+                 beside: "StepGraph | None" = None):
+        self.model, self.optimizer, self.beside = model, optimizer, beside
+        self.signature = signature(micro)
+        self.device = device = next(model.parameters()).device
+        self.micro = self._on_device(micro, copy=replayed)
         self.seeds = [torch.zeros(1, dtype=torch.int64, device=device) for _ in micro]
-        self.lr, self.masked, self.pairs, self.scale, self.norm = (torch.zeros((), device=device) for _ in range(5))
+        self.lr, self.scale, self.norm = (torch.zeros((), device=device) for _ in range(3))
+        self.counts = {name: torch.zeros((), device=device) for name in scales}
         self.outputs: list[ModelOutput] = []
-        self.graph = self.capture() if replayed else None
+        self.graph = None
+        if replayed:
+            try:
+                self.graph = self.capture()
+            except torch.OutOfMemoryError:
+                raise
+            except RuntimeError as error:
+                reason = str(error).partition("\n")[0]
+                raise UserError(
+                    f"the step cannot be replayed as a CUDA graph ({reason}): use --no-cuda-graph"
+                ) from error
+
+    def _on_device(self, micro: Sequence[Call], copy: bool = False) -> list[Call]:
+        move = lambda t: t.to(self.device, non_blocking=True, copy=copy)
+        return [(map_tensors(batch, move), {name: map_tensors(value, move) for name, value in rest.items()})
+                for batch, rest in micro]
 
     def capture(self) -> torch.cuda.CUDAGraph:
         stream = torch.cuda.Stream()
@@ -52,7 +92,9 @@ class StepGraph:
             self.warm_up()
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # the loader's thread pins memory meanwhile
+        pool = self.beside.graph.pool() if self.beside and self.beside.graph else None
+        # thread_local: the loader's thread pins memory meanwhile
+        with torch.cuda.graph(graph, pool, capture_error_mode="thread_local"):
             self.step()
         return graph
 
@@ -60,8 +102,8 @@ class StepGraph:
         """Steps whose loss is not a number: the optimiser skips them, so that only its counters need putting back."""
         counters = {name: getattr(self.optimizer, name) for name in _COUNTERS}
         before = {name: t.clone() for name, t in counters.items()}
-        self.masked.fill_(torch.nan)
-        self.pairs.fill_(torch.nan)
+        for count in self.counts.values():
+            count.fill_(torch.nan)
         for _ in range(WARMUP):
             self.step()
         for name, t in counters.items():
@@ -71,40 +113,37 @@ class StepGraph:
         """The step itself, on the tensors of this object."""
         self.scale.copy_(self.optimizer.loss_scale)
         self.outputs = []
-        for batch, seed in zip(self.micro, self.seeds):
-            out = self.model(batch, seed=seed, mlm_scale=self.scale / self.masked, nsp_scale=self.scale / self.pairs)
+        for (batch, rest), seed in zip(self.micro, self.seeds):
+            scales = {name: self.scale / count for name, count in self.counts.items()}
+            out = self.model(batch, **rest, **scales, seed=seed)
             out.loss.backward()
             if len(self.micro) > 1:
                 self.optimizer.accumulate()
             self.outputs.append(_detach(out))
         self.norm = self.optimizer.step(self.lr)
 
-    def load(self, micro: list[PackedBatch], seeds: list[int], lr: float, masked: int, pairs: int) -> None:
-        """Put a step's inputs into the tensors; masked, pairs: how many labels the whole step has.
+    def load(self, micro: Sequence[Call], seeds: Sequence[int], lr: float, counts: Sequence[int]) -> None:
+        """Put a step's inputs into the tensors; counts: how many labels the whole step has, for each of `scales`.
 
         Raises ValueError for batches of other shapes than the first ones.
         """
-        if len(micro) != len(self.micro):
-            raise ValueError(f"the step was made for {len(self.micro)} batches, got {len(micro)}")
-        for own, batch in zip(self.micro, micro):
-            for field in fields(PackedBatch):
-                to, of = getattr(own, field.name), getattr(batch, field.name)
-                if isinstance(to, Tensor):
-                    if to.shape != of.shape:
-                        raise ValueError(
-                            f"the step was made for {field.name} {tuple(to.shape)}, got {tuple(of.shape)}"
-                        )
-                    to.copy_(of, non_blocking=True)
-            if own.max_seqlen != batch.max_seqlen:
-                raise ValueError(f"the step was made for sequences of {own.max_seqlen}, got {batch.max_seqlen}")
+        if (given := signature(micro)) != self.signature:
+            raise ValueError(f"the step was made for batches of {self.signature}, got {given}")
+        if self.graph is None:
+            self.micro = self._on_device(micro)
+        else:
+            for (own_batch, own), (batch, rest) in zip(self.micro, micro):
+                for to, of in [(own_batch, batch), *((own[name], value) for name, value in rest.items())]:
+                    for target, tensor in zip(_tensors(to), _tensors(of)):
+                        target.copy_(tensor, non_blocking=True)
         for target, seed in zip(self.seeds, seeds):
             target.fill_(seed)
-        for to, value in ((self.lr, lr), (self.masked, masked), (self.pairs, pairs)):
+        for to, value in zip((self.lr, *self.counts.values()), (lr, *counts)):
             to.fill_(value)
 
-    def __call__(self, micro: list[PackedBatch], seeds: list[int], lr: float, masked: int, pairs: int) -> Tensor:
+    def __call__(self, micro: Sequence[Call], seeds: Sequence[int], lr: float, counts: Sequence[int]) -> Tensor:
         """One step; the gradient norm before clipping, 0-dim on the device. Arguments as for `load`."""
-        self.load(micro, seeds, lr, masked, pairs)
+        self.load(micro, seeds, lr, counts)
         if self.graph is None:
             self.step()
         else:

@@ -203,12 +203,11 @@ def norm_kernel(partial_ptr, out_ptr, n_partials, BLOCK: tl.constexpr):
     tl.store(out_ptr, tl.sqrt_rn(tl.sum(total, 0)))
 
 
-@lru_cache(maxsize=64)
-def address_table(addresses: tuple[int, ...], sizes: tuple[int, ...], device: torch.device):
-    """Addresses, sizes and first programs on the device, and how many programs there are.
+CAPTURED: list = []  # tables whose pinned copies CUDA graphs read again at every replay
 
-    Kept: the addresses repeat from step to step, and a captured CUDA graph reads the pinned copy again.
-    """
+
+def address_table(addresses: tuple[int, ...], sizes: tuple[int, ...], device: torch.device):
+    """Addresses, sizes and first programs on the device, how many programs there are, and the copies on the host."""
     programs = [-(-n // CHUNK) for n in sizes]  # cdiv is slow: a constexpr function
     firsts = [0, *accumulate(programs)]
     host = [torch.tensor(list(t), dtype=d) for t, d in
@@ -216,6 +215,9 @@ def address_table(addresses: tuple[int, ...], sizes: tuple[int, ...], device: to
     if device.type == "cuda":
         host = [t.pin_memory() for t in host]
     return [t.to(device, non_blocking=True) for t in host], sum(programs), host
+
+
+kept_table = lru_cache(maxsize=256)(address_table)  # the addresses repeat from step to step
 
 
 def table(*lists):
@@ -226,7 +228,11 @@ def table(*lists):
         raise ValueError("the optimiser's tensors must be contiguous")
     addresses = tuple(t.data_ptr() for t in tensors)
     sizes = tuple(lists[0][i].numel() for i in full)
-    on_device, programs, _ = address_table(addresses, sizes, lists[0][0].device)
+    device = lists[0][0].device
+    capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+    if capturing:  # a kept one may have been filled by a graph that has not run yet, or be dropped before this one is
+        CAPTURED.append(address_table(addresses, sizes, device))
+    on_device, programs, _ = CAPTURED[-1] if capturing else kept_table(addresses, sizes, device)
     options = {
         "ALIGNED": all(a % 16 == 0 for a in addresses), "TENSORS": triton.next_power_of_2(max(1, len(full))),
         "CHUNK": CHUNK, "num_warps": 4,

@@ -9,6 +9,7 @@ import sys
 import time
 from dataclasses import replace
 from functools import partial
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -22,7 +23,7 @@ import bertfast.heads
 from bertfast import cli, machine
 from bertfast.data.tokenizer import SPECIAL_TOKENS, Tokenizer
 from bertfast.files import UserError
-from bertfast.finetune import metrics, show
+from bertfast.finetune import metrics, show, train
 from bertfast.finetune.batches import by_budget, epoch_batches, pack
 from bertfast.finetune.predict import Predictor, predict_file, run
 from bertfast.finetune.read import open_table
@@ -30,6 +31,7 @@ from bertfast.finetune.tag import Tagging
 from bertfast.finetune.task import Example, Settings
 from bertfast.finetune.train import TASKS, FineTuning, Window, finetune, freeze, layer_scale
 from bertfast.model import unpad
+from bertfast.step_graph import StepGraph
 
 FILLER = "the a cat dog house tree walked over under green small river near with some old".split()
 DIGITS = "one two three four five".split()
@@ -259,6 +261,44 @@ def test_a_run_is_a_function_of_its_seed(start, tmp_path):
     torch.testing.assert_close(final(tokens=64), first, rtol=2e-3, atol=2e-4)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_replayed_step_computes_what_the_exact_one_does(kind, start, tmp_path, monkeypatch):
+    """Rounded shapes change the rounding alone; captured or launched, the same bits. On a CPU a replay is a call."""
+    def capture(graph):
+        graph.warm_up()
+        return SimpleNamespace(replay=graph.step, pool=lambda: None)
+
+    def final(replayed, tokens, graphs=64):
+        monkeypatch.setattr(train, "GRAPHS", graphs)
+        work = FineTuning(tmp_path, settings(kind, start, tmp_path, steps=6, dropout=0.1, tokens=tokens))
+        model = work.model_for(1)
+        optimizer, batches, window, gradients = work.optimizer_for(model), work._batches(1), Window(), []
+        work.replayed, update = replayed, optimizer.step
+
+        def watched(lr):
+            optimizer._collect_sinks()
+            gradients.append(torch.cat([g.flatten() for group in optimizer.groups for g in group.gradients()]))
+            return update(lr)
+
+        monkeypatch.setattr(optimizer, "step", watched)
+        for step in range(1, 7):
+            work._step(model, optimizer, next(batches), 1, step, window)
+        captured = sum(graph is not None for graph in work.graphs.values())
+        weights = torch.cat([p.detach().flatten() for p in model.parameters()])
+        return weights, gradients[0], float(window.loss), captured
+
+    monkeypatch.setattr(StepGraph, "capture", capture)
+    for tokens in (4096, 128):  # one batch a step, and several
+        _, gradient, loss, captured = final(False, tokens)
+        assert captured == 0
+        launched, rounded_gradient, launched_loss, captured = final(True, tokens, graphs=0)
+        assert captured == 0 and launched_loss == pytest.approx(loss, rel=1e-3)
+        torch.testing.assert_close(rounded_gradient, gradient, rtol=1e-4, atol=1e-5 * float(gradient.abs().max()))
+        replayed, _, replayed_loss, captured = final(True, tokens)
+        assert captured > 0 or tokens == 128
+        assert replayed_loss == launched_loss and torch.equal(replayed, launched)
+
+
 def test_seeds_are_reported_with_mean_and_spread(start, tmp_path):
     summary = finetune(tmp_path / "run", settings("classification", start, tmp_path, steps=20, eval_every=None,
                                                   seeds=3, patience=1), "")
@@ -367,7 +407,7 @@ def test_outputs_do_not_depend_on_the_budget(start, tmp_path):
     assert len(by_budget(work.dev_items, 64)) > 30
     for a, b in zip(whole, small):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
-    out, batch = work.task.forward(model, work.dev_items[:3])
+    batch, _ = work.task.call(work.dev_items[:3])
     assert batch.n_tokens == len(batch.input_ids) == sum(i.n_tokens for i in work.dev_items[:3])
     assert pack(work.dev_items[0].sequences, first=7).row_key[0] == 7 << 32
 

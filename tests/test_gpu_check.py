@@ -50,6 +50,17 @@ def test_training_holds_and_a_fault_is_found(on_cpu, monkeypatch):
     assert len(faults) == 10 and "training in fp32: losses differ from the CPU's" in " ".join(faults)
 
 
+def test_finetuning_holds_and_a_fault_is_found(on_cpu, monkeypatch):
+    with monkeypatch.context() as only:
+        only.setattr(gpu_check, "DTYPES", {"fp32": torch.float32})
+        assert gpu_check.check_finetuning() == []
+    calls = iter(range(99))
+    monkeypatch.setattr(gpu_check, "finetuned", lambda *_: torch.ones(3) + next(calls) * 1e-4)
+    faults = gpu_check.check_finetuning()
+    assert sum("replayed: other bits" in fault for fault in faults) == 18
+    assert sum("the CPU's are" in fault for fault in faults) == 6
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_without_a_gpu_it_says_so(capsys):
     assert gpu_check.main([]) == 2

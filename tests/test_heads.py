@@ -104,7 +104,7 @@ def test_packed_is_padded(case, tmp_path):
     else:
         packed, extra = unpad(**flat)[0], dict(labels)
     if case == "multiple choice":
-        extra["n_options"] = torch.tensor([3, 3])
+        extra["n_options"] = [3, 3]
     padded, result = model(**batch, **labels), model(packed, **extra)
     torch.testing.assert_close(result.loss, padded.loss)
     if case == "tagging":
@@ -126,8 +126,8 @@ def test_options_in_different_numbers():
     model = bertfast.BertForMultipleChoice(bertfast.BertConfig(**SIZES)).eval()
     flat = {k: v.flatten(0, -2) for k, v in inputs((1, 5, 16), (16, 5, 9, 3, 16)).items()}
     packed = unpad(**flat)[0]
-    both = model(packed, n_options=torch.tensor([2, 3]), labels=torch.tensor([1, 2]))
-    apart = model(packed, n_options=torch.tensor([5])).logits[0]
+    both = model(packed, n_options=[2, 3], labels=torch.tensor([1, 2]))
+    apart = model(packed, n_options=[5]).logits[0]
     torch.testing.assert_close(both.logits[0], torch.cat([apart[:2], torch.tensor([-torch.inf])]))
     torch.testing.assert_close(both.logits[1], apart[2:])
     losses = [torch.nn.functional.cross_entropy(apart[:2], torch.tensor(1)),

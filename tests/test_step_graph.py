@@ -20,8 +20,8 @@ from bertfast.step_graph import StepGraph
 class Replayed(StepGraph):
     """Prepared as for a capture, and run through what a replay reads; without a GPU, the step is called instead."""
 
-    def __init__(self, model, optimizer, micro, replayed):
-        super().__init__(model, optimizer, micro, replayed=True)
+    def __init__(self, *arguments, replayed=False):
+        super().__init__(*arguments, replayed=True)
 
     def capture(self):
         self.warm_up()
@@ -49,7 +49,7 @@ def test_a_step_and_its_preparation(n_micro):
     batches = [micro_batch(i) for i in range(4)]
     (model, optimizer), (own_model, own_optimizer) = model_and_optimizer(), model_and_optimizer()
     before = {**own_optimizer.state_dict(), **{n: t.clone() for n, t in own_optimizer.master_state().items()}}
-    graph = Replayed(own_model, own_optimizer, batches[:n_micro], True)
+    graph = Replayed(own_model, own_optimizer, [(batch, {}) for batch in batches[:n_micro]])
     after = {**own_optimizer.state_dict(), **own_optimizer.master_state()}
     assert all(torch.equal(after[name], before[name]) for name in before)
 
@@ -62,7 +62,7 @@ def test_a_step_and_its_preparation(n_micro):
             if n_micro > 1:
                 optimizer.accumulate()
         norm = optimizer.step(lr)
-        assert torch.equal(graph(micro, seeds, lr, 6 * n_micro, 3 * n_micro), norm)
+        assert torch.equal(graph([(batch, {}) for batch in micro], seeds, lr, (6 * n_micro, 3 * n_micro)), norm)
         assert torch.equal(graph.outputs[-1].loss, out.loss)
         assert graph.outputs[-1].loss.grad_fn is None  # or autograd's nodes would outlive the step, see step_graph.py
     for a, b in zip(model.parameters(), own_model.parameters()):
@@ -70,11 +70,11 @@ def test_a_step_and_its_preparation(n_micro):
 
 
 def test_batches_of_other_shapes_are_refused():
-    graph = StepGraph(*model_and_optimizer(), [micro_batch(0)])
-    with pytest.raises(ValueError, match="made for 1 batches"):
-        graph([micro_batch(0)] * 2, [1, 2], 0.1, 6, 3)
-    with pytest.raises(ValueError, match="made for input_ids"):
-        graph([unpad(torch.ones(1, 4, dtype=torch.int64))[0]], [1], 0.1, 6, 3)
+    graph = StepGraph(*model_and_optimizer(), [(micro_batch(0), {})])
+    with pytest.raises(ValueError, match="made for batches"):
+        graph([(micro_batch(0), {})] * 2, [1, 2], 0.1, (6, 3))
+    with pytest.raises(ValueError, match="made for batches"):
+        graph([(unpad(torch.ones(1, 4, dtype=torch.int64))[0], {})], [1], 0.1, (6, 3))
 
 
 @pytest.fixture(scope="module")
@@ -105,7 +105,7 @@ def test_a_run_with_a_graph_is_the_run_without(settings, changes, tmp_path, monk
     """Bit for bit, over both phases, and also where it was interrupted and resumed in either."""
     pretrain.start(tmp_path / "launched", settings(**changes), resume=False).train()
     made = []
-    monkeypatch.setattr(pretrain, "StepGraph", lambda *args: made.append(Replayed(*args)) or made[-1])
+    monkeypatch.setattr(pretrain, "StepGraph", lambda *args, **named: made.append(Replayed(*args)) or made[-1])
     for stop_after in (3, 7, 8):
         run = pretrain.start(tmp_path / "replayed", settings(**changes), resume=True)
         step = run._train_step
@@ -120,7 +120,7 @@ def test_a_run_with_a_graph_is_the_run_without(settings, changes, tmp_path, monk
                 run.train()
         else:
             run.train()
-    assert [graph.micro[0].max_seqlen for graph in made] == [32, 32, 64, 64]  # one a phase, in each process
+    assert [graph.micro[0][0].max_seqlen for graph in made] == [32, 32, 64, 64]  # one a phase, in each process
     (lines, tensors), (expected_lines, expected) = rows(tmp_path / "replayed"), rows(tmp_path / "launched")
     assert lines == expected_lines
     assert all(torch.equal(tensors[name], expected[name]) for name in expected)
@@ -133,11 +133,11 @@ def test_on_a_cpu_nothing_is_captured(settings, tmp_path):
 
 
 def test_a_step_that_cannot_be_captured_is_one_line_that_says_what_to_do(settings, tmp_path, monkeypatch):
-    def fails(*_):
+    def fails(graph):
         raise RuntimeError("CUDA error: operation not permitted when stream is capturing\nmore")
 
     run = pretrain.start(tmp_path / "run", settings(), resume=False)
-    monkeypatch.setattr(pretrain, "StepGraph", fails)
+    monkeypatch.setattr(StepGraph, "capture", fails)
     run.replayed = True
     with pytest.raises(UserError, match=r"stream is capturing\): use --no-cuda-graph$"):
         run.train()

@@ -1,13 +1,16 @@
 """Token sequences in packed batches: how a step's examples become rows end to end, with no padding between them."""
 
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import numpy as np
 import tokenizers
 import torch
+import torch.nn.functional as F
 
 from bertfast.batch import PackedBatch
 from bertfast.data import plan
+from bertfast.ops.masked_vocab_projection import IGNORE_INDEX
 
 
 class Sequence(NamedTuple):
@@ -72,6 +75,26 @@ def pack(sequences: list[Sequence], first: int = 0) -> PackedBatch:
         next_sentence_label=torch.full((len(sequences),), -100),
         n_tokens=int(bounds[-1]), n_masked=0, n_sequences=len(sequences),
     )
+
+
+def _round_up(n: int) -> int:
+    """To one of the sizes that are at most an eighth apart, and at least 64."""
+    step = max(64, 1 << max(0, n.bit_length() - 4))
+    return -(-n // step) * step
+
+
+def rounded(batch: PackedBatch, positions: int) -> PackedBatch:
+    """The same batch with rows, predictions and max_seqlen rounded up, so that steps have few different shapes.
+
+    positions: of the model, which max_seqlen must not exceed.
+    """
+    rows, slots = (_round_up(len(t)) - len(t) for t in (batch.input_ids, batch.mask_index))
+    more = {"input_ids": rows, "token_type_ids": rows, "position_ids": rows, "row_key": rows, "read_rows": slots,
+            "mask_index": slots}
+    changed: dict[str, Any] = {name: F.pad(getattr(batch, name), (0, n)) for name, n in more.items()}
+    labels = F.pad(batch.labels, (0, slots), value=IGNORE_INDEX)
+    longest = max(batch.max_seqlen, min(_round_up(batch.max_seqlen), positions))
+    return replace(batch, **changed, labels=labels, max_seqlen=longest)
 
 
 def epoch_batches(lengths: np.ndarray, batch_size: int, seed: int, epoch: int, window: int = 64) -> list[np.ndarray]:

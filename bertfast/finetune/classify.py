@@ -77,7 +77,7 @@ class Classification(Task):
             return np.isin(self.labels, example.label).astype(np.float32)
         return self.label_ids[example.label]
 
-    def forward_arguments(self, items: list[Item]) -> dict[str, Any]:
+    def forward_arguments(self, items: list[Item], *_) -> dict[str, Any]:
         if any(item.target is None for item in items):
             return {}
         return {"labels": torch.from_numpy(np.array([item.target for item in items]))}
@@ -149,7 +149,7 @@ class Regression(Classification):
     def target(self, example: Example) -> Any:
         return None if example.label is None else np.float32(example.label)
 
-    def forward_arguments(self, items: list[Item]) -> dict[str, Any]:
+    def forward_arguments(self, items: list[Item], *_) -> dict[str, Any]:
         arguments = super().forward_arguments(items)
         return {**arguments, "orders": 2} if self.settings.symmetric else arguments
 
@@ -234,8 +234,8 @@ class MultipleChoice(Task):
         return [Item(i, [next(sequences) for _ in e.inputs[2]], None if e.label is None else self.label_ids[e.label])
                 for i, e in enumerate(examples)]
 
-    def forward_arguments(self, items: list[Item]) -> dict[str, Any]:
-        arguments = {"n_options": torch.tensor([len(item.sequences) for item in items])}
+    def forward_arguments(self, items: list[Item], *_) -> dict[str, Any]:
+        arguments: dict[str, Any] = {"n_options": tuple(len(item.sequences) for item in items)}
         if all(item.target is not None for item in items):
             arguments["labels"] = torch.tensor([item.target for item in items])
         return arguments

@@ -14,15 +14,16 @@ import numpy as np
 import tokenizers
 import torch
 
-from bertfast.batch import PackedBatch
+from bertfast.batch import PackedBatch, map_tensors
 from bertfast.checkpoint import Checkpointed
 from bertfast.config import BertConfig
 from bertfast.data.tokenizer import Tokenizer
 from bertfast.files import UserError
-from bertfast.finetune.batches import Item, Sequence, pack, sequence
+from bertfast.finetune.batches import Item, Sequence, pack, rounded, sequence
 from bertfast.finetune.read import Row, Table
 from bertfast.heads import BertForFeatures
 from bertfast.pretrain import useful_flops
+from bertfast.step_graph import Call
 
 NAMES = {  # role -> the column names it is known by, the likeliest first; compared in lower case
     "text": ("sentence1", "premise", "question1", "#1 string", "text1", "text", "context", "question", "sentence",
@@ -88,6 +89,7 @@ class Settings:
     seed: int = 1
     seeds: int = 1
     log_every: int = 10
+    cuda_graph: bool = True  # on a GPU, replay steps whose shapes recur
 
 
 LEARNING_RATES = {False: 5e-5, True: 5e-3}  # of a whole model, and of a head on cached features
@@ -117,7 +119,7 @@ class Task:
 
     def __init__(self, settings: Settings, tokenizer: Tokenizer, max_positions: int, labels: list[str] | None = None):
         """labels: of a trained task; else `learn` finds them."""
-        self.settings, self.tokenizer = settings, tokenizer
+        self.settings, self.tokenizer, self.max_positions = settings, tokenizer, max_positions
         self.labels = labels or []
         self.label_ids = {label: i for i, label in enumerate(self.labels)}
         self.max_length = min(settings.max_length or self.default_length, max_positions)
@@ -187,8 +189,8 @@ class Task:
     def items(self, examples: list[Example]) -> list[Item]:
         raise NotImplementedError
 
-    def forward_arguments(self, items: list[Item]) -> dict[str, Any]:
-        """What the head takes besides the packed batch; labels where all items have a target."""
+    def forward_arguments(self, items: list[Item], first: int = 0, replayed: bool = False) -> dict[str, Any]:
+        """What the head takes besides the packed batch; labels where all items have a target. As for `call`."""
         return {}
 
     def n_features(self, item: Item) -> int:
@@ -199,19 +201,26 @@ class Task:
         """What a step's loss is divided by."""
         return len(items)
 
-    def forward(self, model, items: list[Item], first: int = 0, **arguments) -> tuple[Any, PackedBatch | None]:
-        """The head's output for items packed into one batch, or without a batch from their cached features.
+    def call(self, items: list[Item], first: int = 0, replayed: bool = False) -> Call:
+        """What the head is called with, on the host: items packed into one batch, or their cached features.
 
-        first: index in the step of their first sequence; arguments: the head's seed and scale.
+        first: index in the step of their first sequence; replayed: with shapes that recur.
         """
-        device = next(model.parameters()).device
-        given = {name: value.to(device) if hasattr(value, "to") else value
-                 for name, value in self.forward_arguments(items).items()}
+        arguments = self.forward_arguments(items, first, replayed)
         cached = [item.features for item in items if item.features is not None]
-        if cached:
-            return model.decide(torch.cat(cached).to(device), **given, **arguments), None
-        batch = pack([s for item in items for s in item.sequences], first).to(device)
-        return model(batch, **given, **arguments), batch
+        return torch.cat(cached) if cached else self.packed(
+            [s for item in items for s in item.sequences], first, replayed), arguments
+
+    def packed(self, sequences: list[Sequence], first: int, replayed: bool) -> PackedBatch:
+        batch = pack(sequences, first)
+        return rounded(batch, self.max_positions) if replayed else batch
+
+    def forward(self, model, items: list[Item]) -> Any:
+        """The head's output for items, all in one batch."""
+        device = next(model.parameters()).device
+        batch, arguments = self.call(items)
+        return model(batch.to(device), **{name: map_tensors(value, lambda t: t.to(device))
+                                          for name, value in arguments.items()})
 
     def flops(self, config: BertConfig, batch: PackedBatch) -> float:
         """FLOPs of a training step on a batch that the result needs; 0 where they are not counted."""
@@ -219,7 +228,7 @@ class Task:
 
     def infer(self, model, items: list[Item]) -> list[np.ndarray]:
         """What `predictions` reads, for each item."""
-        return self.outputs(self.forward(model, items)[0], items)
+        return self.outputs(self.forward(model, items), items)
 
     def outputs(self, out: Any, items: list[Item]) -> list[np.ndarray]:
         """The head's output for each item, on the host."""

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 
 from bertfast import machine, report
+from bertfast.batch import PackedBatch
 from bertfast.checkpoint import Checkpointed, find, run_settings
 from bertfast.config import BertConfig
 from bertfast.data.tokenizer import Tokenizer
@@ -34,12 +35,15 @@ from bertfast.finetune.write import Writing
 from bertfast.optim import Optimizer, check_numbers, linear_schedule
 from bertfast.pretrain import step_seed, stop_on_interrupt
 from bertfast.seq2seq import BertForSeq2Seq
+from bertfast.step_graph import Call, StepGraph, signature
 from bertfast.version import __version__
 
 TASKS: dict[str, type[Task]] = {
     "classification": Classification, "regression": Regression, "tagging": Tagging, "qa": Answering,
     "multiple-choice": MultipleChoice, "seq2seq": Writing,
 }
+SCALES = ("scale",)  # what a head calls the factor of its loss
+GRAPHS = 64  # CUDA graphs at most; steps of yet other shapes are launched
 HELD_OUT = 10  # without a dev file, one example in so many is kept for evaluation
 
 
@@ -72,6 +76,8 @@ class FineTuning:
         self.eval_every = settings.eval_every or per_epoch
         self.peak = machine.gemm_rate(machine.DTYPES[self.precision], self.device)
         self.stopping = False
+        self.replayed = settings.cuda_graph and self.device.type == "cuda" and not settings.features
+        self.graphs: dict[tuple, StepGraph | None] = {}  # of the model in training; None: these shapes came once
         self.best: dict | None = None  # {"seed", "step", metric …} of the checkpoint on disk
         self.rows: list[dict] = []  # of metrics.jsonl
 
@@ -138,7 +144,8 @@ class FineTuning:
                      f"evaluation every {self.eval_every:,}; seeds: {settings.seeds}",
             **cached,
             "judged by": self.metric,
-            "precision": f"{self.precision} ({self.precision_reason}), fp32 masters",
+            "precision": f"{self.precision} ({self.precision_reason}), fp32 masters"
+                         + (", steps that recur replayed as CUDA graphs" if self.replayed else ""),
             "device": f"{self.device}, {torch.get_num_threads()} threads; GEMM peak {self.peak / 1e9:,.0f} GFLOP/s",
             "kernels": report.kernels_in_use(self.device.type),
             "allocator": allocator,
@@ -161,6 +168,7 @@ class FineTuning:
         settings = self.settings
         model = self.model_for(seed)
         optimizer = self.optimizer_for(model)
+        self.graphs = {}
         best: dict = {}
         batches, stale = self._batches(seed), 0
         window = Window()
@@ -208,21 +216,28 @@ class FineTuning:
 
     def _step(self, model, optimizer: Optimizer, items: list[Item], seed: int, step: int, window: "Window"):
         settings = self.settings
-        key = torch.tensor([step_seed(seed, step)], device=self.device)
-        n_targets = max(1, self.task.n_targets(items))
         groups = [items] if settings.features else by_budget(items, settings.tokens, balanced=True)
-        first = 0
+        calls, first = [], 0
         for group in groups:
-            out, batch = self.task.forward(model, group, first, seed=key, scale=optimizer.loss_scale / n_targets)
-            out.loss.backward()
-            if len(groups) > 1:
-                optimizer.accumulate()
+            calls.append(self.task.call(group, first, self.replayed))
             first += sum(len(item.sequences) for item in group)
-            window.loss = window.loss + out.loss.detach() / optimizer.loss_scale
-            window.tokens += sum(item.n_tokens for item in group)
-            window.flops += self.task.flops(model.config, batch) if batch else 0.0
+        graph = self._step_graph(model, optimizer, calls)
+        n_targets = max(1, self.task.n_targets(items))
+        norm = graph(calls, [step_seed(seed, step)] * len(calls), self.learning_rate(step), [n_targets])
+        losses: list[Any] = [out.loss for out in graph.outputs]
+        window.loss = window.loss + sum(losses) / graph.scale
+        window.tokens += sum(item.n_tokens for item in items)
+        window.flops += sum(self.task.flops(model.config, b) for b, _ in calls if isinstance(b, PackedBatch))
         window.steps += 1
-        return optimizer.step(self.learning_rate(step))
+        return norm
+
+    def _step_graph(self, model, optimizer: Optimizer, calls: list[Call]) -> StepGraph:
+        """The step for these batches: launched where their shapes are new, from then on one CUDA graph."""
+        key = signature(calls) if self.replayed else ()
+        captured = [graph for graph in self.graphs.values() if graph]
+        if self.replayed and key in self.graphs and not self.graphs[key] and len(captured) < GRAPHS:
+            self.graphs[key] = StepGraph(model, optimizer, calls, SCALES, True, captured[0] if captured else None)
+        return self.graphs.setdefault(key, None) or StepGraph(model, optimizer, calls, SCALES)
 
     def evaluate(self, model) -> tuple[dict[str, float], list[dict]]:
         """(metrics, predictions) of the dev examples."""

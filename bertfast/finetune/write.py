@@ -83,12 +83,13 @@ class Writing(Task):
     def n_targets(self, items: list[Item]) -> int:
         return sum(len(item.target) for item in items)
 
-    def forward_arguments(self, items: list[Item]) -> dict[str, Any]:
+    def forward_arguments(self, items: list[Item], first: int = 0, replayed: bool = False) -> dict[str, Any]:
         if self.prefix:
             return {"prefix_lens": torch.tensor([item.sequences[0].second for item in items], dtype=torch.int32)}
         begun = [np.concatenate([[self.tokenizer.cls_id], item.target[:-1]]) for item in items]
-        return {"targets": pack([Sequence(ids, len(ids)) for ids in begun]),
-                "labels": torch.from_numpy(np.concatenate([item.target for item in items]))}
+        read = [Sequence(ids, len(ids), np.arange(len(ids)), item.target) for ids, item in zip(begun, items)]
+        targets = self.packed(read, first, replayed)
+        return {"targets": targets, "labels": targets.labels}
 
     def flops(self, config: BertConfig, batch: PackedBatch) -> float:
         return 0.0
