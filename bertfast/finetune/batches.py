@@ -86,14 +86,18 @@ def _round_up(n: int) -> int:
 def rounded(batch: PackedBatch, positions: int) -> PackedBatch:
     """The same batch with rows, predictions and max_seqlen rounded up, so that steps have few different shapes.
 
-    positions: of the model, which max_seqlen must not exceed.
+    positions: of the model, which max_seqlen must not exceed. Where more than half the rows are read, as words are by
+    a tagger, there is room for all: the last layer computes a few more, and no second size varies.
     """
-    rows, slots = (_round_up(len(t)) - len(t) for t in (batch.input_ids, batch.mask_index))
+    n_rows, n_slots = len(batch.input_ids), len(batch.mask_index)
+    rows = _round_up(n_rows) - n_rows
+    slots = (n_rows + rows if 2 * n_slots > n_rows else _round_up(n_slots)) - n_slots
     more = {"input_ids": rows, "token_type_ids": rows, "position_ids": rows, "row_key": rows, "read_rows": slots,
             "mask_index": slots}
     changed: dict[str, Any] = {name: F.pad(getattr(batch, name), (0, n)) for name, n in more.items()}
     labels = F.pad(batch.labels, (0, slots), value=IGNORE_INDEX)
-    longest = max(batch.max_seqlen, min(_round_up(batch.max_seqlen), positions))
+    longest = 1 << max(7, (batch.max_seqlen - 1).bit_length())  # 128, 256, …: attention's empty tiles cost little
+    longest = max(batch.max_seqlen, min(longest, positions))
     return replace(batch, **changed, labels=labels, max_seqlen=longest)
 
 
