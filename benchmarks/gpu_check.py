@@ -131,7 +131,7 @@ def trained(preset: str, dtype, tokens: int, length: int, device: str, steps: in
     model = BertForPreTraining(config).to(device).train()
     optimizer, losses = Optimizer(model, dtype, sink=True), []
     batches = [packed_batch(config, tokens, length, step, device) for step in range(steps)]
-    step_graph = StepGraph(model, optimizer, [(batches[0], {})], replayed=True) if graph else None
+    step_graph = StepGraph(model, optimizer, captured=[(batches[0], {})]) if graph else None
     for step, batch in enumerate(batches):
         if step_graph:
             step_graph([(batch, {})], [step + 5], LR, (batch.n_masked, batch.n_sequences))
@@ -183,7 +183,7 @@ def finetuned(head: type, dtype: torch.dtype, device: str, graph: bool = False) 
     optimizer, losses = Optimizer(model, dtype, sink=True), []
     batches = [packed_batch(config, 512, 64, step, device) for step in range(3)]
     calls = [(batch, HEADS[head](batch)) for batch in batches]
-    step_graph = StepGraph(model, optimizer, calls[:1], ("scale",), replayed=graph)
+    step_graph = StepGraph(model, optimizer, ("scale",), calls[:1] if graph else None)
     for step, call in enumerate(calls):
         step_graph([call], [step + 5], LR, [call[0].n_sequences])
         losses.append((step_graph.outputs[0].loss / step_graph.scale).float().cpu())

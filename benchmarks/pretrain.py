@@ -161,7 +161,8 @@ def bertfast(checkpoint: str, batches: dict, precision: str, replayed: bool = Tr
 
     def step(i):
         if model.training not in graphs:
-            graphs[model.training] = StepGraph(model, optimizer, calls[i], replayed=replayed and model.training)
+            captured = calls[i] if replayed and model.training else None
+            graphs[model.training] = StepGraph(model, optimizer, captured=captured)
         graph = graphs[model.training]
         norm = graph(calls[i], [step_seed(1, i)], LR, counts[i])
         return graph.outputs[0].loss.detach(), norm

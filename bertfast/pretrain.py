@@ -332,7 +332,7 @@ class Run:
         pairs = max(1, sum(int((b.next_sentence_label >= 0).sum()) for b in micro))
         calls: list[Call] = [(batch, {}) for batch in micro]
         if self.step_graph is None:
-            self.step_graph = StepGraph(self.model, self.optimizer, calls, replayed=self.replayed)
+            self.step_graph = StepGraph(self.model, self.optimizer, captured=calls if self.replayed else None)
         seeds = [step_seed(settings.seed, self.step, i) for i in range(len(micro))]
         norm = self.step_graph(calls, seeds, learning_rate(settings, self.step), (masked, pairs))
         for out, host in zip(self.step_graph.outputs, micro):

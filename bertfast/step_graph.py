@@ -48,28 +48,28 @@ def _detach(out: ModelOutput) -> ModelOutput:
 
 
 class StepGraph:
-    """One step of `model` and `optimizer` on `len(micro)` packed batches; call it for each step of the same shapes.
+    """One step of `model` and `optimizer` on packed batches; call it for each step.
 
-    micro: the first step's batches, on the host or on the model's device. scales: the model's arguments that say what
-    a loss is multiplied by. replayed: capture the step as a CUDA graph first, which changes neither weights nor
-    optimiser; beside: an earlier graph, whose memory this one shares (they never run at the same time).
-    `outputs` (one a batch), `scale` (the loss scale they carry) and the norm that a call returns are overwritten by
-    the next call. Raises UserError for a step that cannot be captured.
+    scales: the model's arguments that say what a loss is multiplied by. captured: batches, on the host or on the
+    model's device, for which the step is captured as a CUDA graph; all later ones must have their shapes. Capturing
+    changes neither weights nor optimiser. beside: an earlier graph, whose memory this one shares (they never run at the
+    same time). `outputs` (one a batch), `scale` (the loss scale they carry) and the norm that a call returns are
+    overwritten by the next call. Raises UserError for a step that cannot be captured.
     """
 
-    def __init__(self, model: nn.Module, optimizer: Optimizer, micro: Sequence[Call],
-                 scales: tuple[str, ...] = ("mlm_scale", "nsp_scale"), replayed: bool = False,
-                 beside: "StepGraph | None" = None):
+    def __init__(self, model: nn.Module, optimizer: Optimizer, scales: tuple[str, ...] = ("mlm_scale", "nsp_scale"),
+                 captured: Sequence[Call] | None = None, beside: "StepGraph | None" = None):
         self.model, self.optimizer, self.beside = model, optimizer, beside
-        self.signature = signature(micro)
         self.device = device = next(model.parameters()).device
-        self.micro = self._on_device(micro, copy=replayed)
-        self.seeds = [torch.zeros(1, dtype=torch.int64, device=device) for _ in micro]
+        self.micro: list[Call] = []
+        self.seeds: list[Tensor] = []
         self.lr, self.scale, self.norm = (torch.zeros((), device=device) for _ in range(3))
         self.counts = {name: torch.zeros((), device=device) for name in scales}
         self.outputs: list[ModelOutput] = []
         self.graph = None
-        if replayed:
+        if captured is not None:
+            self.signature = signature(captured)
+            self.micro, self.seeds = self._on_device(captured, copy=True), self._seeds([0] * len(captured))
             try:
                 self.graph = self.capture()
             except torch.OutOfMemoryError:
@@ -79,6 +79,9 @@ class StepGraph:
                 raise UserError(
                     f"the step cannot be replayed as a CUDA graph ({reason}): use --no-cuda-graph"
                 ) from error
+
+    def _seeds(self, seeds: Sequence[int]) -> list[Tensor]:
+        return [torch.full((1,), seed, dtype=torch.int64, device=self.device) for seed in seeds]
 
     def _on_device(self, micro: Sequence[Call], copy: bool = False) -> list[Call]:
         move = lambda t: t.to(self.device, non_blocking=True, copy=copy)
@@ -125,19 +128,19 @@ class StepGraph:
     def load(self, micro: Sequence[Call], seeds: Sequence[int], lr: float, counts: Sequence[int]) -> None:
         """Put a step's inputs into the tensors; counts: how many labels the whole step has, for each of `scales`.
 
-        Raises ValueError for batches of other shapes than the first ones.
+        Raises ValueError for batches of other shapes than the captured ones.
         """
-        if (given := signature(micro)) != self.signature:
-            raise ValueError(f"the step was made for batches of {self.signature}, got {given}")
         if self.graph is None:
-            self.micro = self._on_device(micro)
+            self.micro, self.seeds = self._on_device(micro), self._seeds(seeds)
         else:
+            if (given := signature(micro)) != self.signature:
+                raise ValueError(f"the step was made for batches of {self.signature}, got {given}")
             for (own_batch, own), (batch, rest) in zip(self.micro, micro):
                 for to, of in [(own_batch, batch), *((own[name], value) for name, value in rest.items())]:
                     for target, tensor in zip(_tensors(to), _tensors(of)):
                         target.copy_(tensor, non_blocking=True)
-        for target, seed in zip(self.seeds, seeds):
-            target.fill_(seed)
+            for target, seed in zip(self.seeds, seeds):
+                target.fill_(seed)
         for to, value in zip((self.lr, *self.counts.values()), (lr, *counts)):
             to.fill_(value)
 

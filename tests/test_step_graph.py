@@ -20,9 +20,6 @@ from bertfast.step_graph import StepGraph
 class Replayed(StepGraph):
     """Prepared as for a capture, and run through what a replay reads; without a GPU, the step is called instead."""
 
-    def __init__(self, *arguments, replayed=False):
-        super().__init__(*arguments, replayed=True)
-
     def capture(self):
         self.warm_up()
         return SimpleNamespace(replay=self.step)
@@ -49,7 +46,7 @@ def test_a_step_and_its_preparation(n_micro):
     batches = [micro_batch(i) for i in range(4)]
     (model, optimizer), (own_model, own_optimizer) = model_and_optimizer(), model_and_optimizer()
     before = {**own_optimizer.state_dict(), **{n: t.clone() for n, t in own_optimizer.master_state().items()}}
-    graph = Replayed(own_model, own_optimizer, [(batch, {}) for batch in batches[:n_micro]])
+    graph = Replayed(own_model, own_optimizer, captured=[(batch, {}) for batch in batches[:n_micro]])
     after = {**own_optimizer.state_dict(), **own_optimizer.master_state()}
     assert all(torch.equal(after[name], before[name]) for name in before)
 
@@ -70,7 +67,7 @@ def test_a_step_and_its_preparation(n_micro):
 
 
 def test_batches_of_other_shapes_are_refused():
-    graph = StepGraph(*model_and_optimizer(), [(micro_batch(0), {})])
+    graph = Replayed(*model_and_optimizer(), captured=[(micro_batch(0), {})])
     with pytest.raises(ValueError, match="made for batches"):
         graph([(micro_batch(0), {})] * 2, [1, 2], 0.1, (6, 3))
     with pytest.raises(ValueError, match="made for batches"):
@@ -105,9 +102,10 @@ def test_a_run_with_a_graph_is_the_run_without(settings, changes, tmp_path, monk
     """Bit for bit, over both phases, and also where it was interrupted and resumed in either."""
     pretrain.start(tmp_path / "launched", settings(**changes), resume=False).train()
     made = []
-    monkeypatch.setattr(pretrain, "StepGraph", lambda *args, **named: made.append(Replayed(*args)) or made[-1])
+    monkeypatch.setattr(pretrain, "StepGraph", lambda *args, **named: made.append(Replayed(*args, **named)) or made[-1])
     for stop_after in (3, 7, 8):
         run = pretrain.start(tmp_path / "replayed", settings(**changes), resume=True)
+        run.replayed = True
         step = run._train_step
 
         def stop(*args, run=run, step=step, stop_after=stop_after):

@@ -77,7 +77,8 @@ class FineTuning:
         self.peak = machine.gemm_rate(machine.DTYPES[self.precision], self.device)
         self.stopping = False
         self.replayed = settings.cuda_graph and self.device.type == "cuda" and not settings.features
-        self.graphs: dict[tuple, StepGraph | None] = {}  # of the model in training; None: these shapes came once
+        self.launched: StepGraph | None = None  # the step of the model in training, and of each of its shapes
+        self.graphs: dict[tuple, StepGraph | None] = {}  # None: these shapes came once
         self.best: dict | None = None  # {"seed", "step", metric …} of the checkpoint on disk
         self.rows: list[dict] = []  # of metrics.jsonl
 
@@ -168,7 +169,7 @@ class FineTuning:
         settings = self.settings
         model = self.model_for(seed)
         optimizer = self.optimizer_for(model)
-        self.graphs = {}
+        self.launched, self.graphs = None, {}
         best: dict = {}
         batches, stale = self._batches(seed), 0
         window = Window()
@@ -233,11 +234,14 @@ class FineTuning:
 
     def _step_graph(self, model, optimizer: Optimizer, calls: list[Call]) -> StepGraph:
         """The step for these batches: launched where their shapes are new, from then on one CUDA graph."""
-        key = signature(calls) if self.replayed else ()
-        captured = [graph for graph in self.graphs.values() if graph]
-        if self.replayed and key in self.graphs and not self.graphs[key] and len(captured) < GRAPHS:
-            self.graphs[key] = StepGraph(model, optimizer, calls, SCALES, True, captured[0] if captured else None)
-        return self.graphs.setdefault(key, None) or StepGraph(model, optimizer, calls, SCALES)
+        if self.launched is None:
+            self.launched = StepGraph(model, optimizer, SCALES)
+        if not self.replayed:
+            return self.launched
+        key, captured = signature(calls), [graph for graph in self.graphs.values() if graph]
+        if key in self.graphs and not self.graphs[key] and len(captured) < GRAPHS:
+            self.graphs[key] = StepGraph(model, optimizer, SCALES, calls, captured[0] if captured else None)
+        return self.graphs.setdefault(key, None) or self.launched
 
     def evaluate(self, model) -> tuple[dict[str, float], list[dict]]:
         """(metrics, predictions) of the dev examples."""
