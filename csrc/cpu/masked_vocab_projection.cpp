@@ -10,7 +10,12 @@
 //                row written once;  dhidden += dlogits^T . weight, a partial sum a thread;  dbias = sums of rows
 // The idea of a loss without logits in memory is that of Wijmans et al. 2024, "Cut your losses in large-vocabulary
 // language models"; keeping 2 bytes a logit instead of recomputing it saves a quarter of the multiplications.
+//
+// Where there is AMX the products are oneDNN's brgemm, if the first one shows that it computes what it should. It was
+// tested with a stand-in in brgemm's place, and has run on no such CPU.
 
+#include <ATen/cpu/Utils.h>
+#include <ATen/native/CPUBlas.h>
 #include <torch/library.h>
 
 #include <limits>
@@ -32,12 +37,55 @@ constexpr int64_t TABLE_BYTES = int64_t{8} << 20;    // of a weight that the las
 
 int64_t div_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
+// ---- AMX ----
+
+// C (m, n) = A B, or C += A B, by AMX through oneDNN: A has rows of words, B one panel of `width` columns, `steps` long.
+void multiply_by_amx(const Pair* a, int64_t a_row, const Pair* b, int64_t width, int64_t steps, float* c, int64_t c_row,
+                     int64_t m, int64_t n, bool accumulate) {
+  at::native::cpublas::brgemm(m, n, 2 * steps, 2 * a_row, width, c_row, accumulate,
+                              reinterpret_cast<const c10::BFloat16*>(a), reinterpret_cast<const c10::BFloat16*>(b), c);
+}
+
+// Whether there is AMX and a product comes out right, of whole numbers, with a tail in every direction.
+bool amx_works() {
 #if defined(__AVX512BF16__)
-// vdpbf16ps: AMD runs one in the time of one fp32 multiply-add, Intel (where AMX is to do this) in that of four, so
-// that there widening bf16 to fp32 is twice as fast.
+  static const bool works = [] {
+    constexpr int64_t m = 37, n = 48, steps = 45, width = 64;
+    std::vector<c10::BFloat16> a(m * 2 * (steps + 3)), b(2 * steps * width);
+    std::vector<float> c(m * (n + 16), 1.0f);
+    for (size_t i = 0; i < a.size(); i++) a[i] = static_cast<float>(static_cast<int>(i * 7 % 9) - 4);
+    for (size_t i = 0; i < b.size(); i++) b[i] = static_cast<float>(static_cast<int>(i * 5 % 11) - 5);
+    try {
+      if (!at::cpu::init_amx()) return false;
+      for (const bool accumulate : {false, true})
+        multiply_by_amx(reinterpret_cast<const Pair*>(a.data()), steps + 3, reinterpret_cast<const Pair*>(b.data()), width, steps,
+                        c.data(), n + 16, m, n, accumulate);
+      at::native::cpublas::brgemm_release();
+    } catch (const std::exception&) {  // ONEDNN_MAX_CPU_ISA forbids it
+      return false;
+    }
+    for (int64_t i = 0; i < m; i++) {
+      for (int64_t j = 0; j < n + 16; j++) {
+        float wanted = j < n ? 0 : 1;
+        for (int64_t k = 0; j < n && k < 2 * steps; k++)
+          wanted += 2 * static_cast<float>(a[i * 2 * (steps + 3) + k]) * static_cast<float>(b[2 * (k / 2 * width + j) + k % 2]);
+        if (c[i * (n + 16) + j] != wanted) return false;
+      }
+    }
+    return true;
+  }();
+  return works;
+#else
+  return false;
+#endif
+}
+
+#if defined(__AVX512BF16__)
+// vdpbf16ps: AMD runs one in the time of one fp32 multiply-add, Intel in that of four, so that there, without AMX,
+// widening bf16 to fp32 is twice as fast.
 bool pairs_are_fast() {
   __builtin_cpu_init();
-  return __builtin_cpu_is("amd");
+  return __builtin_cpu_is("amd") || amx_works();
 }
 #endif
 
@@ -120,6 +168,7 @@ struct Chunk {
   const int64_t* labels;                   // (R,)
   int64_t R, H, V;
 
+  const bool by_amx = std::is_same_v<Word, Pair> && amx_works();
   // R and H in whole blocks, in words, in panels; V in tiles, a run of which is a part
   const int64_t lanes = round_up(R, LANES), columns = round_up(H, LANES);
   const int64_t r_steps = steps_of<Word>(R), h_steps = steps_of<Word>(H);
@@ -138,6 +187,14 @@ struct Chunk {
   acc* log_sum = sum_exp + lanes;
   acc* label_logit = log_sum + lanes;      // from combine() on the logarithm of the label's probability
   acc* label_leads = label_logit + lanes;  // 1 where the label's logit is the argmax of its tile
+
+  // C (m, n) = A B, or C += A B: A has rows of `a_row` words, B is a panel.
+  void multiply_panel_of(const Word* a, int64_t a_row, const Word* b, int64_t width, int64_t steps, acc* c, int64_t c_row,
+                         int64_t m, int64_t n, bool accumulate) const {
+    if constexpr (std::is_same_v<Word, Pair>)
+      if (by_amx) return multiply_by_amx(a, a_row, b, width, steps, c, c_row, m, round_up(n, LANES), accumulate);
+    multiply<Word>(a, a_row, 1, b, width, steps, steps, c, c_row, m, n, accumulate);
+  }
 
   void pack() const {
     at::parallel_for(0, div_up(lanes, r_width), 1, [&](int64_t first, int64_t last) {
@@ -165,7 +222,7 @@ struct Chunk {
         std::copy_n(bias + v0, n_vocab, tile_bias);
         for (int64_t r = 0; r < lanes; r += r_width) {
           const int64_t n = std::min(r_width, lanes - r);
-          multiply<Word>(left, h_steps, 1, across + r * h_steps, r_width, h_steps, h_steps, logits, r_width, n_vocab, n, false);
+          multiply_panel_of(left, h_steps, across + r * h_steps, r_width, h_steps, logits, r_width, n_vocab, n, false);
           const auto softmax_of = [&]<int N>(std::integral_constant<int, N>) {
             softmax<scalar_t, N>(n_vocab, logits, r_width, tile_bias, maxima + t * lanes + r, sums + t * lanes + r,
                                  kept ? kept + v0 * lanes + r : nullptr, lanes);
@@ -180,6 +237,7 @@ struct Chunk {
             if (labels[i] >= v0 && labels[i] < v0 + n_vocab) look_at_label(i, logits + i - r, labels[i] - v0, n_vocab);
         }
       }
+      if (by_amx) at::native::cpublas::brgemm_release();
     });
   }
 
@@ -263,6 +321,19 @@ struct Chunk {
     }
   }
 
+  // Words (steps, lanes) as (lanes, steps), for AMX, which reads rows: `row` of them are written, in whole registers.
+  void turn(const Word* woven, int64_t steps, Word* turned, int64_t row) const {
+    constexpr int N = WORDS<Word>;
+    for (int64_t r = 0; r < lanes; r += N) {
+      for (int64_t s = 0; s < steps; s += N) {
+        typename Tile<acc>::Register words[N] = {};
+        for (int64_t i = 0; i < std::min<int64_t>(N, steps - s); i++) words[i] = load_register<acc>(woven + (s + i) * lanes + r);
+        transpose<acc, N / 2>(words, std::make_integer_sequence<int, N>());
+        for (int64_t i = 0; i < N; i++) store_register<acc>(turned + (r + i) * row + s, words[i]);
+      }
+    }
+  }
+
   // dweight = block (+ prior), n_vocab rows of n columns; `at`: where they lie in (V, H).
   void write_dweight(const acc* block, int64_t n_vocab, int64_t n, Buffer<scalar_t> prior, Buffer<scalar_t> dweight, int64_t at) const {
     for (int64_t v = 0; v < n_vocab; v++, at += H, block += h_width) {
@@ -287,20 +358,32 @@ struct Chunk {
       Word* by_vocab = scratch<Word, 4>(tile * row_words);
       Word* woven = DEPTH<Word> > 1 ? scratch<Word, 8>(tile_steps * lanes) : by_vocab;
       Word* panel = scratch<Word, 9>(tile_steps * h_width);
+      const int64_t turned_row = round_up(tile_steps, WORDS<Word>);
+      Word* turned = by_amx ? scratch<Word, 10>(lanes * turned_row) : nullptr;
       for (int64_t t = first; t < last; t++) {
         const int64_t v0 = t * tile, n_vocab = std::min(tile, V - v0), v_steps = steps_of<Word>(n_vocab);
         if (from_memory) touch(RowsOf<scalar_t>{weight + v0 * H, H}, n_vocab, H);
         form_dlogits(t, kept, scale, factor, reinterpret_cast<Element*>(by_vocab), woven, dbias);
+        if constexpr (std::is_same_v<Word, Pair>)
+          if (by_amx) turn(woven, v_steps, turned, turned_row);
         for (int64_t h = 0; h < columns; h += h_width) {
           const int64_t n = std::min(h_width, H - h), at = v0 * H + h;
           const bool in_place = dweight.wide && !prior.narrow && n % LANES == 0;
-          multiply<Word>(by_vocab, row_words, 1, down + h * r_steps, h_width, r_steps, r_steps, in_place ? dweight.wide + at : block,
-                         in_place ? H : h_width, n_vocab, n, in_place && prior.wide);
+          multiply_panel_of(by_vocab, row_words, down + h * r_steps, h_width, r_steps, in_place ? dweight.wide + at : block,
+                            in_place ? H : h_width, n_vocab, n, in_place && prior.wide);
           if (!in_place) write_dweight(block, n_vocab, n, prior, dweight, at);
           pack_rows<Word>(RowsOf<scalar_t>{weight + at, H}, n_vocab, n, panel, h_width);
-          multiply<Word>(woven, 1, lanes, panel, h_width, v_steps, v_steps, partial + part * R * columns + h, columns, R, n, t > first);
+          acc* sums = partial + part * R * columns + h;
+          if constexpr (std::is_same_v<Word, Pair>) {
+            if (by_amx) {
+              multiply_by_amx(turned, turned_row, panel, h_width, v_steps, sums, columns, R, round_up(n, LANES), t > first);
+              continue;
+            }
+          }
+          multiply<Word>(woven, 1, lanes, panel, h_width, v_steps, v_steps, sums, columns, R, n, t > first);
         }
       }
+      if (by_amx) at::native::cpublas::brgemm_release();
     });
     at::parallel_for(0, R, 16, [&](int64_t first, int64_t last) {
       for (int64_t r = first; r < last; r++) {
