@@ -1,6 +1,7 @@
 // AVX-512 (F, BW, DQ, VL and, unless WITHOUT_BF16, BF16) on a CPU with AVX2 alone, as far as csrc/cpu uses it: found
-// before the compiler's own (as the headers in ATen/ are before PyTorch's, for AMX), this header includes that and gives the intrinsics another meaning, lane by lane, with the compiler's
-// vectors in place of the registers. Slow, but the kernels' own code: their indices, masks, tails and memory accesses.
+// before the compiler's own (as the headers in ATen/ are before PyTorch's, for AMX), this header includes that and gives
+// the intrinsics another meaning, lane by lane, with the compiler's vectors in place of the registers. Slow, but the
+// kernels' own code: their indices, masks, tails and memory accesses.
 //
 // Lanes that a cast leaves undefined hold rubbish, what would fault aborts, lanes that a mask leaves out are not touched.
 #pragma once
