@@ -263,7 +263,10 @@ def test_a_run_is_a_function_of_its_seed(start, tmp_path):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_replayed_step_computes_what_the_exact_one_does(kind, start, tmp_path, monkeypatch):
-    """Rounded shapes change the rounding alone; captured or launched, the same bits. On a CPU a replay is a call."""
+    """Rounded shapes and several batches change the rounding alone; captured or launched, the same bits.
+
+    On a CPU a replay is a call.
+    """
     def capture(graph):
         graph.warm_up()
         return SimpleNamespace(replay=graph.step, pool=lambda: None)
@@ -288,8 +291,10 @@ def test_a_replayed_step_computes_what_the_exact_one_does(kind, start, tmp_path,
         return weights, gradients[0], float(window.loss), captured
 
     monkeypatch.setattr(StepGraph, "capture", capture)
+    _, gradient, loss, _ = final(False, 4096)
     for tokens in (4096, 128):  # one batch a step, and several
-        _, gradient, loss, captured = final(False, tokens)
+        _, exact, _, captured = final(False, tokens)
+        torch.testing.assert_close(exact, gradient, rtol=1e-4, atol=1e-5 * float(gradient.abs().max()))
         assert captured == 0
         launched, rounded_gradient, launched_loss, captured = final(True, tokens, graphs=0)
         assert captured == 0 and launched_loss == pytest.approx(loss, rel=1e-3)
