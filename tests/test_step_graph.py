@@ -2,6 +2,7 @@
 
 import json
 import pydoc_data.topics
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -72,6 +73,8 @@ def test_batches_of_other_shapes_are_refused():
         graph([(micro_batch(0), {})] * 2, [1, 2], 0.1, (6, 3))
     with pytest.raises(ValueError, match="made for batches"):
         graph([(unpad(torch.ones(1, 4, dtype=torch.int64))[0], {})], [1], 0.1, (6, 3))
+    with pytest.raises(ValueError, match="made for batches"):
+        graph([(replace(micro_batch(0), max_seqlen=15), {})], [1], 0.1, (6, 3))
 
 
 @pytest.fixture(scope="module")
