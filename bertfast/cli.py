@@ -94,8 +94,8 @@ def pretrain(
     """Pretrain a BERT: masked words and next sentences, 90 % of the steps on short sequences, then long ones.
 
     Without --data it learns from the documentation that is already on this machine (docstrings of Python and its
-    packages), with a vocabulary of 8,192 made from it. Ctrl-C writes a checkpoint; --resume goes on from there, with
-    the settings the run began with (--data may name the same set where it is now).
+    packages), with a vocabulary of 8,192 made from it. Ctrl-C (or SIGTERM) writes a checkpoint; --resume goes on from
+    there, with the settings the run began with (--data may name the same set where it is now).
 
     Example: bertfast pretrain --data data/mine --preset small --steps 20000 --out runs/mine
     """
@@ -143,10 +143,10 @@ def pretrain(
         return
     try:
         results, checkpoint = run.train()
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as stop:
         report.console.print(f"stopped; {latest(out) or 'no checkpoint was written'}. "
                              f"Go on with: bertfast pretrain --out {out} --resume")
-        raise typer.Exit(130) from None
+        raise typer.Exit(*stop.args or (130,)) from None
     report.closing_table(out, results, run.train_data.manifest["unigram_entropy"], settings.causal)
     report.examples(checkpoint, run.validation_data)
     report.console.print(f"trained in {time.perf_counter() - began:.0f} s; checkpoint: {checkpoint}; "
@@ -222,7 +222,10 @@ def finetune(
     }
     for name in ("choices", "columns"):
         values[name] = [part.strip() for part in values[name].split(",")] if values[name] else []
-    start(out, Settings(**values), allocator, overwrite)
+    try:
+        start(out, Settings(**values), allocator, overwrite)
+    except KeyboardInterrupt as stop:
+        raise typer.Exit(*stop.args or (130,)) from None
 
 
 @app.command()

@@ -151,7 +151,8 @@ def useful_flops(config: BertConfig, batch: PackedBatch, backward: bool = True) 
 
 @contextmanager
 def stop_on_interrupt(run: Any) -> Iterator[None]:
-    """The first Ctrl-C sets run.stopping, for the end of the step in progress; the second interrupts at once.
+    """The first Ctrl-C or SIGTERM sets run.stopping, to the exit code, for the end of the step in progress; the second
+    interrupts at once.
 
     As an exception anywhere it could strike inside C++, which aborts. Only a main thread has signals.
     """
@@ -159,15 +160,19 @@ def stop_on_interrupt(run: Any) -> Iterator[None]:
         yield
         return
 
-    def handle(*_) -> None:
-        run.stopping = True
-        signal.signal(signal.SIGINT, previous)
+    def handle(number: int, _) -> None:
+        run.stopping = 128 + number
+        restore()
 
-    previous = signal.signal(signal.SIGINT, handle)
+    def restore() -> None:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+    previous = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, previous)
+        restore()
 
 
 class Run:
@@ -214,7 +219,7 @@ class Run:
         self.loader_state: dict | None = None
         self.window_state: dict | None = None
         self.peak = machine.gemm_rate(dtype, self.device)
-        self.stopping = False
+        self.stopping = 0  # see stop_on_interrupt
 
     def _build_model(self, checkpoint: Path | None):
         settings = self.settings
@@ -279,7 +284,7 @@ class Run:
         """Run to the end; the result on the validation split (256 batches of it at most) by sequence length, and the
         last checkpoint.
 
-        Raises KeyboardInterrupt after a Ctrl-C.
+        Raises KeyboardInterrupt, with the exit code, after a Ctrl-C or SIGTERM.
         """
         settings = self.settings
         results: dict[int, dict] = {}
@@ -322,7 +327,7 @@ class Run:
                         checkpoint = self.save()
                         window.paused(time.perf_counter() - began)
                     if self.stopping:
-                        raise KeyboardInterrupt
+                        raise KeyboardInterrupt(self.stopping)
         report.plot_loss(self.folder, self.train_data.manifest["unigram_entropy"], settings.causal)
         return results, checkpoint
 

@@ -350,7 +350,8 @@ def test_a_lower_layer_moves_by_its_share_of_the_learning_rate(start, tmp_path):
             ] == pytest.approx([0.1, 0.05, 0.025, 0.0125], rel=1e-3)
 
 
-def test_interruption_keeps_the_best(start, tmp_path):
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_interruption_keeps_the_best(number, code, start, tmp_path):
     chosen = settings("classification", start, tmp_path, steps=100_000, eval_every=5)
     arguments = ["finetune", "--out", str(tmp_path / "run"), "--steps", "100000", "--eval-every", "5"]
     for name in ("task", "model", "train", "dev", "lr", "precision"):
@@ -361,9 +362,9 @@ def test_interruption_keeps_the_best(start, tmp_path):
     deadline = time.monotonic() + 120
     while not (tmp_path / "run" / "predictions.jsonl").exists() and time.monotonic() < deadline:
         time.sleep(0.1)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(number)
     out, err = process.communicate(timeout=60)
-    assert process.returncode == 130 and "Traceback" not in err
+    assert process.returncode == code and "Traceback" not in err
     assert "the best so far" in out
     assert json.loads((tmp_path / "run" / "metrics.json").read_text())["best"]["accuracy"] > 0
     assert Predictor(tmp_path / "run", "fp32").settings == Settings(**{**vars(chosen), "batch_size": 32})

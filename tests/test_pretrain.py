@@ -509,7 +509,8 @@ def test_every_mistake_is_one_line(corpus, tmp_path, capsys, monkeypatch):
     assert code == 2 and "no checkpoint at" in line
 
 
-def test_ctrl_c_writes_a_checkpoint_and_resume_finishes(corpus, tmp_path):
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_ctrl_c_writes_a_checkpoint_and_resume_finishes(number, code, corpus, tmp_path):
     small = ["--model-config", corpus / "model.json", "--tokens", "256", "--short-length", "32", "--long-length", "64"]
     args = [sys.executable, "-c", "from bertfast.cli import main; main()", "pretrain", "--out", tmp_path / "run"]
     first = subprocess.Popen([*args, "--data", corpus / "data", *small, "--steps", "100000", "--log-every", "1"],
@@ -518,9 +519,9 @@ def test_ctrl_c_writes_a_checkpoint_and_resume_finishes(corpus, tmp_path):
     while not (tmp_path / "run/metrics.jsonl").exists() or len(rows(tmp_path / "run")) < 3:
         assert first.poll() is None and time.monotonic() < deadline, first.stdout.read()
         time.sleep(0.1)
-    first.send_signal(signal.SIGINT)
+    first.send_signal(number)
     output, _ = first.communicate(timeout=60)
-    assert first.returncode == 130 and "Go on with: bertfast pretrain" in " ".join(output.split()), output
+    assert first.returncode == code and "Go on with: bertfast pretrain" in " ".join(output.split()), output
     checkpoint = pretrain.latest(tmp_path / "run")
     assert checkpoint and rows(tmp_path / "run")[-1]["step"] == pretrain._step_of(checkpoint)
 

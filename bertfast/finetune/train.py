@@ -75,7 +75,7 @@ class FineTuning:
         self.steps = settings.steps or max(1, math.ceil(settings.epochs * per_epoch))
         self.eval_every = settings.eval_every or per_epoch
         self.peak = machine.gemm_rate(machine.DTYPES[self.precision], self.device)
-        self.stopping = False
+        self.stopping = 0  # see stop_on_interrupt
         self.replayed = settings.cuda_graph and self.device.type == "cuda" and not settings.features
         self.launched: StepGraph | None = None  # the step of the model in training, and of each of its shapes
         self.graphs: dict[tuple, StepGraph | None] = {}  # None: these shapes came once
@@ -176,7 +176,7 @@ class FineTuning:
         with report.progress(self.steps, 0, self.peak) as bar:
             for step in range(1, self.steps + 1):
                 if self.stopping:
-                    raise KeyboardInterrupt
+                    raise KeyboardInterrupt(self.stopping)
                 norm = self._step(model, optimizer, next(batches), seed, step, window)
                 if step % settings.log_every == 0 or step == self.steps:
                     row = window.row(seed, step, self.learning_rate(step), norm)
