@@ -550,6 +550,16 @@ def test_decisions_are_counted_and_told(start, tmp_path, capsys):
     assert summary["best"]["accuracy"] <= 0.5
 
 
+def test_questions_may_have_fewer_options_than_there_are_columns(start, tmp_path):
+    write_rows(tmp_path / "train.jsonl", [
+        {"text": "where is it", "choice1": "yes", "choice2": "no", "choice3": "good" if i % 2 else "", "label": i % 2}
+        for i in range(8)])
+    work = FineTuning(tmp_path, Settings("multiple-choice", str(start), *[str(tmp_path / "train.jsonl")] * 2, steps=1))
+    assert [len(item.sequences) for item in work.train_items] == [2, 3] * 4
+    assert work.task.counts["rows whose last option columns are empty: questions with fewer options"] == 8
+    assert np.isfinite(work.train()["mean"]["accuracy"])
+
+
 def test_held_out_where_there_is_no_dev_file(start, tmp_path):
     chosen = settings("classification", start, tmp_path)
     chosen.dev = None

@@ -197,6 +197,10 @@ class MultipleChoice(Task):
     def example(self, row: Row, columns: dict[str, str], labelled: bool = True) -> Example:
         values = [row.values.get(column) for column in self.option_columns]
         options = values[0] if len(values) == 1 and isinstance(values[0], list) else values
+        while options is values and len(values) > 2 and values[-1] in (None, ""):
+            values.pop()
+        if options is values and len(values) < len(self.option_columns):
+            self.counts["rows whose last option columns are empty: questions with fewer options"] += 1
         for i, option in enumerate(options, 1):
             if option is not None and not isinstance(option, str):
                 raise UserError(f"{row.where}: option {i} of {len(options)} is {option!r}, not text")
