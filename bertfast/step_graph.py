@@ -24,6 +24,13 @@ WARMUP = 3  # steps that compile kernels and fill caches before the capture
 Call = tuple[PackedBatch | Tensor, dict[str, Any]]  # a micro-batch: what the model is called with, but seed and scales
 
 
+def on_device(call: Call, device: torch.device, copy: bool = False) -> Call:
+    """A call's tensors on `device`; copy: none of them shared with the call."""
+    move = lambda t: t.to(device, non_blocking=True, copy=copy)
+    batch, rest = call
+    return map_tensors(batch, move), {name: map_tensors(value, move) for name, value in rest.items()}
+
+
 def _tensors(value: Any) -> list[Tensor]:
     if isinstance(value, PackedBatch):
         return [t for field in fields(value) for t in _tensors(getattr(value, field.name))]
@@ -69,7 +76,8 @@ class StepGraph:
         self.graph = None
         if captured is not None:
             self.signature = signature(captured)
-            self.micro, self.seeds = self._on_device(captured, copy=True), self._seeds([0] * len(captured))
+            self.micro = [on_device(call, device, copy=True) for call in captured]
+            self.seeds = self._seeds([0] * len(captured))
             try:
                 self.graph = self.capture()
             except torch.OutOfMemoryError:
@@ -82,11 +90,6 @@ class StepGraph:
 
     def _seeds(self, seeds: Sequence[int]) -> list[Tensor]:
         return [torch.full((1,), seed, dtype=torch.int64, device=self.device) for seed in seeds]
-
-    def _on_device(self, micro: Sequence[Call], copy: bool = False) -> list[Call]:
-        move = lambda t: t.to(self.device, non_blocking=True, copy=copy)
-        return [(map_tensors(batch, move), {name: map_tensors(value, move) for name, value in rest.items()})
-                for batch, rest in micro]
 
     def capture(self) -> torch.cuda.CUDAGraph:
         stream = torch.cuda.Stream()
@@ -131,7 +134,7 @@ class StepGraph:
         Raises ValueError for batches of other shapes than the captured ones.
         """
         if self.graph is None:
-            self.micro, self.seeds = self._on_device(micro), self._seeds(seeds)
+            self.micro, self.seeds = [on_device(call, self.device) for call in micro], self._seeds(seeds)
         else:
             if (given := signature(micro)) != self.signature:
                 raise ValueError(f"the step was made for batches of {self.signature}, got {given}")

@@ -510,7 +510,7 @@ def test_every_mistake_is_one_line(corpus, tmp_path, capsys, monkeypatch):
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_ctrl_c_writes_a_checkpoint_and_resume_finishes(number, code, corpus, tmp_path):
+def test_ctrl_c_and_sigterm_write_a_checkpoint(number, code, corpus, tmp_path):
     small = ["--model-config", corpus / "model.json", "--tokens", "256", "--short-length", "32", "--long-length", "64"]
     args = [sys.executable, "-c", "from bertfast.cli import main; main()", "pretrain", "--out", tmp_path / "run"]
     first = subprocess.Popen([*args, "--data", corpus / "data", *small, "--steps", "100000", "--log-every", "1"],

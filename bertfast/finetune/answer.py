@@ -93,7 +93,7 @@ class Answering(Task):
             self.counts[f"contexts of more than {self.max_length} tokens, read in windows"] += 1
         return items
 
-    def forward_arguments(self, items: list[Item], *_) -> dict[str, Any]:
+    def forward_arguments(self, items: list[Item]) -> dict[str, Any]:
         arguments = {}
         if self.settings.features:
             arguments["lengths"] = torch.tensor([item.n_tokens for item in items])

@@ -77,7 +77,7 @@ class Classification(Task):
             return np.isin(self.labels, example.label).astype(np.float32)
         return self.label_ids[example.label]
 
-    def forward_arguments(self, items: list[Item], *_) -> dict[str, Any]:
+    def forward_arguments(self, items: list[Item]) -> dict[str, Any]:
         if any(item.target is None for item in items):
             return {}
         return {"labels": torch.from_numpy(np.array([item.target for item in items]))}
@@ -149,7 +149,7 @@ class Regression(Classification):
     def target(self, example: Example) -> Any:
         return None if example.label is None else np.float32(example.label)
 
-    def forward_arguments(self, items: list[Item], *_) -> dict[str, Any]:
+    def forward_arguments(self, items: list[Item]) -> dict[str, Any]:
         arguments = super().forward_arguments(items)
         return {**arguments, "orders": 2} if self.settings.symmetric else arguments
 
@@ -197,10 +197,10 @@ class MultipleChoice(Task):
     def example(self, row: Row, columns: dict[str, str], labelled: bool = True) -> Example:
         values = [row.values.get(column) for column in self.option_columns]
         options = values[0] if len(values) == 1 and isinstance(values[0], list) else values
-        while options is values and len(values) > 2 and values[-1] in (None, ""):
-            values.pop()
-        if options is values and len(values) < len(self.option_columns):
+        if options is values and len(values) > 2 and values[-1] in (None, ""):
             self.counts["rows whose last option columns are empty: questions with fewer options"] += 1
+            while len(values) > 2 and values[-1] in (None, ""):
+                values.pop()
         for i, option in enumerate(options, 1):
             if option is not None and not isinstance(option, str):
                 raise UserError(f"{row.where}: option {i} of {len(options)} is {option!r}, not text")
@@ -238,7 +238,7 @@ class MultipleChoice(Task):
         return [Item(i, [next(sequences) for _ in e.inputs[2]], None if e.label is None else self.label_ids[e.label])
                 for i, e in enumerate(examples)]
 
-    def forward_arguments(self, items: list[Item], *_) -> dict[str, Any]:
+    def forward_arguments(self, items: list[Item]) -> dict[str, Any]:
         arguments: dict[str, Any] = {"n_options": tuple(len(item.sequences) for item in items)}
         if all(item.target is not None for item in items):
             arguments["labels"] = torch.tensor([item.target for item in items])

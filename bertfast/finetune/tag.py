@@ -123,7 +123,7 @@ class Tagging(Task):
                 items.append(Item(index, [sequence(part, [home[w][2] for w in own], labels)], None, own))
         return items
 
-    def forward_arguments(self, items: list[Item], *_) -> dict[str, Any]:
+    def forward_arguments(self, items: list[Item]) -> dict[str, Any]:
         if items[0].features is None:
             return {}  # the packed batch has them
         return {"labels": torch.from_numpy(np.concatenate([s.labels for item in items for s in item.sequences]))}

@@ -14,7 +14,7 @@ import numpy as np
 import tokenizers
 import torch
 
-from bertfast.batch import PackedBatch, map_tensors
+from bertfast.batch import PackedBatch
 from bertfast.checkpoint import Checkpointed
 from bertfast.config import BertConfig
 from bertfast.data.tokenizer import Tokenizer
@@ -23,7 +23,7 @@ from bertfast.finetune.batches import Item, Sequence, pack, rounded, sequence
 from bertfast.finetune.read import Row, Table
 from bertfast.heads import BertForFeatures
 from bertfast.pretrain import useful_flops
-from bertfast.step_graph import Call
+from bertfast.step_graph import Call, on_device
 
 NAMES = {  # role -> the column names it is known by, the likeliest first; compared in lower case
     "text": ("sentence1", "premise", "question1", "#1 string", "text1", "text", "context", "question", "sentence",
@@ -189,8 +189,8 @@ class Task:
     def items(self, examples: list[Example]) -> list[Item]:
         raise NotImplementedError
 
-    def forward_arguments(self, items: list[Item], first: int = 0, replayed: bool = False) -> dict[str, Any]:
-        """What the head takes besides the packed batch; labels where all items have a target. As for `call`."""
+    def forward_arguments(self, items: list[Item]) -> dict[str, Any]:
+        """What the head takes besides the packed batch; labels where all items have a target."""
         return {}
 
     def n_features(self, item: Item) -> int:
@@ -206,21 +206,21 @@ class Task:
 
         first: index in the step of their first sequence; replayed: with shapes that recur.
         """
-        arguments = self.forward_arguments(items, first, replayed)
         cached = [item.features for item in items if item.features is not None]
-        return torch.cat(cached) if cached else self.packed(
-            [s for item in items for s in item.sequences], first, replayed), arguments
+        if cached:
+            return torch.cat(cached), self.forward_arguments(items)
+        sequences = [s for item in items for s in item.sequences]
+        return self.packed(sequences, first, replayed), self.forward_arguments(items)
 
     def packed(self, sequences: list[Sequence], first: int, replayed: bool) -> PackedBatch:
+        """Sequences in one batch; first and replayed as for `call`."""
         batch = pack(sequences, first)
         return rounded(batch, self.max_positions) if replayed else batch
 
     def forward(self, model, items: list[Item]) -> Any:
         """The head's output for items, all in one batch."""
-        device = next(model.parameters()).device
-        batch, arguments = self.call(items)
-        return model(batch.to(device), **{name: map_tensors(value, lambda t: t.to(device))
-                                          for name, value in arguments.items()})
+        batch, arguments = on_device(self.call(items), next(model.parameters()).device)
+        return model(batch, **arguments)
 
     def flops(self, config: BertConfig, batch: PackedBatch) -> float:
         """FLOPs of a training step on a batch that the result needs; 0 where they are not counted."""

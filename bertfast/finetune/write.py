@@ -16,6 +16,7 @@ from bertfast.finetune.batches import Item, Sequence, pack
 from bertfast.finetune.read import Row
 from bertfast.finetune.task import Example, Task, require_text
 from bertfast.seq2seq import BertForPrefixLM, BertForSeq2Seq, generate
+from bertfast.step_graph import Call
 
 
 class Writing(Task):
@@ -83,13 +84,15 @@ class Writing(Task):
     def n_targets(self, items: list[Item]) -> int:
         return sum(len(item.target) for item in items)
 
-    def forward_arguments(self, items: list[Item], first: int = 0, replayed: bool = False) -> dict[str, Any]:
+    def call(self, items: list[Item], first: int = 0, replayed: bool = False) -> Call:
+        batch, _ = super().call(items, first, replayed)
         if self.prefix:
-            return {"prefix_lens": torch.tensor([item.sequences[0].second for item in items], dtype=torch.int32)}
+            seen = torch.tensor([item.sequences[0].second for item in items], dtype=torch.int32)
+            return batch, {"prefix_lens": seen}
         begun = [np.concatenate([[self.tokenizer.cls_id], item.target[:-1]]) for item in items]
         read = [Sequence(ids, len(ids), np.arange(len(ids)), item.target) for ids, item in zip(begun, items)]
         targets = self.packed(read, first, replayed)
-        return {"targets": targets, "labels": targets.labels}
+        return batch, {"targets": targets, "labels": targets.labels}
 
     def flops(self, config: BertConfig, batch: PackedBatch) -> float:
         return 0.0
