@@ -5,6 +5,7 @@ Heavy imports stand inside the commands, so that --help answers at once.
 """
 
 import io
+import os
 import re
 import signal
 import sys
@@ -15,6 +16,8 @@ import typer
 
 from bertfast.benchmarks.commands import bench
 from bertfast.files import UserError
+
+LAUNCHED = int(os.environ.get("WORLD_SIZE", 1)) if "RANK" in os.environ else 1  # processes, as torchrun tells them
 
 app = typer.Typer(
     name="bertfast",
@@ -27,8 +30,10 @@ app.add_typer(bench)
 
 
 @app.callback()
-def bertfast() -> None:
+def bertfast(context: typer.Context) -> None:
     """Pretrain, fine-tune and serve BERT, several times faster and with the same numbers."""
+    if LAUNCHED > 1 and context.invoked_subcommand not in ("pretrain", "doctor"):
+        raise UserError(f"{context.invoked_subcommand} runs in one process: start it without torchrun")
 
 
 @app.command()
@@ -97,6 +102,10 @@ def pretrain(
     packages), with a vocabulary of 8,192 made from it. Ctrl-C (or SIGTERM) writes a checkpoint; --resume goes on from
     there, with the settings the run began with (--data may name the same set where it is now).
 
+    Under torchrun a step's --micro-batches (by default one a process) are dealt out to the processes, one a GPU, or
+    on CPUs one for each part of the cores (OMP_NUM_THREADS each); the run is the same, and resumes on any number of
+    them: torchrun --nproc-per-node 8 --no-python bertfast pretrain ...
+
     Example: bertfast pretrain --data data/mine --preset small --steps 20000 --out runs/mine
     """
     from bertfast import machine
@@ -106,10 +115,14 @@ def pretrain(
     from dataclasses import replace
 
     from bertfast import pretrain as engine
-    from bertfast import report
+    from bertfast import processes, report
     from bertfast.data.prepare import prepare
     from bertfast.pretrain import Settings, latest, stored_settings
 
+    if LAUNCHED > 1:
+        processes.join()
+    if not processes.is_first():
+        sys.stdout = open(os.devnull, "w")
     own_data = out / "data"
     given: dict[str, Any] = {
         name: str(value) if isinstance(value, Path) else value
@@ -130,11 +143,14 @@ def pretrain(
     else:
         if resume:
             report.console.print(f"no run in {out} yet: starting one")
-        settings = replace(Settings(data=""), **{"data": str(own_data), **given})
+        new = {"data": str(own_data), "micro_batches": processes.count(), **given}
+        settings = replace(Settings(data=""), **new)
         settings.check()
     if data is None and Path(settings.data).resolve() == own_data.resolve() and not (begun and own_data.exists()):
         report.console.print("no --data: learning from the documentation on this machine")
-        prepare(None, own_data, vocab_size=8192, console=report.console)
+        if processes.is_first():
+            prepare(None, own_data, vocab_size=8192, console=report.console)
+    processes.wait()
     began = time.perf_counter()
     run = engine.start(out, settings, resume)
     report.header(run.describe(allocator))
@@ -147,6 +163,8 @@ def pretrain(
         report.console.print(f"stopped; {latest(out) or 'no checkpoint was written'}. "
                              f"Go on with: bertfast pretrain --out {out} --resume")
         raise typer.Exit(*stop.args or (130,)) from None
+    if not processes.is_first():
+        return
     report.closing_table(out, results, run.train_data.manifest["unigram_entropy"], settings.causal)
     report.examples(checkpoint, run.validation_data)
     report.console.print(f"trained in {time.perf_counter() - began:.0f} s; checkpoint: {checkpoint}; "
@@ -286,7 +304,8 @@ def main() -> None:
     try:
         app()
     except UserError as error:
-        print(f"bertfast: {error}", file=sys.stderr)
+        if LAUNCHED == 1 or os.environ.get("LOCAL_RANK", "0") == "0":  # once a machine
+            print(f"bertfast: {error}", file=sys.stderr)
         sys.exit(2)
     except (MemoryError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and not re.search("allocate memory|out of memory", str(error)):

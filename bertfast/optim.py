@@ -49,12 +49,14 @@ class Optimizer:
     clipping. `loss_scale` is the factor that the caller's loss must carry (1 unless fp16). lr_scale: parameter name ->
     factor of its learning rate (layer-wise decay); None: 1 for all. sink: save the passes that add up a tied word
     table's two gradients (GradientSink): only for a loop that backpropagates every loss of the model as it is, once.
+    all_reduce: makes one buffer of gradients, fp32, the sum of several processes' own, in place.
     A parameter without a gradient counts as one whose gradient is 0: its weight still decays.
     """
 
     def __init__(self, model: nn.Module, compute_dtype=torch.float32, *, kind="adamw", betas=(0.9, 0.999), eps=1e-6,
                  weight_decay=0.01, max_grad_norm=1.0, lr_scale: Callable[[str], float] | None = None,
-                 sink: bool = False):
+                 sink: bool = False, all_reduce: Callable[[Tensor], None] | None = None):
+        self.all_reduce = all_reduce
         self.kind, self.betas, self.eps, self.max_grad_norm = kind, betas, eps, max_grad_norm
         named = {name: p for name, p in model.named_parameters() if p.requires_grad}
         if not named:
@@ -96,6 +98,9 @@ class Optimizer:
         Where the norm is not finite nothing changes but the counters (and the loss scale, which halves).
         """
         self._collect_sinks()
+        if self.all_reduce:
+            for group in self.groups:
+                self.all_reduce(group.sums())
         gradients = [g for group in self.groups for g in group.gradients()]
         norm = ops.grad_norm(gradients) / self.loss_scale
         self.skip.copy_(~torch.isfinite(norm))
@@ -188,6 +193,13 @@ class _Group:
         self._accumulating = True
         for p in self.params:
             p.grad = None
+
+    def sums(self) -> Tensor:
+        """The fp32 sums as one buffer."""
+        if not self._accumulating or self._sums is None:
+            self.accumulate()
+        first = self.gradients()[0]
+        return first.as_strided((first.untyped_storage().nbytes() // first.itemsize,), (1,))
 
     def gradients(self) -> list[Tensor]:
         return self._sums if self._accumulating and self._sums is not None else self._raw_gradients()

@@ -1,8 +1,8 @@
 """Pretraining: phases of growing sequence length in one run, one optimiser, one schedule.
 
-A step is `micro_batches` packed batches of `tokens` tokens each; its losses are normalised by the masked tokens (and
-sentence pairs) of the whole step. Everything random is a function of (seed, step, position): a run that was
-interrupted and resumed is the run that was not.
+A step is `micro_batches` packed batches of `tokens` tokens each, dealt out to the processes where there are several
+(bertfast.processes); its losses are normalised by the masked tokens (and sentence pairs) of the whole step. Everything
+random is a function of (seed, step, position): a run that was interrupted and resumed is the run that was not.
 """
 
 import hashlib
@@ -13,7 +13,7 @@ import signal
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from . import machine, report
+from . import machine, processes, report
 from .batch import PackedBatch
 from .checkpoint import find, read_tensors, run_settings
 from .config import BertConfig
@@ -51,7 +51,7 @@ class Settings:
     start: str = "counts"  # or "normal": see bertfast.initial
     steps: int = 1000
     tokens: int = 2048  # token budget of one packed batch
-    micro_batches: int = 1
+    micro_batches: int = 1  # a step, of all processes together
     lr: float = 1e-3
     warmup: float = 0.1  # share of the steps
     optimizer: str = "adamw"
@@ -152,7 +152,7 @@ def useful_flops(config: BertConfig, batch: PackedBatch, backward: bool = True) 
 @contextmanager
 def stop_on_interrupt(run: Any) -> Iterator[None]:
     """The first Ctrl-C or SIGTERM sets run.stopping, to the exit code, for the end of the step in progress; the second
-    interrupts at once.
+    interrupts at once, but in several processes, to which torchrun passes on what the terminal sent them already.
 
     As an exception anywhere it could strike inside C++, which aborts. Only a main thread has signals.
     """
@@ -161,8 +161,9 @@ def stop_on_interrupt(run: Any) -> Iterator[None]:
         return
 
     def handle(number: int, _) -> None:
-        run.stopping = 128 + number
-        restore()
+        run.stopping = run.stopping or 128 + number
+        if processes.count() == 1:
+            restore()
 
     def restore() -> None:
         for number, handler in previous.items():
@@ -189,8 +190,13 @@ class Run:
                    if name != "data" and now.get(name, value) != value]
         if changed:
             raise UserError(f"{checkpoint} was trained with other settings: {', '.join(changed)}")
+        if settings.micro_batches % processes.count():
+            raise UserError(f"the {settings.micro_batches} batches of a step (--micro-batches) cannot be dealt out "
+                            f"evenly to {processes.count()} processes")
         precision = trainer["precision"] if checkpoint else settings.precision
         self.precision, self.precision_reason = machine.choose_precision(precision, self.device)
+        names = list(machine.DTYPES)  # where precisions are timed, the first process's clock decides
+        self.precision = names[int(processes.total(names.index(self.precision) if processes.is_first() else 0)[0])]
         self.train_data = Dataset(settings.data, split="train")
         if checkpoint and trainer["data_files"] != self.train_data.manifest["files"]:
             raise UserError(f"{checkpoint} was trained on other data than {settings.data} holds now")
@@ -208,17 +214,18 @@ class Run:
             raise UserError("next-sentence prediction needs two token types, but the model has one: add --no-nsp")
         self.model.bert.recompute = settings.recompute
         dtype = machine.DTYPES[self.precision]
-        self.replayed = settings.cuda_graph and self.device.type == "cuda"
+        self.replayed = settings.cuda_graph and self.device.type == "cuda" and processes.count() == 1
         self.step_graph: StepGraph | None = None  # the step of the phase in progress
         self.optimizer = Optimizer(
             self.model, dtype, kind=settings.optimizer, weight_decay=settings.weight_decay,
             betas=(0.9, 0.98), max_grad_norm=settings.max_grad_norm, sink=True,
+            all_reduce=processes.add_up if processes.count() > 1 else None,
         )
         self.step = 0
         self.tokens_seen = 0
         self.loader_state: dict | None = None
         self.window_state: dict | None = None
-        self.peak = machine.gemm_rate(dtype, self.device)
+        self.peak = machine.gemm_rate(dtype, self.device) * processes.count()
         self.stopping = 0  # see stop_on_interrupt
 
     def _build_model(self, checkpoint: Path | None):
@@ -273,10 +280,19 @@ class Run:
             "device": f"{self.device}, {torch.get_num_threads()} threads; GEMM peak {self.peak / 1e9:,.0f} GFLOP/s",
             "kernels": report.kernels_in_use(self.device.type),
             **({"CUDA graph": "each phase's step is captured once and replayed"} if self.replayed else {}),
+            **self._describe_processes(),
             "loader": machine.loader_implementation(),
             "allocator": allocator,
             "resumed": f"from step {self.step}" if self.step else "no",
         }
+
+    def _describe_processes(self) -> dict[str, str]:
+        n = processes.count()
+        if n == 1:
+            return {}
+        each = self.settings.micro_batches // n
+        graph = "; no CUDA graph: steps of several processes are launched" if self.device.type == "cuda" else ""
+        return {"processes": f"{n}, each {each} of a step's {self.settings.micro_batches} batches{graph}"}
 
     # ---- the loop
 
@@ -286,30 +302,32 @@ class Run:
 
         Raises KeyboardInterrupt, with the exit code, after a Ctrl-C or SIGTERM.
         """
-        settings = self.settings
+        settings, first = self.settings, processes.is_first()
         results: dict[int, dict] = {}
         checkpoint = self.folder
-        with (locked(self.folder, self.folder), stop_on_interrupt(self),
+        with (locked(self.folder, self.folder) if first else nullcontext(), stop_on_interrupt(self),
               report.progress(settings.steps, self.step, self.peak, settings.causal) as bar):
-            metrics = report.Metrics(self.folder, self.step, settings.tensorboard)
+            metrics = report.Metrics(self.folder, self.step, settings.tensorboard) if first else None
             for start, end, length in settings.phases():
                 if self.step >= end:
                     continue
                 loader, window = self._loader(self.train_data, length), report.Window()
                 if self.loader_state and self.step > start:
                     loader.load_state_dict(self.loader_state)
-                    if self.window_state:
+                    if self.window_state and first:
                         window.load_state_dict(self.window_state)
                 batches = iter(loader)
                 self.step_graph = None  # shapes are constants of a phase
                 while self.step < end:
-                    micro = [next(batches) for _ in range(settings.micro_batches)]
+                    micro = [next(batches) for _ in range(settings.micro_batches // processes.count())]
                     norm = self._train_step(micro, window)
                     self.step += 1
+                    stopping = int(processes.total(self.stopping)[0])
                     if self.step % settings.log_every == 0 or self.step in (end, settings.steps):
                         row = window.row(self.step, learning_rate(settings, self.step - 1), norm, length)
                         row["skipped"] = int(self.optimizer.n_skipped.item())
-                        metrics.write(row)
+                        if metrics:
+                            metrics.write(row)
                         bar.show(self.step, row, window.flops_per_second)
                         window = report.Window()
                         self._check_health(micro)
@@ -318,31 +336,36 @@ class Run:
                         last = self.step == settings.steps
                         for n in [x for _, _, x in settings.phases()] if last else [length]:
                             results[n] = self.evaluate(n, max_batches=256) if last else self.evaluate(n)
-                            metrics.write({"step": self.step, "validation_length": n, **results[n]})
+                            if metrics:
+                                metrics.write({"step": self.step, "validation_length": n, **results[n]})
                             bar.note(self.step, n, results[n])
                         window.paused(time.perf_counter() - began)
-                    if self.step % settings.save_every == 0 or self.step == settings.steps or self.stopping:
+                    if self.step % settings.save_every == 0 or self.step == settings.steps or stopping:
                         self.loader_state, self.window_state = loader.state_dict(), window.state_dict()
                         began = time.perf_counter()
                         checkpoint = self.save()
                         window.paused(time.perf_counter() - began)
-                    if self.stopping:
-                        raise KeyboardInterrupt(self.stopping)
-        report.plot_loss(self.folder, self.train_data.manifest["unigram_entropy"], settings.causal)
+                    if stopping:
+                        raise KeyboardInterrupt(self.stopping or 130)
+        if first:
+            report.plot_loss(self.folder, self.train_data.manifest["unigram_entropy"], settings.causal)
         return results, checkpoint
 
     def _train_step(self, micro: list[PackedBatch], window: "report.Window") -> torch.Tensor:
         settings = self.settings
-        masked = max(1, sum(b.n_masked for b in micro))
-        pairs = max(1, sum(int((b.next_sentence_label >= 0).sum()) for b in micro))
+        masked, pairs, tokens = (int(n) for n in processes.total(
+            sum(b.n_masked for b in micro), sum(int((b.next_sentence_label >= 0).sum()) for b in micro),
+            sum(b.n_tokens for b in micro)))
+        masked, pairs = max(1, masked), max(1, pairs)
+        self.tokens_seen += tokens
         calls: list[Call] = [(batch, {}) for batch in micro]
         if self.step_graph is None:
             self.step_graph = StepGraph(self.model, self.optimizer, captured=calls if self.replayed else None)
-        seeds = [step_seed(settings.seed, self.step, i) for i in range(len(micro))]
+        numbers = range(processes.rank(), settings.micro_batches, processes.count())  # of our batches in the step
+        seeds = [step_seed(settings.seed, self.step, i) for i in numbers]
         norm = self.step_graph(calls, seeds, learning_rate(settings, self.step), (masked, pairs))
         for out, host in zip(self.step_graph.outputs, micro):
             window.add(out, host, self.step_graph.scale, masked, pairs, useful_flops(self.config, host))
-            self.tokens_seen += host.n_tokens
         return norm
 
     @torch.no_grad()
@@ -354,6 +377,7 @@ class Run:
         for host in self.validation[length].validation_batches(max_batches):
             totals.add(self.model(self._to_device(host), mlm_scale=one, nsp_scale=one), host, one, 1, 1, 0.0)
         self.model.train()
+        totals.gather()
         return {f"validation_{name}": value for name, value in totals.means().items()}
 
     def _loader(self, dataset: Dataset, length: int, validation: bool = False) -> Loader:
@@ -361,8 +385,9 @@ class Run:
         return Loader(
             dataset, seed=0 if validation else settings.seed, max_seqlen=length, token_budget=settings.tokens,
             mlm_probability=settings.mlm_probability, whole_word_masking=settings.whole_word_masking,
-            nsp=settings.pairs, causal=settings.causal, micro_batches=1 if validation else settings.micro_batches,
-            pin_memory=self.device.type == "cuda",
+            nsp=settings.pairs, causal=settings.causal,
+            micro_batches=1 if validation else settings.micro_batches // processes.count(),
+            rank=processes.rank(), world_size=processes.count(), pin_memory=self.device.type == "cuda",
         )
 
     def _to_device(self, batch: PackedBatch) -> PackedBatch:
@@ -399,6 +424,9 @@ class Run:
         The last one of a run has tables of the ordinary size, for whoever fine-tunes it; it computes the same.
         """
         path = self.folder / f"checkpoint-{self.step}"
+        self._check_agreement()
+        if not processes.is_first():
+            return path
         with atomic_folder(path) as folder:
             masters = self.optimizer.master_state()
             weights = {n: masters[n] for n in self.model.state_dict() if n in masters}
@@ -417,6 +445,15 @@ class Run:
         for old in _numbered(self.folder)[:-KEEP_CHECKPOINTS]:
             shutil.rmtree(old, ignore_errors=True)
         return path
+
+    def _check_agreement(self) -> None:
+        """Raises UserError where the processes train different things: other data, settings or weights."""
+        if processes.count() == 1:
+            return
+        about = json.dumps([asdict(self.settings), self.step, self.train_data.manifest["files"]], sort_keys=True)
+        processes.check_same("settings or data", int(hashlib.sha256(about.encode()).hexdigest()[:12], 16))
+        norm = sum(float(t.double().square().sum()) for t in self.optimizer.master_state().values())
+        processes.check_same("weights", norm, 1e-5)  # not 0: other CPUs may round otherwise
 
     def resume(self, path: Path) -> None:
         """Go on from the checkpoint that this run was made with. Raises UserError where it is damaged."""
@@ -485,6 +522,9 @@ def start(folder: Path, settings: Settings, resume: bool) -> Run:
     run = Run(folder, settings, checkpoint)
     if checkpoint:
         run.resume(checkpoint)
+    run._check_agreement()  # and all have read what the folder held
+    if not processes.is_first():
+        return run
     with locked(create_folder(folder), folder):
         write_json(folder / "config.json", {
             "settings": asdict(settings), "bertfast": __version__, "torch": torch.__version__,

@@ -13,6 +13,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 from rich.table import Table
 from rich.text import Text  # printed as it is: [MASK] would be markup
 
+from . import processes
 from .batch import PackedBatch
 from .files import UserError, atomic_path, write_bytes
 from .model import ModelOutput
@@ -40,12 +41,22 @@ class Window:
             if value is not None:
                 self.sums[name] = self.sums.get(name, 0.0) + value
 
+    def gather(self) -> None:
+        """Move the sums of all processes into the first one's."""
+        if processes.count() == 1:
+            return
+        names = ("mlm", "nsp", "n_masked", "n_correct", "n_pairs", "n_pairs_correct")
+        sums = processes.total(self.tokens, self.flops, *(float(self.sums.get(name, 0.0)) for name in names))
+        self.tokens, self.flops, *of_names = sums if processes.is_first() else [0.0] * len(sums)
+        self.sums = {name: value for name, value in zip(names, of_names) if name in self.sums}
+
     def paused(self, seconds: float) -> None:
         """Time that was not training (evaluation, checkpoints)."""
         self.began += seconds
 
     def state_dict(self) -> dict:
         """In JSON's types, for a checkpoint between two rows: the row after it is that of an unbroken run."""
+        self.gather()
         sums = {name: total.item() if isinstance(total, torch.Tensor) else total for name, total in self.sums.items()}
         return {"seconds": time.perf_counter() - self.began, "tokens": self.tokens, "flops": self.flops, "sums": sums}
 
@@ -64,6 +75,7 @@ class Window:
         return means
 
     def row(self, step: int, lr: float, norm: torch.Tensor, length: int) -> dict:
+        self.gather()
         means = self.means()
         seconds = time.perf_counter() - self.began
         self.flops_per_second = self.flops / seconds

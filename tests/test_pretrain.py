@@ -7,9 +7,11 @@ import pydoc_data.topics
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -524,6 +526,82 @@ def test_ctrl_c_and_sigterm_write_a_checkpoint(number, code, corpus, tmp_path):
     assert first.returncode == code and "Go on with: bertfast pretrain" in " ".join(output.split()), output
     checkpoint = pretrain.latest(tmp_path / "run")
     assert checkpoint and rows(tmp_path / "run")[-1]["step"] == pretrain._step_of(checkpoint)
+
+
+def in_processes(*args, ranks=({}, {}), **options):
+    """`bertfast pretrain` in two processes, as torchrun starts them; `ranks`: the options of each alone."""
+    program = [sys.executable, "-c", "from bertfast.cli import main; main()"]
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    told = {**os.environ, "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
+    return [subprocess.Popen([*program, *map(str, [*args, *own])], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                             text=True, env={**told, "RANK": str(rank), "LOCAL_RANK": str(rank)}, **options)
+            for rank, own in enumerate(ranks)]
+
+
+def ended(processes):
+    outputs = [process.communicate(timeout=240) for process in processes]
+    return [p.returncode for p in processes], *map(list, zip(*outputs))
+
+
+def test_two_processes_train_as_one(corpus, tmp_path, monkeypatch):
+    """From a checkpoint on, with dropout: the same weights and moments bit for bit, the same rows."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    chosen = settings(corpus, micro_batches=2, log_every=3, eval_every=3)  # a checkpoint within a row's steps
+    start(tmp_path / "one", chosen, resume=False).train()
+    torch.set_num_threads(threads)
+    shutil.copytree(tmp_path / "one", tmp_path / "two")
+    shutil.rmtree(tmp_path / "two/checkpoint-8")
+    codes, outputs, errors = ended(in_processes("pretrain", "--out", tmp_path / "two", "--resume"))
+    assert codes == [0, 0], errors
+    assert "2, each 1 of a step's 2 batches" in " ".join(outputs[0].split()) and outputs[1] == ""
+    one, two = final_state(tmp_path / "one"), final_state(tmp_path / "two")
+    assert one.keys() == two.keys() and all(torch.equal(one[n], two[n]) for n in one)
+    for a, b in zip(rows(tmp_path / "one"), rows(tmp_path / "two"), strict=True):
+        assert a.keys() == b.keys()
+        assert all(b[k] == pytest.approx(a[k], rel=1e-5) for k in a if k != "tokens_per_sec"), (a, b)
+    trainers = [json.loads((pretrain.latest(tmp_path / n) / "trainer.json").read_text()) for n in ("one", "two")]
+    for name in ("tokens_seen", "loader", "settings"):
+        assert trainers[0][name] == trainers[1][name]
+
+
+def test_processes_begin_a_run_and_stop_together(corpus, tmp_path):
+    """torchrun itself, and Ctrl-C as a terminal sends it: to all of them, which torchrun then sends it again."""
+    small = ["--model-config", corpus / "model.json", "--tokens", 256, "--short-length", 32, "--long-length", 64]
+    args = ["--standalone", "--nproc-per-node", 2, "--no-python", Path(sys.executable).with_name("bertfast"),
+            "pretrain", "--out", tmp_path, "--data", corpus / "data", *small, "--steps", 100000, "--log-every", 1]
+    run = subprocess.Popen([sys.executable, "-m", "torch.distributed.run", *map(str, args)], stdout=subprocess.PIPE,
+                           stderr=subprocess.STDOUT, text=True, start_new_session=True)
+    deadline = time.monotonic() + 200
+    while not (tmp_path / "metrics.jsonl").exists() or len(rows(tmp_path)) < 3:
+        assert run.poll() is None and time.monotonic() < deadline, run.stdout.read()
+        time.sleep(0.1)
+    os.killpg(run.pid, signal.SIGINT)
+    output, _ = run.communicate(timeout=120)
+    assert " ".join(output.split()).count("Go on with: bertfast pretrain") == 1, output
+    checkpoint = pretrain.latest(tmp_path)
+    assert checkpoint and rows(tmp_path)[-1]["step"] == pretrain._step_of(checkpoint)
+    assert pretrain.stored_settings(tmp_path).micro_batches == 2  # one a process, where nothing else is said
+
+
+@pytest.mark.parametrize(("own", "message"), [
+    ((["--seed", 1], ["--seed", 2]), "the processes differ in settings or data"),
+    ((["--micro-batches", 3], ["--micro-batches", 3]), "cannot be dealt out evenly to 2 processes"),
+])
+def test_a_mistake_in_several_processes_is_one_line(own, message, corpus, tmp_path):
+    small = ["--model-config", corpus / "model.json", "--steps", 2, "--short-length", 32, "--long-length", 64]
+    args = ["pretrain", "--out", tmp_path / "run", "--data", corpus / "data", *small]
+    codes, outputs, errors = ended(in_processes(*args, ranks=own))
+    assert codes == [2, 2] and message in errors[0] and errors[0].count("\n") == 1 and errors[1] == ""
+    assert not (tmp_path / "run").exists()
+
+
+def test_only_pretraining_runs_in_several_processes(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(cli, "LAUNCHED", 2)
+    code, line = command(capsys, monkeypatch, "fill-mask", "--model", tmp_path, "a [MASK]")
+    assert (code, line) == (2, "bertfast: fill-mask runs in one process: start it without torchrun")
 
 
 def test_without_triton_and_extension_it_trains_and_says_why_it_is_slow(corpus, tmp_path):
