@@ -4,6 +4,7 @@ import os
 
 if os.environ.get("TRITON_INTERPRET") == "1":
     import bertfast.kernels
+    import pytest
     import torch
 
     from bertfast.ops import _define, linear
@@ -20,5 +21,12 @@ if os.environ.get("TRITON_INTERPRET") == "1":
     torch.set_num_threads(1)
     torch.use_deterministic_algorithms(True, warn_only=True)  # torch.empty gives NaN: what is not written shows
     torch.utils.deterministic.fill_uninitialized_memory = True
+
+    @pytest.hookimpl(trylast=True)  # of those that the markers leave
+    def pytest_collection_modifyitems(config, items):
+        """Of several processes that share the tests each takes every nth."""
+        own, shares = map(int, os.environ.get("SHARE", "0 1").split())
+        config.hook.pytest_deselected(items=[item for i, item in enumerate(items) if i % shares != own])
+        items[:] = items[own::shares]
 else:
     collect_ignore_glob = ["*.py"]
