@@ -4,6 +4,7 @@ the command's usage) and exit code 2.
 Heavy imports stand inside the commands, so that --help answers at once.
 """
 
+import errno
 import io
 import os
 import re
@@ -313,6 +314,11 @@ def main() -> None:
         print(f"bertfast: out of memory; fewer tokens or a smaller model need less: {str(error).splitlines()[0]}",
               file=sys.stderr)
         sys.exit(2)
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        print(f"bertfast: cannot write the output: {error.strerror}", file=sys.stderr)
+        os._exit(2)  # at an ordinary exit Python tries to write the rest once more, and fails again
     except KeyboardInterrupt:
         print("bertfast: interrupted", file=sys.stderr)
         sys.exit(130)

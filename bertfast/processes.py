@@ -85,4 +85,5 @@ def _told() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        raise UserError(f"lost the other processes: {str(error).splitlines()[0]}") from error
+        reason = str(error).splitlines()[0].partition(". This is")[0]
+        raise UserError(f"lost the other processes: {reason}") from error

@@ -2,6 +2,9 @@
 
 import inspect
 import io
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from dataclasses import asdict, is_dataclass
 from importlib import import_module
@@ -121,3 +124,11 @@ def test_output_that_lacks_a_character(monkeypatch: pytest.MonkeyPatch) -> None:
         cli.main()
     out.flush()
     assert rb"pearson, \u2026" in out.buffer.getvalue()  # type: ignore[attr-defined]
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="there is no /dev/full here")
+def test_output_that_cannot_be_written_is_one_line() -> None:
+    program = "from bertfast.cli import main; main()"
+    with open("/dev/full", "w") as full:
+        done = subprocess.run([sys.executable, "-c", program, "--help"], stdout=full, stderr=subprocess.PIPE, text=True)
+    assert (done.returncode, done.stderr) == (2, "bertfast: cannot write the output: No space left on device\n")
