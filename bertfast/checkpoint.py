@@ -134,7 +134,7 @@ def _first_line(error: Exception) -> str:
 def load(model, tensors: dict[str, Tensor], source: str, new_heads: bool = False) -> None:
     """Copy `tensors` into the model's parameters, strictly; see Checkpointed.from_pretrained."""
     own = dict(model.state_dict())
-    found = _adapt(tensors, own, model.base_prefix)
+    found = under_our_names(tensors, own, model.base_prefix)
     if new_heads:  # a head of another task's size is another head
         found = {n: t for n, t in found.items()
                  if not n.startswith(TASK_HEADS) or n not in own or own[n].shape == t.shape}
@@ -165,7 +165,7 @@ def load(model, tensors: dict[str, Tensor], source: str, new_heads: bool = False
                 tensor.copy_(found[name])
 
 
-def _adapt(tensors: dict[str, Tensor], own: dict[str, Tensor], base_prefix: str) -> dict[str, Tensor]:
+def under_our_names(tensors: dict[str, Tensor], own: dict[str, Tensor], base_prefix: str) -> dict[str, Tensor]:
     """The file's tensors under our names."""
     found = {}
     for name, tensor in tensors.items():

@@ -162,6 +162,14 @@ class BertModel(Checkpointed):
         self.recompute = False
         self.apply(lambda module: _initialise(module, config.initializer_range))
 
+    def dropout_seed(self, seed: Tensor | None, device: torch.device) -> Tensor | None:
+        """The key of a forward's dropout: `seed`, or in training drawn from torch's generator; None drops nothing."""
+        if not self.training:
+            return None
+        if seed is None and max(self.config.hidden_dropout_prob, self.config.attention_probs_dropout_prob) > 0:
+            return torch.randint(-(2**62), 2**62, (1,), device=device)
+        return seed
+
     def encode(self, batch: PackedBatch, seed: Tensor | None = None, read: bool = True,
                hidden_states: list[Tensor] | None = None, **mask) -> Tensor:
         """Packed rows after the last layer: (R, H) at batch.read_rows, or (T, H) where `read` is false.
@@ -172,10 +180,7 @@ class BertModel(Checkpointed):
         """
         if self.config.is_decoder and not mask:
             mask = {"mask_mode": "causal"}
-        if not self.training:
-            seed = None
-        elif seed is None and max(self.config.hidden_dropout_prob, self.config.attention_probs_dropout_prob) > 0:
-            seed = torch.randint(-(2**62), 2**62, (1,), device=batch.input_ids.device)
+        seed = self.dropout_seed(seed, batch.input_ids.device)
         if torch.is_autocast_enabled(batch.input_ids.device.type):
             raise ValueError("bertfast's own models take no autocast: give bertfast.optim.Optimizer a compute dtype")
         if batch.max_seqlen > self.config.max_position_embeddings:

@@ -69,6 +69,9 @@ class Optimizer:
         for (is_vector, scale), group in sorted(members.items(), key=lambda item: item[0]):
             self.groups.append(_Group(group, 0.0 if is_vector else weight_decay, compute_dtype, scale))
         frozen = [p for p in model.parameters() if not p.requires_grad]
+        rounded = compute_dtype != torch.float32
+        self.frozen = {name: p.detach().cpu().clone() for name, p in model.named_parameters()
+                       if rounded and not p.requires_grad}  # as they were
         for p, view in zip(frozen, _flat_views(frozen, compute_dtype) if frozen else []):
             view.copy_(p.data)
             p.data = view
@@ -129,8 +132,8 @@ class Optimizer:
         self.good_steps.mul_(1 - grow.float())
 
     def master_state(self) -> dict[str, Tensor]:
-        """{parameter name: fp32 tensor}: what a checkpoint's model file holds."""
-        return {n: t for group in self.groups for n, t in zip(group.names, group.values())}
+        """{parameter name: fp32 tensor}: what a checkpoint's model file holds instead of the parameters."""
+        return {**self.frozen, **{n: t for group in self.groups for n, t in zip(group.names, group.values())}}
 
     def state_dict(self) -> dict[str, Tensor]:
         """Moments and counters, flat, ready for safetensors; the masters are in the model file."""

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from . import ops
 from .batch import PackedBatch
-from .checkpoint import Checkpointed, find, load, read_tensors
+from .checkpoint import Checkpointed, find, load, read_tensors, under_our_names
 from .config import BertConfig
 from .files import read_json, write_json
 from .heads import HeadOutput
@@ -101,7 +101,9 @@ class State:
     def reorder(self, index: Tensor) -> None:
         """Go on with the hypotheses at `index` (m,), m a multiple of n or n; beams of one source stay together."""
         self.length = self.length[index]
-        self.keys, self.values = ([t[index] for t in tensors] for tensors in (self.keys, self.values))
+        for tensors in (self.keys, self.values):
+            for i, t in enumerate(tensors):  # one after another: never all of them twice
+                tensors[i] = t[index]
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """One new query, key and value (n, N, D) each -> (n, H)."""
@@ -178,7 +180,9 @@ class BertForSeq2Seq(_Generator):
         """The decoder's tensors: the encoder's where they have the same name, the MLM head's if there is one."""
         own = {f"decoder.{n}": t for n, t in self.decoder.state_dict().items()}
         encoder = {f"decoder.bert.{n}": t for n, t in self.encoder.state_dict().items()}
-        head = {f"decoder.{n}": t for n, t in tensors.items() if n.startswith("cls.predictions.")}
+        unprefixed = {n.removeprefix("decoder."): t for n, t in own.items()}
+        head = {f"decoder.{n}": t for n, t in under_our_names(tensors, unprefixed, "").items()
+                if n.startswith("cls.predictions.")}
         found = {name: {**encoder, **head}.get(name, t) for name, t in own.items()}
         new = [n for n in own if n not in encoder and n not in head]
         print(f"decoder: the encoder's weights; initialised anew: {len(new)} tensors (cross-attention"
@@ -204,8 +208,9 @@ class BertForSeq2Seq(_Generator):
     def forward(self, batch: PackedBatch, targets: PackedBatch, labels: Tensor, *, seed: Tensor | None = None,
                 scale: Tensor | None = None) -> HeadOutput:
         """targets: [CLS] target, packed; labels (T,): each row's next token. The loss is over all of them."""
+        seed = self.encoder.dropout_seed(seed, batch.input_ids.device)
         memory = self.encoder.encode(batch, seed, read=False)
-        key = None if seed is None or not self.training else seed ^ DECODER_KEY
+        key = None if seed is None else seed ^ DECODER_KEY
         source = Rows(batch.cu_seqlens, batch.max_seqlen, batch.row_key)
         rows = Rows(targets.cu_seqlens, targets.max_seqlen, targets.row_key, key)
         embeddings, layers, head = self.parts()
@@ -258,7 +263,7 @@ class BertForPrefixLM(BertForMaskedLM, _Generator):
     def begin(self, batch: PackedBatch, start: int, room: int) -> tuple[State, Tensor]:
         """Read the prefixes; the logits after each one's [SEP], (B, V)."""
         states: list[Tensor] = []
-        x = self.bert.encode(batch, read=False, hidden_states=states)
+        x = self.bert.encode(batch, read=False, hidden_states=states, mask_mode="full")
         length = batch.cu_seqlens.diff().long()
         n, longest = len(length), int(length.max())
         state = State(length, longest)

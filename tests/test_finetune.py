@@ -1,12 +1,15 @@
 """Fine-tuning end to end: every task learns, transformers scores its checkpoint the same, faults are explained."""
 
+import gc
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
 import time
+import weakref
 from dataclasses import replace
 from functools import partial
 from types import SimpleNamespace
@@ -23,7 +26,7 @@ import bertfast.heads
 from bertfast import cli, machine
 from bertfast.data.tokenizer import SPECIAL_TOKENS, Tokenizer
 from bertfast.files import UserError
-from bertfast.finetune import metrics, show, train
+from bertfast.finetune import metrics, show, train, write
 from bertfast.finetune.batches import by_budget, epoch_batches, pack
 from bertfast.finetune.predict import Predictor, predict_file, run
 from bertfast.finetune.read import open_table
@@ -440,9 +443,12 @@ TABLES = {  # name: (file name, content, options) -> rows or error
               [{"1": ["EU", "#"], "2": ["NNP", "NN"], "3": ["B-ORG", "O"]}, {"1": ["x"], "2": ["y"], "3": ["z"]}]),
     "blank lines with tabs": ("a.tsv", b"a\tO\n\t\nb\tX\n", {"words": True},
                               [{"1": ["a"], "2": ["O"]}, {"1": ["b"], "2": ["X"]}]),
-    "conllu": ("a.conllu", b"# text = vamonos\n1-2\tvamonos" + b"\t_" * 8 + b"\n1\tvamos\t_\tVERB" + b"\t_" * 6
+    "conllu": ("a.conllu", b"#newdoc\n# text = vamonos\n1-2\tvamonos" + b"\t_" * 8 + b"\n1\tvamos\t_\tVERB" + b"\t_" * 6
                + b"\n1.1\tx\t_\tY" + b"\t_" * 6 + b"\n2\tnos\t_\tPRON" + b"\t_" * 6, {"words": True},
                {"form": ["vamos", "nos"], "upos": ["VERB", "PRON"]}),
+    "blank lines in one column": ("a.csv", b"text\na\n\nb\n\n", {}, [{"text": "a"}, {"text": ""}, {"text": "b"}]),
+    "blank lines in two": ("a.csv", b"text,label\n\na,x\n\nb,y\n\n", {},
+                           [{"text": "a", "label": "x"}, {"text": "b", "label": "y"}]),
     "fields": ("a.tsv", b"text\tlabel\none\tx\ntwo\n", {}, "a.tsv:3: 1 fields, but the header on line 1 names 2"),
     "csv quote": ("a.csv", b'text,label\n"one" two,x\n', {}, "a.csv:2: "),
     "jsonl fault": ("a.jsonl", b'{"text": "a"}\n{"text": \n', {}, "a.jsonl:2: not JSON"),
@@ -490,6 +496,7 @@ FAULTS = {  # name: (task, content of train.tsv or .jsonl, options, what the one
     "no such column": ("classification", "text\tlabel\na\tx\n", {"text_pair": "b"}, "has no column 'b'"),
     "one label": ("classification", "text\tlabel\na\tx\nb\tx\n", {}, "only one label"),
     "no number": ("regression", "text\tscore\na\tx\n", {}, "train.tsv:2: score is 'x', not a number"),
+    "huge number": ("regression", '{"text": "a", "score": 1' + "0" * 400 + "}", {}, "not a number"),
     "nan": ("regression", "text\tscore\na\tnan\n", {}, "train.tsv:2: score is 'nan', not a number"),
     "tags": ("tagging", '{"tokens": ["a", "b"], "tags": ["X"]}', {}, "train.jsonl:1: 2 words, but 1 tags"),
     "option": ("multiple-choice", "text\tchoice1\tchoice2\tlabel\na\tb\t\t0\n", {},
@@ -499,6 +506,9 @@ FAULTS = {  # name: (task, content of train.tsv or .jsonl, options, what the one
     "label nan": ("classification", '{"text": "a", "label": NaN}', {}, "train.jsonl:1: no label in label"),
     "label object": ("classification", '{"text": "a", "label": {"x": 1}}', {}, "label is {'x': 1}, not a label"),
     "choice": ("multiple-choice", "text\tchoice1\tchoice2\tlabel\na\tb\tc\t3\n", {}, "label '3' names none of the 2"),
+    "choice of those that count from 1": (
+        "multiple-choice", "text\tchoice1\tchoice2\tlabel\n" + "a\tb\tc\t2\n" * 5 + "a\tb\tc\t3\n", {},
+        "train.tsv:7: label '3' names none of the 2"),
     "answer": ("qa", '{"context": "abc", "question": "x", "answers": {"text": ["b"], "answer_start": [0]}}', {},
                "the answer 'b' is not at character 0"),
     "metric": ("classification", "text\tlabel\na\tx\nb\ty\n", {"metric": "bleu"}, "this task has accuracy, f1, mcc"),
@@ -826,6 +836,98 @@ def test_predict_reads_what_training_read(start, tmp_path):
             predict_file(predictor, tmp_path / "test.tsv", tmp_path / taken)
     (tmp_path / "single.tsv").write_text("text\na\n\nb\n\n")
     assert [row.values["text"] for row in open_table(tmp_path / "single.tsv")] == ["a", "", "b"]
+
+
+def test_a_mistake_leaves_the_run_that_was_to_be_replaced(start, tmp_path):
+    chosen = settings("classification", start, tmp_path, steps=2, eval_every=2)
+    finetune(tmp_path / "run", chosen, "")
+    content = lambda: {p: p.read_bytes() for p in (tmp_path / "run").rglob("*") if p.is_file()}
+    before = content()
+    with pytest.raises(UserError, match="--freeze 12"):
+        finetune(tmp_path / "run", replace(chosen, freeze="12"), "", overwrite=True)
+    assert content() == before
+    finetune(tmp_path / "run", replace(chosen, lr=1e-3), "", overwrite=True)
+    assert content().keys() == before.keys() and content() != before
+
+
+def test_a_metric_of_spans_may_be_asked_for(start, tmp_path):
+    work = FineTuning(tmp_path, settings("tagging", start, tmp_path, metric="f1"))
+    assert work.metric == "f1" and "f1" in work.evaluate(work.model_for(1))[0]
+    with pytest.raises(UserError, match="--metric mcc: this task has f1, precision, recall, accuracy"):
+        FineTuning(tmp_path, settings("tagging", start, tmp_path, metric="mcc"))
+
+
+@pytest.mark.parametrize("changes", [{"freeze": "all"}, {"features": True}], ids=str)
+def test_in_bf16_what_is_frozen_is_saved_as_it_was(changes, start, tmp_path):
+    chosen = settings("classification", start, tmp_path, steps=4, eval_every=4, precision="bf16", **changes)
+    finetune(tmp_path / "run", chosen, "")
+    saved = load_file(tmp_path / "run/checkpoint/model.safetensors")
+    given = {f"bert.{n}": t for n, t in load_file(start / "model.safetensors").items() if "pooler" not in n}
+    assert given and all(torch.equal(saved[n], t) for n, t in given.items())
+    if "features" in changes:  # computed beforehand as they are in predicting
+        predict_file(Predictor(tmp_path / "run", "bf16"), chosen.dev, tmp_path / "again.jsonl")
+        cached = [{k: v for k, v in r.items() if k in ("label", "scores")}
+                  for r in read_lines(tmp_path / "run/predictions.jsonl")]
+        again = [{k: v for k, v in r.items() if k in ("label", "scores")} for r in read_lines(tmp_path / "again.jsonl")]
+        assert cached == again
+
+
+def test_dropout_is_also_that_before_the_head(start, tmp_path):
+    folder = tmp_path / "dropping"
+    shutil.copytree(start, folder)
+    config = {**json.loads((start / "config.json").read_text()), "classifier_dropout": 0.5}
+    (folder / "config.json").write_text(json.dumps(config))
+    assert FineTuning(tmp_path, settings("classification", folder, tmp_path)).model_for(1).p == 0.5
+    assert FineTuning(tmp_path, settings("classification", folder, tmp_path, dropout=0.0)).model_for(1).p == 0.0
+
+
+def test_one_model_at_a_time(start, tmp_path, monkeypatch):
+    """The last seed's is let go before the next one's is loaded."""
+    work, models = FineTuning(tmp_path, settings("classification", start, tmp_path, steps=2, seeds=3)), []
+    load = work.model_for
+
+    def counted(seed):
+        gc.collect()
+        assert not [model for model in models if model() is not None]
+        model = load(seed)
+        models.append(weakref.ref(model))
+        return model
+
+    monkeypatch.setattr(work, "model_for", counted)
+    work.train()
+    assert len(models) == 3
+
+
+def test_texts_are_written_in_the_memory_of_a_batch(start, tmp_path, monkeypatch):
+    chosen = settings("seq2seq", start, tmp_path, tokens=64, beams=2)
+    work, sizes, all_at_once = FineTuning(tmp_path, chosen), [], []
+    model, generate = work.model_for(1).eval(), write.generate
+
+    def counted(model, batch, *arguments):
+        sizes.append(len(batch.cu_seqlens) - 1)
+        return generate(model, batch, *arguments)
+
+    monkeypatch.setattr(write, "generate", counted)
+    items = work.dev_items[:40]
+    parts = work.task.infer(model, items)
+    longest = max(len(item.sequences[0].ids) for item in items)
+    assert sum(sizes) == 40 and max(sizes) == 8 * 64 // (2 * (12 + longest))
+    work.settings.tokens = 4096
+    sizes.clear()
+    all_at_once = work.task.infer(model, items)
+    assert sizes == [40] and all(np.array_equal(a, b) for a, b in zip(parts, all_at_once, strict=True))
+
+
+def test_a_stop_is_heard_while_features_are_computed_and_judged(start, tmp_path):
+    work = FineTuning(tmp_path, settings("classification", start, tmp_path, features=True))
+    work.stopping = 143
+    with pytest.raises(KeyboardInterrupt, match="143"):
+        work.model_for(1)
+    work.stopping = 0
+    model = work.model_for(1)
+    work.stopping = 130
+    with pytest.raises(KeyboardInterrupt, match="130"):
+        work.evaluate(model)
 
 
 def test_a_failed_save_is_not_called_the_best(start, tmp_path, monkeypatch):

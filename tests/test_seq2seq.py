@@ -5,6 +5,7 @@ import itertools
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 
 import bertfast
 from bertfast.finetune.batches import Sequence, pack
@@ -114,10 +115,11 @@ def test_prefix_lm_is_masked_lm_under_the_prefix_mask(tmp_path):
     torch.testing.assert_close(loss, torch.cat(losses).mean(), rtol=1e-5, atol=0)
 
 
-@pytest.mark.parametrize("style", ["encoder-decoder", "prefix-lm"])
+@pytest.mark.parametrize("style", ["encoder-decoder", "prefix-lm", "prefix-lm from a causal encoder"])
 def test_cached_decoding_is_the_whole_model(style, pair):
     """The summed log-probability that step after step finds is the loss of the whole text at once."""
     model = pair[1].eval() if style == "encoder-decoder" else prefix_model()
+    model.config.is_decoder = "causal" in style
     sources, targets, given = arguments()
     for source, target in zip(sources, targets):
         state, logits = model.begin(packed([source]), CLS, len(target))
@@ -125,7 +127,7 @@ def test_cached_decoding_is_the_whole_model(style, pair):
         for token in target:
             total += logits.float().log_softmax(-1)[0, token]
             logits = model.advance(state, token[None])
-        if style == "prefix-lm":
+        if style != "encoder-decoder":
             whole = model(*prefixed([source], [target]))
         else:
             begun = torch.cat([torch.tensor([CLS]), target[:-1]])
@@ -177,3 +179,33 @@ def test_a_decoder_from_an_encoder(tmp_path, capsys):
         if not name.startswith("pooler"):
             assert torch.equal(own[f"decoder.bert.{name}"], tensor)
     assert own["decoder.bert.encoder.layer.0.crossattention.self.query.weight"].std() > 0.01
+
+
+@pytest.mark.parametrize("names", [("weight", "bias"), ("gamma", "beta")])  # as BERT's first checkpoints call them
+def test_a_decoder_takes_the_head_that_there_is(names, tmp_path, capsys):
+    given = randomised(bertfast.BertForMaskedLM(bertfast.BertConfig(**SIZES)))
+    given.save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    if names[0] == "gamma":
+        tensors["cls.predictions.decoder.bias"] = tensors.pop("cls.predictions.bias")
+        for new, old in zip(("LayerNorm.weight", "LayerNorm.bias"), names):
+            tensors = {n.replace(new, f"LayerNorm.{old}"): t for n, t in tensors.items()}
+    save_file(tensors, tmp_path / "model.safetensors")
+    model = BertForSeq2Seq.from_pretrained(tmp_path, new_heads=True)
+    assert "(cross-attention)" in capsys.readouterr().out
+    head = given.cls["predictions"].state_dict()
+    own = model.decoder.cls["predictions"].state_dict()
+    assert len(own) == 5 and all(torch.equal(t, head[n]) for n, t in own.items())
+
+
+def test_both_halves_drop_without_a_seed(pair):
+    """In training under torch's generator, as BertModel does: the decoder too."""
+    model = pair[1]
+    model.config.hidden_dropout_prob = 0.5
+    for module in model.decoder.modules():
+        if hasattr(module, "p"):
+            module.p = 0.5  # in the decoder alone
+    sources, _, given = arguments()
+    losses = [model(packed(sources), **given).loss.item() for _ in range(3)]
+    assert len(set(losses)) == 3
+    assert model.eval()(packed(sources), **given).loss == model(packed(sources), **given).loss

@@ -125,7 +125,7 @@ class Regression(Classification):
         value = row.values.get(column)
         try:
             number = float("nan" if value is None else value)
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):  # JSON's integers have no bound
             number = math.nan
         if not math.isfinite(number):
             raise UserError(f"{row.where}: {column} is {value!r}, not a number")
@@ -221,15 +221,16 @@ class MultipleChoice(Task):
     def learn(self, train: list[Example], dev: list[Example]) -> None:
         """What the labels count from: 0, 1 or A. The habit of the set is kept in `labels`, a name an option."""
         letters = [chr(ord("A") + i) for i in range(26)]
+        fewest = train + dev  # rows that do not fit the style that most fit
         for style in map(str, range(100)), map(str, range(1, 101)), letters, map(str.lower, letters):
             self.labels = list(style)
             self.label_ids = {name: i for i, name in enumerate(self.labels)}
-            if all(self.label_ids.get(e.label, 100) < len(e.inputs[2]) for e in train + dev):
+            wrong = [e for e in train + dev if self.label_ids.get(e.label, 100) >= len(e.inputs[2])]
+            if not wrong:
                 return
-        self.label_ids = {**{str(i): i for i in range(100)}, **{x: i for i, x in enumerate(letters)}}
-        wrong = next((e for e in train + dev if self.label_ids.get(e.label, 100) >= len(e.inputs[2])), train[0])
-        raise UserError(f"{wrong.where}: label {wrong.label!r} names none of the {len(wrong.inputs[2])} options: "
-                        f"the labels of a set must all count from 0, from 1 or from A")
+            fewest = min(fewest, wrong, key=len)
+        raise UserError(f"{fewest[0].where}: label {fewest[0].label!r} names none of the {len(fewest[0].inputs[2])} "
+                        "options: the labels of a set must all count from 0, from 1 or from A")
 
     def items(self, examples: list[Example]) -> list[Item]:
         pairs = [(context, question + option) for e in examples for context, question, options in [e.inputs]

@@ -2,7 +2,7 @@
 
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import islice
 from pathlib import Path
 
@@ -21,12 +21,13 @@ from bertfast.finetune.task import Settings, Task
 CHUNK = 2048  # rows in memory at a time
 
 
-def with_features(model, task: Task, items: list[Item], tokens: int) -> list[Item]:
-    """The items with what a BertForFeatures reads of them, computed once."""
+def with_features(model, task: Task, items: list[Item], tokens: int, go_on: Callable[[], None]) -> list[Item]:
+    """The items with what a BertForFeatures reads of them, computed once. go_on: called before each batch."""
     result: list[Item] = []
     device = next(model.parameters()).device
     with report.counter("examples encoded") as count:
         for group in by_budget(items, tokens):
+            go_on()
             sequences = [s for item in group for s in item.sequences]
             rows = model.features(pack(sequences).to(device)).cpu()
             parts = rows.split([task.n_features(item) for item in group])
@@ -36,12 +37,17 @@ def with_features(model, task: Task, items: list[Item], tokens: int) -> list[Ite
 
 
 @torch.no_grad()
-def run(model, task: Task, items: list[Item], tokens: int) -> list[np.ndarray]:
-    """The head's output for each item, computed in batches of at most `tokens` tokens; the model's mode is kept."""
+def run(model, task: Task, items: list[Item], tokens: int,
+        go_on: Callable[[], None] = lambda: None) -> list[np.ndarray]:
+    """The head's output for each item, computed in batches of at most `tokens` tokens; the model's mode is kept.
+
+    go_on: called before each batch; it may raise.
+    """
     training = model.training
     model.eval()
     outputs: list[np.ndarray] = []
     for group in by_budget(items, tokens) if items else []:
+        go_on()
         outputs += task.infer(model, group)
     model.train(training)
     return outputs

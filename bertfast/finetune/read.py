@@ -108,26 +108,28 @@ def _delimited(path: Path, encoding: str, delimiter: str, columns: list[str] | N
     if delimiter == "\t" and quoted:
         notes.append(f"{path.name}: fields are in quotes")
 
-    def records() -> Iterator[tuple[int, list[str]]]:
+    def lines() -> Iterator[tuple[int, list[str]]]:
         if not quoted:
-            blank: list[int] = []
-            for number, line in _lines(path, encoding):
-                if not line:
-                    blank.append(number)  # at the end of the file they are nothing
-                    continue
-                yield from ((earlier, [""]) for earlier in blank)
-                blank = []
-                yield number, line.split("\t")
+            yield from ((number, line.split("\t") if line else []) for number, line in _lines(path, encoding))
             return
         with open(path, encoding=encoding, newline="") as file:
             reader, number = csv.reader(file, delimiter=delimiter, strict=True), 1
             try:
                 for record in reader:
-                    if record:
-                        yield number, record
+                    yield number, record
                     number = reader.line_num + 1
             except csv.Error as error:
                 raise UserError(f"{path}:{number}: {error}") from error
+
+    def records() -> Iterator[tuple[int, list[str]]]:
+        blank: list[int] = []
+        for number, record in lines():
+            if not record:
+                blank.append(number)  # at the end of the file they are nothing
+                continue
+            yield from ((earlier, [""]) for earlier in blank)
+            blank = []
+            yield number, record
 
     line, first = next(((n, record) for n, record in records() if any(map(str.strip, record))), (0, []))
     if not first:
@@ -302,7 +304,8 @@ def _word_lines(path: Path, encoding: str, columns: list[str] | None, conllu: bo
     Skipped: comments (a line that starts with # and is no word), -DOCSTART-, and CoNLL-U's word ranges (3-4) and empty
     nodes (5.1). Without names the columns are 1, 2, …; a Row holds a list of values for each.
     """
-    lines = (line for _, line in _lines(path, encoding) if line.strip() and not line.startswith(("# ", "-DOCSTART-")))
+    comments = ("#", "-DOCSTART-") if conllu else ("# ", "-DOCSTART-")
+    lines = (line for _, line in _lines(path, encoding) if line.strip() and not line.startswith(comments))
     first = next(lines, None)
     if first is None:
         raise UserError(f"{path} is empty")

@@ -5,6 +5,7 @@ step. Order, dropout and head are functions of the seed. After every evaluation 
 and its predictions are on disk: a Ctrl-C loses nothing but the steps since.
 """
 
+import copy
 import math
 import re
 import shutil
@@ -62,10 +63,10 @@ class FineTuning:
             raise UserError(f"{settings.model}: a vocabulary of {self.tokenizer.vocab_size}, but the model has "
                             f"{config.vocab_size} words")
         self.task = TASKS[settings.task](settings, self.tokenizer, config.max_position_embeddings)
-        if settings.metric and settings.metric not in self.task.metrics:
-            raise UserError(f"--metric {settings.metric}: this task has {', '.join(self.task.metrics)}")
         self.train_examples, self.dev_examples = self._read()
         self.task.learn(self.train_examples, self.dev_examples)
+        if settings.metric and settings.metric not in self.task.metrics:  # which the tags decide, too
+            raise UserError(f"--metric {settings.metric}: this task has {', '.join(self.task.metrics)}")
         self.dev_examples = self.task.gathered(self.dev_examples)
         self.metric = settings.metric or self.task.metrics[0]
         self.train_items = self.task.items(self.train_examples)
@@ -77,6 +78,7 @@ class FineTuning:
         self.peak = machine.gemm_rate(machine.DTYPES[self.precision], self.device)
         self.stopping = 0  # see stop_on_interrupt
         self.replayed = settings.cuda_graph and self.device.type == "cuda" and not settings.features
+        self.loaded: Checkpointed | None = None  # the first seed's model, until it is trained
         self.launched: StepGraph | None = None  # the step of the model in training, and of each of its shapes
         self.graphs: dict[tuple, StepGraph | None] = {}  # None: these shapes came once
         self.best: dict | None = None  # {"seed", "step", metric …} of the checkpoint on disk
@@ -106,13 +108,17 @@ class FineTuning:
         if settings.dropout is not None:
             changes = {"hidden_dropout_prob": settings.dropout, "attention_probs_dropout_prob": settings.dropout}
         config = BertConfig.from_file(find(settings.model) / "config.json")
+        if changes and config.extra.get("classifier_dropout") is not None:
+            config.extra["classifier_dropout"] = settings.dropout
         task.configure(config)
         model = task.head.from_pretrained(settings.model, new_heads=True, extra=config.extra, **changes)
         freeze(model, settings.freeze)
         model = model.to(self.device).train()
         if settings.features and self.train_items[0].features is None:
+            encoder = copy.deepcopy(model).to(machine.DTYPES[self.precision])  # as whoever predicts computes them
             self.train_items, self.dev_items = (
-                with_features(model, task, items, settings.tokens) for items in (self.train_items, self.dev_items)
+                with_features(encoder, task, items, settings.tokens, self.go_on)
+                for items in (self.train_items, self.dev_items)
             )
         return model
 
@@ -155,28 +161,48 @@ class FineTuning:
     # ---- the loop
 
     def train(self) -> dict:
-        """All seeds; the content of metrics.json. A Ctrl-C passes through when the best so far is written down."""
+        """All seeds; the content of metrics.json. A Ctrl-C passes through when the best so far is written down.
+
+        A run that the folder holds is replaced once there is a model to train.
+        """
         results: list[dict] = []
-        try:
-            with stop_on_interrupt(self):
+        with stop_on_interrupt(self):
+            self.loaded = self.model_for(self.settings.seed)
+            self._replace()
+            try:
                 for seed in range(self.settings.seed, self.settings.seed + self.settings.seeds):
                     results.append(self._train_seed(seed))
-        finally:
-            summary = self._summary(results)
+            finally:
+                summary = self._summary(results)
         return summary
+
+    def _replace(self) -> None:
+        folder = self.folder
+        for name in ("predictions.jsonl", "metrics.json", "loss.png", "confusion.png"):
+            (folder / name).unlink(missing_ok=True)
+        shutil.rmtree(folder / "checkpoint", ignore_errors=True)
+        write_json(folder / "config.json", {
+            "settings": asdict(self.settings), "bertfast": __version__, "torch": torch.__version__,
+            "precision": self.precision, "threads": torch.get_num_threads(),
+        })
+        write_bytes(folder / "metrics.jsonl", b"")
+
+    def go_on(self) -> None:
+        """Raises KeyboardInterrupt, with the exit code, after a Ctrl-C or SIGTERM."""
+        if self.stopping:
+            raise KeyboardInterrupt(self.stopping)
 
     def _train_seed(self, seed: int) -> dict:
         settings = self.settings
-        model = self.model_for(seed)
+        self.launched, self.graphs = None, {}  # before the next model: they hold the last one
+        model, self.loaded = self.loaded or self.model_for(seed), None
         optimizer = self.optimizer_for(model)
-        self.launched, self.graphs = None, {}
         best: dict = {}
         batches, stale = self._batches(seed), 0
         window = Window()
         with report.progress(self.steps, 0, self.peak) as bar:
             for step in range(1, self.steps + 1):
-                if self.stopping:
-                    raise KeyboardInterrupt(self.stopping)
+                self.go_on()
                 norm = self._step(model, optimizer, next(batches), seed, step, window)
                 if step % settings.log_every == 0 or step == self.steps:
                     row = window.row(seed, step, self.learning_rate(step), norm)
@@ -245,7 +271,7 @@ class FineTuning:
 
     def evaluate(self, model) -> tuple[dict[str, float], list[dict]]:
         """(metrics, predictions) of the dev examples."""
-        outputs = run(model, self.task, self.dev_items, self.settings.tokens)
+        outputs = run(model, self.task, self.dev_items, self.settings.tokens, self.go_on)
         predictions = self.task.predictions(self.dev_examples, self.dev_items, outputs)
         return self.task.score(self.dev_examples, predictions), predictions
 
@@ -396,14 +422,6 @@ def finetune(folder: Path, settings: Settings, allocator: str, overwrite: bool =
     show.examples(work.task, work.train_examples[:3], work.train_items)
     report.header(work.describe(allocator))
     create_folder(folder)
-    for name in ("predictions.jsonl", "metrics.json", "loss.png", "confusion.png"):  # of what is overwritten
-        (folder / name).unlink(missing_ok=True)
-    shutil.rmtree(folder / "checkpoint", ignore_errors=True)
-    write_json(folder / "config.json", {
-        "settings": asdict(settings), "bertfast": __version__, "torch": torch.__version__,
-        "precision": work.precision, "threads": torch.get_num_threads(),
-    })
-    write_bytes(folder / "metrics.jsonl", b"")
     try:
         summary = work.train()
     except KeyboardInterrupt:

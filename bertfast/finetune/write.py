@@ -18,6 +18,8 @@ from bertfast.finetune.task import Example, Task, require_text
 from bertfast.seq2seq import BertForPrefixLM, BertForSeq2Seq, generate
 from bertfast.step_graph import Call
 
+ROOM = 8  # keys and values that decoding keeps at once in each layer, in token budgets
+
 
 class Writing(Task):
     """Source -> target; an example of the dev set has all targets of its source."""
@@ -100,9 +102,14 @@ class Writing(Task):
     def infer(self, model, items: list[Item]) -> list[np.ndarray]:
         sources = [Sequence(s.ids[: s.second], s.second) for item in items for s in item.sequences]
         device = next(model.parameters()).device
-        ids = generate(model, pack(sources).to(device), self.tokenizer.cls_id, self.tokenizer.sep_id, self.longest,
-                       self.settings.beams, self.settings.length_penalty)
-        return [np.array(row, np.int64) for row in ids]
+        room = self.longest + max(s.second for s in sources)
+        at_once = max(1, ROOM * self.settings.tokens // (self.settings.beams * room))
+        written: list[list[int]] = []
+        for begin in range(0, len(sources), at_once):
+            batch = pack(sources[begin : begin + at_once]).to(device)
+            written += generate(model, batch, self.tokenizer.cls_id, self.tokenizer.sep_id, self.longest,
+                                self.settings.beams, self.settings.length_penalty)
+        return [np.array(ids, np.int64) for ids in written]
 
     def predictions(self, examples: list[Example], items: list[Item], outputs: list[np.ndarray]) -> list[dict]:
         return [{"text": self.tokenizer.decode(ids.tolist())} for ids in outputs]
