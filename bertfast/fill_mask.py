@@ -20,6 +20,9 @@ class FillMask:
         architectures = BertConfig.from_file(folder / "config.json").extra.get("architectures") or [""]
         classes = {cls.__name__: cls for cls in (BertForPreTraining, BertLMHeadModel)}
         self.model = classes.get(architectures[0], BertForMaskedLM).from_pretrained(folder)
+        if self.tokenizer.vocab_size > self.model.config.vocab_size:
+            raise UserError(f"{folder}: a vocabulary of {self.tokenizer.vocab_size}, but the model has "
+                            f"{self.model.config.vocab_size} words")
         self.causal = isinstance(self.model, BertLMHeadModel)
 
     def __call__(self, text: str, top: int = 5) -> list[list[tuple[str, float]]]:
@@ -41,7 +44,8 @@ class FillMask:
         if len(ids) > longest:
             raise UserError(f"the text has {len(ids)} tokens, the model reads {longest}")
         rows = [p - 1 for p in positions] if self.causal else positions
-        probabilities = self.model(torch.tensor([ids])).logits[0, rows].float().softmax(-1)
+        logits = self.model(torch.tensor([ids])).logits[0, rows, : self.tokenizer.vocab_size]  # a table may have more
+        probabilities = logits.float().softmax(-1)
         values, indices = probabilities.topk(min(top, probabilities.shape[1]))
         return [
             [(self.tokenizer.tokens[i], p) for i, p in zip(row.tolist(), ps.tolist())]

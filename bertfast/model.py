@@ -96,8 +96,8 @@ def unpad(input_ids, attention_mask=None, token_type_ids=None, position_ids=None
           next_sentence_label=None) -> tuple[PackedBatch, _Padding]:
     """A padded call as a PackedBatch with just the attended tokens; all arguments (B, S) except the last, (B,).
 
-    Raises ValueError for an attention_mask that is not (B, S), a label on a padded position, or a sequence whose
-    first token is padding though others are not ([CLS] is read there).
+    Raises ValueError for an argument of another shape (token_type_ids and position_ids may be one row for all), a label
+    on a padded position, or a sequence whose first token is padding though others are not ([CLS] is read there).
     """
     if input_ids.dim() != 2:
         raise ValueError(f"input_ids must be (batch, sequence), got {tuple(input_ids.shape)}")
@@ -110,6 +110,14 @@ def unpad(input_ids, attention_mask=None, token_type_ids=None, position_ids=None
             f"attention_mask must be a padding mask of shape {tuple(input_ids.shape)}, "
             f"got {tuple(attention_mask.shape)}"
         )
+    for name, given, shapes in (
+        ("token_type_ids", token_type_ids, ((n_sequences, length), (1, length), (length,))),
+        ("position_ids", position_ids, ((n_sequences, length), (1, length), (length,))),
+        ("labels", labels, ((n_sequences, length),)),
+        ("next_sentence_label", next_sentence_label, ((n_sequences,), (n_sequences, 1))),
+    ):
+        if given is not None and tuple(given.shape) not in shapes:
+            raise ValueError(f"{name} must be of shape {shapes[0]}, got {tuple(given.shape)}")
     attended = attention_mask != 0
     if bool((attended.any(1) & ~attended[:, 0]).any()):
         raise ValueError("the first token of a sequence is padding: pad on the right")
@@ -296,6 +304,14 @@ class BertForNextSentencePrediction(_Pretraining):
     """Next-sentence prediction alone."""
 
     mlm = False
+
+    def forward(self, input_ids, attention_mask=None, token_type_ids=None, position_ids=None, labels=None,
+                next_sentence_label=None, **named) -> ModelOutput:
+        """As the others; `labels` (B,), as Hugging Face calls them here, are the next_sentence_label."""
+        if next_sentence_label is None:
+            next_sentence_label = labels
+        return super().forward(input_ids, attention_mask, token_type_ids, position_ids, None, next_sentence_label,
+                               **named)
 
 
 class BertLMHeadModel(_Pretraining):

@@ -41,6 +41,7 @@ READS = {  # what each of transformers' heads reads of the encoder's output
     "ForMaskedLM": "labels",
     "ForPreTraining": "labels",
     "ForQuestionAnswering": "padding",  # its softmax is over all columns
+    "ForCausalLM": "padding",  # of no decoder; a label is its left neighbour's
 }
 
 
@@ -62,8 +63,8 @@ def patch(model: nn.Module) -> Report:
     Nothing else changes: the classes of models, the parameters (the same objects), state_dict, signatures, outputs;
     rows at padding are zeros. BertForMaskedLM and BertForPreTraining, in training with labels, compute the loss
     without the logits and return None for them; skip_logits=False or a hook forces them, True skips them in eval too.
-    A batch with no label at all has loss 0 then. Attentions, masks that are not padding masks, and layers with hooks
-    inside run as the original. Decoders are left alone, with a warning. Patching twice does nothing more.
+    A batch with no masked word has loss 0 for them then. Attentions, masks that are not padding masks, and layers with
+    hooks inside run as the original. Decoders are left alone, with a warning. Patching twice does nothing more.
     Returns a Report. Raises UserError where there is nothing to patch.
     """
     report = Report()
@@ -160,6 +161,8 @@ def _kind(module: nn.Module) -> str | None:
         return None
     if cls.__name__ == "ElectraForMultipleChoice":  # its summary may read any column
         return "padding"
+    if cls.__name__ == "BertLMHeadModel":
+        return READS["ForCausalLM"]
     return READS.get("For" + cls.__name__.partition("For")[2])
 
 

@@ -251,17 +251,20 @@ class Run:
             model = cls(config)
             if settings.start == "counts":
                 start_from_counts(model, self.train_data)
-        if config.vocab_size != self.tokenizer.vocab_size:
+        told = False  # whether the checkpoint to go on from has this very vocabulary
+        if settings.init_from and not checkpoint:
+            folder = find(settings.init_from)
+            if any((folder / name).is_file() for name in ("tokenizer.json", "vocab.txt")):
+                told = Tokenizer.load(folder).sha256 == self.tokenizer.sha256
+                if not told:
+                    raise UserError(f"{settings.data} was prepared with another vocabulary than that of "
+                                    f"{settings.init_from}: prepare it with the model's own (--vocab)")
+        filled_up = config.vocab_size > self.tokenizer.vocab_size and (told or checkpoint)  # to a round size
+        if config.vocab_size != self.tokenizer.vocab_size and not filled_up:
             raise UserError(
                 f"{settings.data} was prepared with a vocabulary of {self.tokenizer.vocab_size}, "
                 f"the model has {config.vocab_size}: prepare it with the model's own vocabulary (--vocab)"
             )
-        if settings.init_from and not checkpoint:
-            folder = find(settings.init_from)
-            told = any((folder / name).is_file() for name in ("tokenizer.json", "vocab.txt"))
-            if told and Tokenizer.load(folder).sha256 != self.tokenizer.sha256:
-                raise UserError(f"{settings.data} was prepared with another vocabulary than that of "
-                                f"{settings.init_from}: prepare it with the model's own (--vocab)")
         return model
 
     def describe(self, allocator: str) -> dict[str, str]:
@@ -421,7 +424,8 @@ class Run:
     def save(self) -> Path:
         """Write checkpoint-<step>, a Hugging Face folder and the state to go on from, atomically; keep two.
 
-        The last one of a run has tables of the ordinary size, for whoever fine-tunes it; it computes the same.
+        The last one of a run has tables of the ordinary size, for whoever fine-tunes it; it computes the same, where
+        LayerNorm's eps is next to nothing (beside 1e-5 the tables' size counts, and they stay as they are).
         """
         path = self.folder / f"checkpoint-{self.step}"
         self._check_agreement()
@@ -430,7 +434,8 @@ class Run:
         with atomic_folder(path) as folder:
             masters = self.optimizer.master_state()
             weights = {n: masters[n] for n in self.model.state_dict() if n in masters}
-            if self.step == self.settings.steps and self.settings.start == "counts" and not self.settings.init_from:
+            last, new = self.step == self.settings.steps, not self.settings.init_from
+            if last and new and self.settings.start == "counts" and self.config.layer_norm_eps <= 1e-9:
                 weights = with_ordinary_tables(weights)
             self.model.save_pretrained(folder, weights)
             self.tokenizer.save(folder)
@@ -517,6 +522,8 @@ def stored_settings(folder: Path) -> Settings:
 def start(folder: Path, settings: Settings, resume: bool) -> Run:
     """A run ready to train, new or resumed, with its config.json written."""
     checkpoint = latest(folder)
+    if (folder / "config.json").exists() and "data" not in (run_settings(folder) or {}):
+        raise UserError(f"{folder} holds a model or another run: choose another --out")
     if checkpoint and not resume:
         raise UserError(f"{folder} already holds a run ({checkpoint.name}): add --resume, or choose another --out")
     run = Run(folder, settings, checkpoint)

@@ -8,7 +8,7 @@ Both predict the next token and run on the same attention op; `generate` decodes
 keeps keys and values of what was computed.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from . import ops
 from .batch import PackedBatch
 from .checkpoint import Checkpointed, find, load, read_tensors, under_our_names
 from .config import BertConfig
-from .files import read_json, write_json
+from .files import UserError, read_json, write_json
 from .heads import HeadOutput
 from .model import BertForMaskedLM, BertLayer, BertModel, _initialise
 from .nn import AddLayerNorm, Embeddings, MLMHead, Rows
@@ -163,11 +163,8 @@ class BertForSeq2Seq(_Generator):
         folder = find(name)
         values = read_json(folder / "config.json")
         pair = values.get("model_type") == "encoder-decoder"
-        config = BertConfig.from_dict(values["encoder"], folder / "config.json") if pair else BertConfig.from_file(
-            folder / "config.json")
-        for key, value in config_changes.items():
-            setattr(config, key, value)
-        model = cls(config)
+        config = _of_both(values, folder / "config.json") if pair else BertConfig.from_file(folder / "config.json")
+        model = cls(replace(config, **config_changes))
         tensors = read_tensors(folder)
         if not pair and new_heads:
             load(model.encoder, tensors, str(name), new_heads=True)
@@ -234,6 +231,21 @@ class BertForSeq2Seq(_Generator):
             state.values.append(memory.new_zeros(shape))
         state.source = Rows(batch.cu_seqlens, batch.max_seqlen, batch.row_key)
         return state, self.advance(state, torch.full((n,), start, device=device))
+
+
+def _of_both(values: dict, path: Path) -> BertConfig:
+    """The one configuration of a pair's halves. Raises UserError where they differ in what is computed."""
+    try:
+        encoder, decoder = dict(values["encoder"]), dict(values["decoder"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{path} is damaged: it describes no encoder and decoder") from error
+    own = {"add_cross_attention": False, "is_decoder": False}  # the decoder's alone
+    halves = [asdict(BertConfig.from_dict({**half, **own}, path)) for half in (encoder, decoder)]
+    different = [name for name in halves[0]
+                 if name not in ("extra", "initializer_range") and halves[0][name] != halves[1][name]]
+    if different:
+        raise UserError(f"{path}: encoder and decoder differ in {', '.join(different)}, which is not supported")
+    return BertConfig.from_dict(encoder, path)
 
 
 class BertForPrefixLM(BertForMaskedLM, _Generator):

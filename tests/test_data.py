@@ -5,6 +5,7 @@ import json
 import re
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -162,6 +163,14 @@ def test_training_a_vocabulary_repeats_itself() -> None:
     assert tokens[:5] == ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"] and 400 < len(tokens) <= 500
     assert "今" in tokens and "##今" not in tokens, "Chinese characters stand alone"
     assert vocabularies[0].decode(vocabularies[0].encode("Kore perdal.")) == "kore perdal."
+
+
+def test_endless_words_teach_no_vocabulary_and_take_no_time() -> None:
+    texts = make_text(3, 40).split("\n")
+    began = time.perf_counter()
+    assert Tokenizer.train([*texts, "x" * 150_000, "a " + "ACGT" * 50_000], 500).tokens == Tokenizer.train(
+        [*texts, "a"], 500).tokens
+    assert time.perf_counter() - began < 15  # half a minute and more, by the square of their length
 
 
 def test_vocabulary_mistakes(tmp_path: Path) -> None:

@@ -208,12 +208,21 @@ def test_autocast_is_refused(batch, tmp_path):
     ({"attention_mask": torch.ones(5, 1, 32, 32)}, "padding mask"),
     ({"attention_mask": torch.arange(32).expand(5, 32) > 3}, "pad on the right"),
     ({"attention_mask": torch.arange(32).expand(5, 32) < 3}, "label stands on a padded"),
+    ({"labels": torch.tensor([0, 1, 1, 0, 1])}, r"labels must be of shape \(5, 32\), got \(5,\)"),
+    ({"next_sentence_label": torch.ones(5, 32)}, "next_sentence_label must be of shape"),
+    ({"token_type_ids": torch.ones(5, 31)}, "token_type_ids must be of shape"),
     ({"input_ids": torch.zeros(5, 64, dtype=torch.long), "attention_mask": None, "token_type_ids": None,
       "labels": None}, "48 positions"),
 ])
 def test_calls_we_would_compute_wrongly_are_refused(change, message, batch, tmp_path):
     with pytest.raises(ValueError, match=message):
         ours_of(original(), tmp_path)(**{**batch, **change})
+
+
+def test_next_sentence_labels_are_also_called_labels(batch, tmp_path):
+    hf = original(transformers.BertForNextSentencePrediction)
+    ours, pairs = ours_of(hf, tmp_path, "BertForNextSentencePrediction"), batch["next_sentence_label"]
+    torch.testing.assert_close(ours(batch["input_ids"], labels=pairs).loss, hf(batch["input_ids"], labels=pairs).loss)
 
 
 @pytest.mark.parametrize(("name", "cls", "labels"), [*PAIRS, ("BertModel", transformers.BertModel, ())])

@@ -577,7 +577,7 @@ def test_outputs_are_contiguous_whatever_the_inputs_are(op):
         assert getattr(ops, op)(mode.from_tensor(x), *fakes).is_contiguous()
 
 
-@pytest.mark.parametrize("change", ["adapter", "hook"])
+@pytest.mark.parametrize("change", ["adapter", "hook", "forward"])
 def test_more_than_a_linear_layer_is_called(change):
     class Adapted(torch.nn.Linear):
         def forward(self, x):
@@ -587,8 +587,19 @@ def test_more_than_a_linear_layer_is_called(change):
     modules = [(Adapted if change == "adapter" else torch.nn.Linear)(16, 16) for _ in range(2)]
     for module in modules if change == "hook" else ():
         module.register_forward_hook(lambda module, args, out: out + 1)
+    for module in modules if change == "forward" else ():
+        module.forward = lambda x, own=module.forward: own(x) + 1
     x, bias = torch.randn(5, 16), torch.randn(16)
     plain = lambda x, m: F.linear(x, m.weight, m.bias) + 1
     torch.testing.assert_close(joined_linear(x, *modules), torch.cat([plain(x, m) for m in modules], -1))
     torch.testing.assert_close(linear(x, modules[0]) + modules[0].bias, plain(x, modules[0]))
     torch.testing.assert_close(linear(x, modules[0], bias) + modules[0].bias, plain(F.gelu(x + bias), modules[0]))
+
+
+def test_a_backward_hook_on_a_linear_layer_is_called():
+    modules, called = [torch.nn.Linear(16, 16) for _ in range(3)], []
+    for module in modules[1:]:
+        module.register_full_backward_hook(lambda module, *gradients: called.append(module))
+    x = torch.randn(5, 16, requires_grad=True)
+    (joined_linear(x, *modules[:2]).sum() + linear(x, modules[2]).sum()).backward()
+    assert set(called) == set(modules[1:])

@@ -137,6 +137,14 @@ def test_every_head_equals_its_original(cls):
                 torch.testing.assert_close(attended(b[name]), attended(a[name]), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("cls", [modeling_bert.BertLMHeadModel, modeling_roberta.RobertaForCausalLM,
+                                 modeling_electra.ElectraForCausalLM], ids=lambda c: c.__name__)
+def test_heads_of_causal_models_that_are_no_decoders(cls):
+    original, patched = pair(cls)
+    for labels in (IDS, torch.where(MASK.bool(), IDS, -100)):  # on padding as well
+        assert_equal_training(original, patched, {**INPUTS, "labels": labels})
+
+
 def test_patching_leaves_the_model_what_it_was(tmp_path):
     original = build(modeling_bert.BertForPreTraining)
     patched = copy.deepcopy(original)

@@ -99,6 +99,15 @@ def test_the_last_checkpoint_computes_the_same_with_tables_of_ordinary_size(corp
             torch.testing.assert_close(saved, out, rtol=1e-6, atol=1e-6)
 
 
+def test_the_last_checkpoint_keeps_its_tables_where_eps_counts(corpus, tmp_path):
+    model = {**json.loads((corpus / "model.json").read_text()), "layer_norm_eps": 1e-5}
+    (tmp_path / "model.json").write_text(json.dumps(model))
+    run = start(tmp_path / "run", settings(corpus, steps=2, model_config=str(tmp_path / "model.json")), resume=False)
+    _, last = run.train()
+    ids, again = torch.randint(5, 600, (2, 30)), bertfast.BertForPreTraining.from_pretrained(last).eval()
+    torch.testing.assert_close(again(ids).logits, run.model.eval()(ids).logits, rtol=1e-6, atol=1e-6)
+
+
 def rows(folder):
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
@@ -468,6 +477,8 @@ def test_every_mistake_is_one_line(corpus, tmp_path, capsys, monkeypatch):
     last = done / "checkpoint-4"
     mistakes = [
         ((["--data", tmp_path / "nowhere"]), "there is no prepared set"),
+        ((["--data", tmp_path]), "is no prepared set: make one of your text with bertfast prepare"),
+        ((["--data", data, *small[2:], "--init-from", last, "--out", last]), "holds a model or another run"),
         ((["--data", tmp_path / "cut"]), "tokens.bin is damaged"),
         ((["--data", data, "--preset", "gigantic"]), "preset 'gigantic' is unknown"),
         ((["--data", data, *small, "--tokens", 20]), "20 tokens is smaller than a sequence of 32"),
@@ -476,7 +487,7 @@ def test_every_mistake_is_one_line(corpus, tmp_path, capsys, monkeypatch):
         ((["--data", data, *small, "--optimizer", "sgd"]), "optimizer 'sgd' is unknown"),
         ((["--data", data, *small, "--dropout", 1.5]), "dropout"),
         ((["--data", data, *small, "--out", read_only / "run"]), "cannot create"),
-        ((["--data", foreign, *small[2:], "--init-from", last]), "vocabulary of 400"),
+        ((["--data", foreign, *small[2:], "--init-from", last]), "with another vocabulary than that of"),
         ((["--data", data, *small, "--init-from", last]), "one of them says what the model is"),
         ((["--data", data, *small, "--micro-batches", 1_000_000]), "256,000,000 tokens a step"),
         ((["--data", data, *small, "--tokens", 10**30]), "tokens a step"),
@@ -509,6 +520,33 @@ def test_every_mistake_is_one_line(corpus, tmp_path, capsys, monkeypatch):
         assert code == 2 and message in line
     code, line = command(capsys, monkeypatch, "fill-mask", "--model", tmp_path / "nowhere", "a [MASK]")
     assert code == 2 and "no checkpoint at" in line
+
+
+@pytest.mark.parametrize(("more", "message"), [(40, None), (-40, "a vocabulary of 600, but the model has 560")])
+def test_a_word_table_of_another_size_than_the_vocabulary(more, message, corpus, tmp_path):
+    """Filled up to a round size it is fine; smaller it is refused."""
+    config = bertfast.BertConfig(vocab_size=600 + more, **{"hidden_size": 32, "num_hidden_layers": 2,
+                                 "num_attention_heads": 2, "intermediate_size": 64, "max_position_embeddings": 128})
+    bertfast.BertForPreTraining(config).save_pretrained(tmp_path / "given")
+    for name in ("vocab.txt", "tokenizer.json"):
+        shutil.copy(corpus / "data" / name, tmp_path / "given")
+    onwards = settings(corpus, model_config=None, init_from=str(tmp_path / "given"), steps=2, save_every=1)
+    if message:
+        with pytest.raises(UserError, match=message):
+            FillMask(tmp_path / "given")
+        with pytest.raises(UserError, match="the model has 560"):
+            start(tmp_path / "run", onwards, resume=False)
+        return
+    (guesses,) = FillMask(tmp_path / "given")("the [MASK] of", top=1000)
+    assert len(guesses) == 600 and sum(p for _, p in guesses) == pytest.approx(1, abs=1e-4)
+    start(tmp_path / "run", onwards, resume=False).train()
+    shutil.rmtree(tmp_path / "run/checkpoint-2")
+    assert start(tmp_path / "run", onwards, resume=True).step == 1
+    shutil.rmtree(tmp_path / "run")
+    for name in ("vocab.txt", "tokenizer.json"):  # whose vocabulary it is, nobody knows
+        (tmp_path / "given" / name).unlink()
+    with pytest.raises(UserError, match="the model has 640"):
+        start(tmp_path / "run", onwards, resume=False)
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])

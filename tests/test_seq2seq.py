@@ -8,6 +8,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 import bertfast
+from bertfast.files import UserError
 from bertfast.finetune.batches import Sequence, pack
 from bertfast.seq2seq import BertForPrefixLM, BertForSeq2Seq, generate
 
@@ -196,6 +197,17 @@ def test_a_decoder_takes_the_head_that_there_is(names, tmp_path, capsys):
     head = given.cls["predictions"].state_dict()
     own = model.decoder.cls["predictions"].state_dict()
     assert len(own) == 5 and all(torch.equal(t, head[n]) for n, t in own.items())
+
+
+@pytest.mark.parametrize("change", [{"num_attention_heads": 4}, {"hidden_act": "relu"}, {"layer_norm_eps": 1e-2}],
+                         ids=str)
+def test_halves_that_compute_otherwise_are_refused(change, tmp_path):
+    halves = [transformers.BertConfig(**{**SIZES, **extra}) for extra in (
+        {}, {"is_decoder": True, "add_cross_attention": True, **change})]
+    transformers.EncoderDecoderModel(encoder=transformers.BertModel(halves[0]),
+                                     decoder=transformers.BertLMHeadModel(halves[1])).save_pretrained(tmp_path)
+    with pytest.raises(UserError, match=f"encoder and decoder differ in {next(iter(change))}"):
+        BertForSeq2Seq.from_pretrained(tmp_path)
 
 
 def test_both_halves_drop_without_a_seed(pair):

@@ -68,6 +68,8 @@ class Dataset:
 
 
 def _checked_manifest(path: Path, verify: bool | None) -> dict[str, Any]:
+    if not (path / "manifest.json").is_file():
+        raise UserError(f"{path} is no prepared set: make one of your text with bertfast prepare")
     manifest = read_json(path / "manifest.json")
     if not isinstance(manifest, dict) or manifest.get("format") != "bertfast data":
         raise UserError(f"{path / 'manifest.json'} is not the manifest of a prepared set")

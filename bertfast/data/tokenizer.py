@@ -18,6 +18,7 @@ from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
 
 from bertfast.files import UserError, read_json, write_bytes, write_json
 
+LONGEST_WORD = 100  # letters; longer ones are [UNK]
 SPECIAL_TOKENS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 
 
@@ -82,7 +83,8 @@ class Tokenizer:
 
         Left alone, the library's trainer numbers the letters by the order of a hash table, which differs from run to
         run and decides ties between merges. So we count the letters and hand it all of them in a fixed order.
-        The rarest letters, 1 in 20,000 of all, become [UNK], as SentencePiece's character coverage does.
+        The rarest letters, 1 in 20,000 of all, become [UNK], as SentencePiece's character coverage does. Words of more
+        than 100 letters, which WordPiece reads as [UNK], teach nothing: the trainer's time grows with their square.
         Raises UserError where the text has no words or the vocabulary no room.
         """
         if vocab_size < 100:
@@ -92,8 +94,13 @@ class Tokenizer:
         backend = _backend({token: i for i, token in enumerate(SPECIAL_TOKENS)}, cased, 2, 3)
         firsts: Counter[str] = Counter()
         inner: Counter[str] = Counter()
+        endless: set[str] = set()
         for raw, count in Counter(word for text in texts for word in text.split()).items():
-            for word, _ in backend.pre_tokenizer.pre_tokenize_str(backend.normalizer.normalize_str(raw)):
+            words = backend.pre_tokenizer.pre_tokenize_str(backend.normalizer.normalize_str(raw))
+            if any(len(word) > LONGEST_WORD for word, _ in words):
+                endless.add(raw)
+                continue
+            for word, _ in words:
                 firsts[word[0]] += count
                 for letter in word[1:]:
                     inner[letter] += count
@@ -111,7 +118,7 @@ class Tokenizer:
         kept.sort()
         seeds = SPECIAL_TOKENS + kept + ["##" + x for x in kept if x in inner]
         backend.train_from_iterator(
-            texts,
+            (" ".join(w for w in text.split() if w not in endless) for text in texts) if endless else texts,
             trainers.WordPieceTrainer(
                 vocab_size=vocab_size,
                 special_tokens=seeds,

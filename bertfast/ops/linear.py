@@ -104,7 +104,10 @@ def _forms_again(x: Tensor, module: nn.Linear) -> bool:
 
 def _is_plain(module: nn.Module) -> bool:
     """Whether a module's weight and bias say all: no adapter, parametrisation or hook."""
-    return type(module) is nn.Linear and not (module._forward_hooks or module._forward_pre_hooks)
+    return type(module) is nn.Linear and not (
+        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+        or "forward" in module.__dict__
+    )
 
 
 def linear(x: Tensor, module: nn.Linear, gelu_bias: Tensor | None = None) -> Tensor:
