@@ -75,6 +75,8 @@ def contest(contenders: list[Contender], rounds: int, threads: int, check: Calla
         for name in outcomes:
             outcomes[name].failed = NO_BF16 if "bf16" in name else ""
         contenders = [c for c in contenders if not outcomes[c.name].failed]
+    if not contenders:
+        return outcomes, False
     size = max(at_once, shared + 1) if at_once else len(contenders)
     others = max(1, size - shared)
     heats = [contenders[:size]]

@@ -35,6 +35,7 @@ from bertfast import machine
 from bertfast.checkpoint import find
 from bertfast.config import BertConfig
 from bertfast.data.tokenizer import Tokenizer
+from bertfast.files import UserError
 from bertfast.finetune.task import Settings
 from bertfast.finetune.train import FineTuning, finetune
 from bertfast.model import BertModel
@@ -187,9 +188,14 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     args = parser.parse_args()
     suite = {"quality": "tasks", "speed": "finetune", "transfer": "transfer"}[args.what]
-    found: list[dict] = report.load(args.out)["rows"] if args.out.exists() else []
+    before = report.load(args.out) if args.out.exists() else {"rows": []}
+    found: list[dict] = before["rows"]
     settings = {"model": Path(args.model).name, "precision": args.precision,
                 "window": args.window, "rounds": args.rounds}
+    head = {"suite": suite, **contest.provenance(args.threads), "settings": settings}
+    for name in ("suite", "settings", "threads", "hardware", "versions") if found else ():
+        if before[name] != head[name]:  # one head stands for all rows
+            raise UserError(f"{args.out} holds rows of another {name}: choose another --out")
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
         prepare(args.data, work)
@@ -205,8 +211,7 @@ def main() -> None:
             for naming, get in wanted:
                 if not any(naming.items() <= row.items() for row in found):
                     found += [{**naming, **row} for row in get()]
-                    report.write({"suite": suite, **contest.provenance(args.threads), "settings": settings,
-                                  "rows": found}, args.out)
+                    report.write({**head, "rows": found}, args.out)
     report.show(report.load(args.out))
 
 
@@ -216,3 +221,5 @@ if __name__ == "__main__":
         main()
     except KeyboardInterrupt:
         raise SystemExit(130) from None
+    except UserError as error:
+        raise SystemExit(f"finetune_cases.py: {error}") from error

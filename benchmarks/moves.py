@@ -228,7 +228,8 @@ def run(*, data: str | None, preset: str, tokens: int, length: int, precision: s
             *(Contender(f"{precision} without: {move}", without, {"move": move, **arguments}) for move in MOVES),
             Contender(f"{precision} without: {PAGES}", pretrain.bertfast, arguments, keep_pages=False),
         ]
-        outcomes, stopped = contest.contest(entrants, rounds, threads, pretrain.agreement)
+        outcomes, stopped = contest.contest(entrants, rounds, threads,
+                                            lambda facts: pretrain.agreement(facts, ours))
     peaks = contest.peaks(outcomes.pop("machine"))
     shape = Shape(sample.n_tokens, sample.n_sequences, length, sample.n_masked, config,
                   machine.DTYPES[precision].itemsize)

@@ -1,6 +1,7 @@
 """Pictures of results: bars of speed-up, the roofline of ops, time to quality. PNG, legible at half size."""
 
 from collections.abc import Callable
+from itertools import cycle
 from pathlib import Path
 
 import matplotlib
@@ -72,7 +73,7 @@ def _inference(result: dict):
 
 def _roofline(result: dict):
     """Our ops: share of the machine's peak (copy bandwidth or GEMM rate) over the bytes they move."""
-    rows = [r for r in tables.measured(result) if r["contender"] == "bertfast"]
+    rows = [r for r in tables.measured(result, "share") if r["contender"] == "bertfast"]
     kinds = list(dict.fromkeys(r["op"] for r in rows))
     dtypes = list(dict.fromkeys(r["dtype"] for r in rows))
     size = 3 + 4 * len(dtypes), 5
@@ -102,7 +103,7 @@ def _quality(result: dict):
     settings = result["settings"]
     figure, axes = plt.subplots(figsize=(9, 5), layout="constrained")
     rows = [r for r in result["rows"] if not r["failed"]]
-    for row, line in zip(rows, LINES):
+    for row, line in zip(rows, cycle(LINES)):
         seconds, losses = [p[1] for p in row["curve"]], [p[2] for p in row["curve"]]
         axes.plot(seconds, losses, line, color=tables.colour(row["contender"]), linewidth=2)
         axes.annotate(row["contender"], (seconds[-1], losses[-1]), xytext=(6, 0), textcoords="offset points",

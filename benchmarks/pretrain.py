@@ -125,7 +125,10 @@ def _batch(ids, lengths, longest, generator, special) -> PackedBatch:
 
 
 def padded(batch: PackedBatch, length: int, pad_id: int = 0) -> dict[str, torch.Tensor]:
-    """A packed batch as Hugging Face takes it: (B, length) tensors, right-padded."""
+    """A packed batch as Hugging Face takes it: (B, length) tensors, right-padded.
+
+    Without a mask where nothing is padded: a compiled model would compute with one of ones.
+    """
     n, bounds = batch.n_sequences, batch.cu_seqlens.tolist()
     shape = (n, length)
     out = {
@@ -142,6 +145,8 @@ def padded(batch: PackedBatch, length: int, pad_id: int = 0) -> dict[str, torch.
         out["token_type_ids"][b, columns] = batch.token_type_ids[rows]
         out["attention_mask"][b, columns] = 1
         out["labels"][b, columns] = flat[rows]
+    if out["attention_mask"].all():
+        del out["attention_mask"]
     return out
 
 
@@ -294,11 +299,17 @@ def contenders(quick: bool, arguments: dict, memory: bool = False, bf16: bool = 
     ]
 
 
-def agreement(facts: dict[str, dict]) -> dict[str, str]:
-    """Whose losses or gradient norms, dropout off, are not the reference's (without it the first's): {name: why}."""
+def agreement(facts: dict[str, dict], reference: str = "") -> dict[str, str]:
+    """Whose losses or gradient norms, dropout off, are not the reference's: {name: why}.
+
+    reference: who is right; by default transformers' eager model, where that failed another of theirs, or a plain one.
+    """
     facts = {name: found for name, found in facts.items() if "losses" in found}
-    reference = REFERENCE if REFERENCE in facts else next(iter(facts), "")
+    others = [name for family in ("HF", "plain") for name in facts if name.startswith(family) and "fp32" in name]
+    reference = reference or next(iter([REFERENCE] * (REFERENCE in facts) + others), "")
     refused: dict[str, str] = {}
+    if reference not in facts:
+        return dict.fromkeys(facts, "refused: every reference in fp32 failed, and nothing else says what is right")
     for name, found in facts.items():
         for kind, allowed in (("losses", LOSS_AGREES["bf16" if "bf16" in name else "fp32"]), ("norms", NORM_AGREES)):
             for i, (value, wanted) in enumerate(zip(found.get(kind, []), facts[reference][kind])):

@@ -101,9 +101,9 @@ def update(readmes: list[Path], found: dict[str, dict]) -> list[Path]:
 def compare(before: dict, after: dict) -> list[dict]:
     """What got slower beyond the spread, or failed: [{"key", "contender", "why"}], only of contenders of ours.
 
-    Times are taken as shares of what the machine reached in the same run, where a row has one, so that another clock
-    is not called a regression; of memory, peaks are compared. Raises UserError for results of different suites, and for
-    those that hold neither.
+    Where a row has its share of what the machine reached in the same run, that must have fallen as well as the time
+    grown, so that neither another clock nor a yardstick that was quick once is called a regression; of memory, peaks
+    are compared. Raises UserError for results of different suites, and for those that hold neither.
     """
     if before["suite"] != after["suite"]:
         raise UserError(f"a result of {before['suite']} cannot be compared with one of {after['suite']}")
@@ -123,7 +123,7 @@ def compare(before: dict, after: dict) -> list[dict]:
             why = f"failed: {now['failed']}" if now else "is missing"
         else:
             shares = value == "median" and "share" in was and "share" in now
-            worse = was["share"] / now["share"] if shares else now[value] / was[value]
+            worse = min(now[value] / was[value], was["share"] / now["share"] if shares else float("inf"))
             allowed = 1 + max(NOISE, was.get("spread", 0.0) + now.get("spread", 0.0))
             if worse > allowed:
                 why = f"{worse:.2f} times as {'large' if value == 'peak_bytes' else 'slow'} (allowed {allowed:.2f})"
@@ -133,8 +133,10 @@ def compare(before: dict, after: dict) -> list[dict]:
 
 
 def changed_settings(before: dict, after: dict) -> list[tuple[str, Any, Any]]:
-    """(name, before, after) of what decides how much work a result measures, and is not the same in both."""
-    old, new = ({"threads": r.get("threads"), **r.get("settings", {})} for r in (before, after))
+    """(name, before, after) of what decides what a result measures, and is not the same in both."""
+    where = lambda r: {name: r.get("hardware", {}).get(name) for name in ("cpu", "gpu")}
+    old, new = ({"threads": r.get("threads"), **where(r), "torch": r.get("versions", {}).get("torch"),
+                 **r.get("settings", {})} for r in (before, after))
     return [(name, old[name], new[name]) for name in old if name in new and old[name] != new[name]]
 
 

@@ -85,7 +85,8 @@ STEP_SETTINGS = {"preset": "mini", "tokens": 2048, "sequences": 16, "length": 12
 def test_batches_are_as_full_as_asked_and_padding_them_loses_nothing(fill):
     (batch,) = pretrain.make_batches(None, 256, 32, fill, n=1, vocab_size=1500)
     inputs = pretrain.padded(batch, 32)
-    attended = inputs["attention_mask"].bool()
+    assert ("attention_mask" in inputs) == (fill < 1)
+    attended = inputs.get("attention_mask", torch.ones_like(inputs["input_ids"])).bool()
     assert attended.float().mean() == pytest.approx(fill, abs=0.04) and attended[:, 0].all()
     assert torch.equal(inputs["input_ids"][attended], batch.input_ids)
     assert int((inputs["labels"] != -100).sum()) == batch.n_masked == int((batch.labels != -100).sum())
@@ -337,12 +338,36 @@ def test_other_embeddings_and_another_start_are_refused():
     for found in facts.values():
         found["embeddings"] /= np.linalg.norm(found["embeddings"], axis=1, keepdims=True)
     assert list(inference.agreement(facts)) == ["b fp32", "b bf16", "c bf16"]
-    (refused,) = inference.agreement({"a fp32": facts["a fp32"], "b fp32": facts["b fp32"]}).values()
-    assert "differ from a fp32's by" in refused  # the first, where the reference failed
-    steps = {name: {"losses": [1.0, loss], "norms": [1.0, 1.0]} for name, loss in (("x fp32", 1.0), ("y fp32", 1.1))}
-    assert pretrain.agreement(steps) == {"y fp32": "refused: losses of step 2 with dropout off: 1.1, x fp32's 1"}
-    starts = {"first": {"loss": 7.0}, "near": {"loss": 7.005}, "far": {"loss": 7.1}}
-    assert list(quality._same_start(starts)) == ["far"]
+    alone = {"bertfast fp32": facts["a fp32"], "bertfast.patch fp32": facts["b fp32"]}
+    assert "nothing else says what is right" in inference.agreement(alone)["bertfast fp32"]
+    (refused,) = inference.agreement({**alone, "transformers sdpa fp32": facts["a fp32"]}).values()
+    assert "differ from transformers sdpa fp32's by" in refused
+    steps = {name: {"losses": [1.0, loss], "norms": [1.0, 1.0]} for name, loss in (
+        ("bertfast fp32", 1.1), ("bertfast bf16", 1.0), ("plain fp32", 1.0))}
+    assert pretrain.agreement(steps) == {
+        "bertfast fp32": "refused: losses of step 2 with dropout off: 1.1, plain fp32's 1"}
+    assert list(pretrain.agreement(steps, "bertfast fp32")) == ["bertfast bf16", "plain fp32"]
+    del steps["plain fp32"]
+    assert list(pretrain.agreement(steps)) == list(steps)  # nobody vouches for itself
+    starts = {name: {"loss": loss, "losses": [9.0, own]} for name, loss, own in (
+        ("first fp32", 7.0, 9.0), ("near bf16", 7.005, 9.01), ("far fp32", 7.1, 9.0), ("wrong labels fp32", 7.0, 9.1))}
+    assert list(quality._same_start(starts)) == ["far fp32", "wrong labels fp32"]
+
+
+def test_a_slower_machine_or_a_quick_yardstick_is_no_regression():
+    row = {"key": "k", "contender": "bertfast", "failed": "", "median": 1.0, "share": 0.5, "spread": 0.0}
+    result = lambda **changes: {"suite": "ops", "rows": [{**row, **changes}]}
+    assert report.compare(result(), result(share=0.3)) == report.compare(result(), result(median=2.0)) == []
+    assert [r["why"] for r in report.compare(result(), result(median=2.0, share=0.3))] == [
+        "1.67 times as slow (allowed 1.05)"]
+    before, after = ({**result(), "hardware": {"cpu": cpu}, "versions": {"torch": "2.13"}} for cpu in "ab")
+    assert report.changed_settings(before, after) == [("cpu", "a", "b")]
+
+
+def test_all_left_out_is_a_result_too(monkeypatch):
+    monkeypatch.setattr(machine, "multiplies_bf16", lambda device: False)
+    outcomes, stopped = contest.contest([Contender("a bf16", itertools.repeat, {})], 1, 1, lambda facts: {})
+    assert outcomes["a bf16"].failed == contest.NO_BF16 and not stopped
 
 
 def test_a_fine_tuning_whose_machine_was_not_measured_has_no_share():
