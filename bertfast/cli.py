@@ -78,7 +78,7 @@ def pretrain(
     weight_decay: Annotated[float, typer.Option(help="On matrices and tables only.")] = 0.01,
     max_grad_norm: Annotated[float, typer.Option(help="Gradient clipping; 0 turns it off.")] = 1.0,
     start: Annotated[str, typer.Option(help="A new model's weights: counts (of words) or normal.")] = "counts",
-    dropout: Annotated[float, typer.Option(help="Hidden and attention dropout of a new model.")] = 0.1,
+    dropout: Annotated[float | None, typer.Option(help="Hidden and attention (0.1; the checkpoint's).")] = None,
     mlm_probability: Annotated[float, typer.Option(help="Share of the tokens that are predicted.")] = 0.15,
     whole_word_masking: Annotated[bool, typer.Option("--whole-word-masking", help="Mask whole words.")] = False,
     nsp: Annotated[bool, typer.Option("--nsp/--no-nsp", help="Next-sentence prediction.")] = True,
@@ -104,8 +104,8 @@ def pretrain(
     there, with the settings the run began with (--data may name the same set where it is now).
 
     Under torchrun a step's --micro-batches (by default one a process) are dealt out to the processes, one a GPU, or
-    on CPUs one for each part of the cores (OMP_NUM_THREADS each); the run is the same, and resumes on any number of
-    them: torchrun --nproc-per-node 8 --no-python bertfast pretrain ...
+    on CPUs one for each part of the cores (OMP_NUM_THREADS each); the run is the same, and resumes on any number that
+    divides them: torchrun --nproc-per-node 8 --no-python bertfast pretrain ...
 
     Example: bertfast pretrain --data data/mine --preset small --steps 20000 --out runs/mine
     """
@@ -134,7 +134,8 @@ def pretrain(
     if begun:
         settings = stored_settings(out)
         if latest(out):
-            settings = replace(settings, data=given.pop("data", settings.data))  # a checkpoint knows its data
+            moved = own_data if own_data.exists() and not Path(settings.data).exists() else settings.data
+            settings = replace(settings, data=given.pop("data", str(moved)))  # a checkpoint knows its data
         else:
             report.console.print(f"no checkpoint in {out} yet: beginning this run anew")
         changed = [f"--{n.replace('_', '-')} {v} (it began with {getattr(settings, n)})"
@@ -150,12 +151,13 @@ def pretrain(
     if data is None and Path(settings.data).resolve() == own_data.resolve() and not (begun and own_data.exists()):
         report.console.print("no --data: learning from the documentation on this machine")
         if processes.is_first():
+            _refuse_own_text(own_data)
             prepare(None, own_data, vocab_size=8192, console=report.console)
     processes.wait()
     began = time.perf_counter()
     run = engine.start(out, settings, resume)
     report.header(run.describe(allocator))
-    if run.step >= settings.steps:
+    if run.step >= settings.steps and run.validated:
         report.console.print(f"this run is finished: {latest(out)}")
         return
     try:
@@ -170,6 +172,16 @@ def pretrain(
     report.examples(checkpoint, run.validation_data)
     report.console.print(f"trained in {time.perf_counter() - began:.0f} s; checkpoint: {checkpoint}; "
                          f"curves: {out / 'loss.png'}; rows: {out / 'metrics.jsonl'}", highlight=False)
+
+
+def _refuse_own_text(folder: Path) -> None:
+    """Raises UserError where it holds a set of the user's text, which the documentation is not to replace."""
+    from bertfast.files import read_json
+
+    if (folder / "manifest.json").exists():
+        recipe = read_json(folder / "manifest.json").get("recipe", {})
+        if "documentation" not in recipe.get("text", {}):
+            raise UserError(f"{folder} holds a set of your own text: name it with --data")
 
 
 @app.command()

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import torch
 
-from .checkpoint import find
+from .checkpoint import find, load, read_tensors
 from .config import BertConfig
 from .data.tokenizer import Tokenizer
 from .files import UserError
@@ -17,9 +17,14 @@ class FillMask:
     def __init__(self, folder: str | Path):
         folder = find(folder)
         self.tokenizer = Tokenizer.load(folder)
-        architectures = BertConfig.from_file(folder / "config.json").extra.get("architectures") or [""]
+        config = BertConfig.from_file(folder / "config.json")
+        architectures = config.extra.get("architectures") or [""]
         classes = {cls.__name__: cls for cls in (BertForPreTraining, BertLMHeadModel)}
-        self.model = classes.get(architectures[0], BertForMaskedLM).from_pretrained(folder)
+        self.model = classes.get(architectures[0], BertForMaskedLM)(config).eval()
+        own, tensors = self.model.state_dict(), read_tensors(folder)
+        for name in [n for n in tensors if n not in own and n.startswith(("bert.pooler.", "cls.seq_relationship."))]:
+            del tensors[name]  # BERT's first checkpoints have them, and say that they are for masked words alone
+        load(self.model, tensors, str(folder))
         if self.tokenizer.vocab_size > self.model.config.vocab_size:
             raise UserError(f"{folder}: a vocabulary of {self.tokenizer.vocab_size}, but the model has "
                             f"{self.model.config.vocab_size} words")

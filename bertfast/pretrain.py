@@ -57,7 +57,7 @@ class Settings:
     optimizer: str = "adamw"
     weight_decay: float = 0.01
     max_grad_norm: float = 1.0
-    dropout: float = 0.1
+    dropout: float | None = None  # of a new model 0.1, else the checkpoint's
     mlm_probability: float = 0.15
     whole_word_masking: bool = False
     nsp: bool = True
@@ -89,10 +89,10 @@ class Settings:
         """Raises UserError for settings no run can have."""
         for field in fields(self):
             kind: Any = field.type
-            value, allowed = getattr(self, field.name), (int, float) if kind is float else kind
+            value, allowed = getattr(self, field.name), kind | int if kind in (float, float | None) else kind
             if not isinstance(value, allowed) or (isinstance(value, bool) and kind is not bool):
-                words = {int: "a whole number", float: "a number", bool: "true or false"}.get(kind, "text")
-                raise UserError(f"{field.name} must be {words}, got {value!r}")
+                words = {int: "a whole number", bool: "true or false", str: "text", str | None: "text"}
+                raise UserError(f"{field.name} must be {words.get(kind, 'a number')}, got {value!r}")
         for name in ("steps", "micro_batches", "log_every", "eval_every", "save_every"):
             if not 1 <= getattr(self, name) <= 10**12:
                 raise UserError(f"--{name.replace('_', '-')} must be between 1 and 10^12")
@@ -227,6 +227,8 @@ class Run:
         self.window_state: dict | None = None
         self.peak = machine.gemm_rate(dtype, self.device) * processes.count()
         self.stopping = 0  # see stop_on_interrupt
+        self.validated = True  # whether the step has had its validation, if it is to have one
+        self.saved = 0  # the step of the newest checkpoint
 
     def _build_model(self, checkpoint: Path | None):
         settings = self.settings
@@ -236,16 +238,19 @@ class Run:
             config = BertConfig.from_file(checkpoint / "config.json")
             model = cls(config)
         elif settings.init_from:
-            model = cls.from_pretrained(settings.init_from, new_heads=True, is_decoder=settings.causal)
+            rates = {} if settings.dropout is None else {
+                "hidden_dropout_prob": settings.dropout, "attention_probs_dropout_prob": settings.dropout}
+            model = cls.from_pretrained(settings.init_from, new_heads=True, is_decoder=settings.causal, **rates)
             config = model.config
         else:
             if settings.model_config:
                 config = BertConfig.from_file(Path(settings.model_config))
             else:
                 config = BertConfig.preset(settings.preset)
+            dropout = 0.1 if settings.dropout is None else settings.dropout
             config = replace(
                 config, vocab_size=self.tokenizer.vocab_size, pad_token_id=self.tokenizer.pad_id,
-                hidden_dropout_prob=settings.dropout, attention_probs_dropout_prob=settings.dropout,
+                hidden_dropout_prob=dropout, attention_probs_dropout_prob=dropout,
                 is_decoder=settings.causal,
             )
             model = cls(config)
@@ -255,7 +260,12 @@ class Run:
         if settings.init_from and not checkpoint:
             folder = find(settings.init_from)
             if any((folder / name).is_file() for name in ("tokenizer.json", "vocab.txt")):
-                told = Tokenizer.load(folder).sha256 == self.tokenizer.sha256
+                theirs = Tokenizer.load(folder)
+                told = theirs.sha256 == self.tokenizer.sha256
+                if told and theirs.tells_its_rules and theirs.cased != self.tokenizer.cased:
+                    ours, wanted = ("cased" if cased else "uncased" for cased in (self.tokenizer.cased, theirs.cased))
+                    raise UserError(f"{settings.data} was prepared {ours}, but {settings.init_from} is {wanted}: "
+                                    "prepare it with the model's own rules (--vocab its folder)")
                 if not told:
                     raise UserError(f"{settings.data} was prepared with another vocabulary than that of "
                                     f"{settings.init_from}: prepare it with the model's own (--vocab)")
@@ -307,12 +317,11 @@ class Run:
         """
         settings, first = self.settings, processes.is_first()
         results: dict[int, dict] = {}
-        checkpoint = self.folder
         with (locked(self.folder, self.folder) if first else nullcontext(), stop_on_interrupt(self),
               report.progress(settings.steps, self.step, self.peak, settings.causal) as bar):
             metrics = report.Metrics(self.folder, self.step, settings.tensorboard) if first else None
             for start, end, length in settings.phases():
-                if self.step >= end:
+                if self.step > end or (self.step == end and self.validated):
                     continue
                 loader, window = self._loader(self.train_data, length), report.Window()
                 if self.loader_state and self.step > start:
@@ -321,38 +330,55 @@ class Run:
                         window.load_state_dict(self.window_state)
                 batches = iter(loader)
                 self.step_graph = None  # shapes are constants of a phase
-                while self.step < end:
-                    micro = [next(batches) for _ in range(settings.micro_batches // processes.count())]
-                    norm = self._train_step(micro, window)
-                    self.step += 1
-                    stopping = int(processes.total(self.stopping)[0])
-                    if self.step % settings.log_every == 0 or self.step in (end, settings.steps):
-                        row = window.row(self.step, learning_rate(settings, self.step - 1), norm, length)
-                        row["skipped"] = int(self.optimizer.n_skipped.item())
-                        if metrics:
-                            metrics.write(row)
-                        bar.show(self.step, row, window.flops_per_second)
-                        window = report.Window()
-                        self._check_health(micro)
-                    if self.step % settings.eval_every == 0 or self.step in (end, settings.steps):
-                        began = time.perf_counter()
-                        last = self.step == settings.steps
-                        for n in [x for _, _, x in settings.phases()] if last else [length]:
-                            results[n] = self.evaluate(n, max_batches=256) if last else self.evaluate(n)
+                while self.step < end or not self.validated:
+                    if self.validated:
+                        micro = [next(batches) for _ in range(settings.micro_batches // processes.count())]
+                        norm = self._train_step(micro, window)
+                        self.step += 1
+                        self.validated = not self._validation_is_due()
+                        if self.step % settings.log_every == 0 or self.step in (end, settings.steps):
+                            row = window.row(self.step, learning_rate(settings, self.step - 1), norm, length)
+                            row["skipped"] = int(self.optimizer.n_skipped.item())
                             if metrics:
-                                metrics.write({"step": self.step, "validation_length": n, **results[n]})
-                            bar.note(self.step, n, results[n])
+                                metrics.write(row)
+                            bar.show(self.step, row, window.flops_per_second)
+                            window = report.Window()
+                            self._check_health(micro)
+                    else:
+                        began = time.perf_counter()
+                        for n, result in self._validate(length).items():
+                            results[n] = result
+                            if metrics:
+                                metrics.write({"step": self.step, "validation_length": n, **result})
+                            bar.note(self.step, n, result)
                         window.paused(time.perf_counter() - began)
-                    if self.step % settings.save_every == 0 or self.step == settings.steps or stopping:
+                    stopping = self._is_to_stop()
+                    to_save = self.step % settings.save_every == 0 or self.step == settings.steps or stopping
+                    if to_save and self.saved < self.step:
                         self.loader_state, self.window_state = loader.state_dict(), window.state_dict()
                         began = time.perf_counter()
-                        checkpoint = self.save()
+                        self.save()
                         window.paused(time.perf_counter() - began)
                     if stopping:
                         raise KeyboardInterrupt(self.stopping or 130)
         if first:
             report.plot_loss(self.folder, self.train_data.manifest["unigram_entropy"], settings.causal)
-        return results, checkpoint
+        return results, self.folder / f"checkpoint-{self.saved}"
+
+    def _is_to_stop(self) -> bool:
+        """Whether any of the processes was told to."""
+        return processes.total(self.stopping)[0] > 0
+
+    def _validation_is_due(self) -> bool:
+        return self.step % self.settings.eval_every == 0 or self.step in [end for _, end, _ in self.settings.phases()]
+
+    def _validate(self, length: int) -> dict[int, dict]:
+        """This step's validation by sequence length, after the last step at all; {} where a stop cut it short."""
+        last = self.step == self.settings.steps
+        lengths = [n for _, _, n in self.settings.phases()] if last else [length]
+        found = {n: self.evaluate(n, max_batches=256 if last else 32) for n in lengths}
+        self.validated = None not in found.values()
+        return {n: result for n, result in found.items() if self.validated and result}
 
     def _train_step(self, micro: list[PackedBatch], window: "report.Window") -> torch.Tensor:
         settings = self.settings
@@ -372,12 +398,21 @@ class Run:
         return norm
 
     @torch.no_grad()
-    def evaluate(self, length: int, max_batches: int = 32) -> dict:
-        """Losses and accuracies on the validation split: always the same sequences and masks, no dropout."""
+    def evaluate(self, length: int, max_batches: int = 32) -> dict | None:
+        """Losses and accuracies on the validation split: always the same sequences and masks, no dropout.
+
+        None where a stop cut it short.
+        """
         self.model.eval()
         totals = report.Window()
         one = torch.ones((), device=self.device)
-        for host in self.validation[length].validation_batches(max_batches):
+        loader = self.validation[length]
+        batches = loader.validation_batches(max_batches)
+        for _ in range(-(-min(loader.batches_in_epoch(), max_batches) // processes.count())):  # as often in all of them
+            if self._is_to_stop():
+                return None
+            if (host := next(batches, None)) is None:
+                continue
             totals.add(self.model(self._to_device(host), mlm_scale=one, nsp_scale=one), host, one, 1, 1, 0.0)
         self.model.train()
         totals.gather()
@@ -430,6 +465,7 @@ class Run:
         path = self.folder / f"checkpoint-{self.step}"
         self._check_agreement()
         if not processes.is_first():
+            self.saved = self.step
             return path
         with atomic_folder(path) as folder:
             masters = self.optimizer.master_state()
@@ -449,8 +485,10 @@ class Run:
             write_json(folder / "trainer.json", {**trainer, "checksum": _checksum(trainer)})
         for old in _numbered(self.folder)[:-KEEP_CHECKPOINTS]:
             shutil.rmtree(old, ignore_errors=True)
+        self.saved = self.step
         return path
 
+    @torch.no_grad()
     def _check_agreement(self) -> None:
         """Raises UserError where the processes train different things: other data, settings or weights."""
         if processes.count() == 1:
@@ -470,6 +508,12 @@ class Run:
         self.optimizer.load_state_dict(read_tensors(path), state)
         self.step, self.tokens_seen, self.loader_state = trainer["step"], trainer["tokens_seen"], trainer["loader"]
         self.window_state = trainer.get("window")  # checkpoints of before have none
+        self.saved = self.step
+        found = {row["validation_length"] for row in report.read_metrics(self.folder)
+                 if row["step"] == self.step and "validation_length" in row}
+        wanted = {n for _, _, n in self.settings.phases()} if self.step == self.settings.steps else set(found)
+        missing = self._validation_is_due() and not (found and found >= wanted)
+        self.validated = not processes.total(missing if processes.is_first() else 0)[0]
 
 
 def _step_of(path: Path) -> int:

@@ -202,8 +202,8 @@ def plot_loss(folder: Path, entropy: float, causal: bool) -> None:
 
     rows = read_metrics(folder)
     train = [r for r in rows if r.get("mlm_loss") is not None]
-    trained = {r["step"]: r["max_seqlen"] for r in train}
-    own = [r for r in rows if r.get("validation_length") == trained.get(r["step"])]  # of the length in training then
+    then = lambda step: next((r["max_seqlen"] for r in train if r["step"] >= step), None)  # a phase ends with a row
+    own = [r for r in rows if "validation_length" in r and r["validation_length"] == then(r["step"])]
     validation = [r for r in own if r.get("validation_mlm_loss") is not None]
     nsp = [r for r in own if r.get("validation_nsp_accuracy") is not None]
     if not train:

@@ -14,11 +14,12 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
+import matplotlib.axes
 import numpy as np
 import pytest
 import torch
 import transformers
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import bertfast
 from bertfast import cli, machine, pretrain
@@ -210,6 +211,34 @@ def test_resuming_is_as_if_nothing_had_happened(crash_after, corpus, tmp_path, m
     assert timeless(tmp_path / "whole") == timeless(tmp_path / "broken")
 
 
+@pytest.mark.parametrize("at", [2, 4, 6, 8])  # in a phase, beside a checkpoint, at the phase's end, at the run's
+def test_a_stop_is_heard_in_validation_which_is_made_up_for(at, corpus, tmp_path):
+    chosen = settings(corpus, eval_every=2, save_every=4)
+    start(tmp_path / "whole", chosen, resume=False).train()
+    stopped = start(tmp_path / "stopped", chosen, resume=False)
+    evaluate = stopped.evaluate
+
+    def stop(*args, **options):
+        if stopped.step == at:
+            stopped.stopping = 143
+        return evaluate(*args, **options)
+
+    stopped.evaluate = stop
+    with pytest.raises(KeyboardInterrupt, match="143"):
+        stopped.train()
+    assert pretrain._step_of(pretrain.latest(tmp_path / "stopped")) == at
+    assert rows(tmp_path / "stopped")[-1]["step"] == at and "loss" in rows(tmp_path / "stopped")[-1]
+    again = start(tmp_path / "stopped", chosen, resume=True)
+    assert again.step == at and not again.validated
+    results, last = again.train()
+    assert last.name == "checkpoint-8" and results.keys() == {32, 64}
+    timeless = lambda folder: [{k: v for k, v in r.items() if k != "tokens_per_sec"} for r in rows(folder)]
+    assert timeless(tmp_path / "whole") == timeless(tmp_path / "stopped")
+    a, b = final_state(tmp_path / "whole"), final_state(tmp_path / "stopped")
+    assert all(torch.equal(a[n], b[n]) for n in a)
+    assert start(tmp_path / "stopped", chosen, resume=True).validated
+
+
 def test_a_checkpoint_with_a_changed_byte_is_not_gone_on_from(corpus, tmp_path):
     start(tmp_path, settings(corpus, steps=1), resume=False).train()
     last = pretrain.latest(tmp_path)
@@ -289,6 +318,64 @@ def test_resuming_before_the_first_checkpoint_begins_the_same_run(corpus, tmp_pa
     shutil.rmtree(out / "data")
     assert command(capsys, monkeypatch, *args) == (0, "")
     assert pretrain.stored_settings(out) == chosen and pretrain.latest(out).name == "checkpoint-2"
+
+
+def test_documentation_replaces_no_text_of_ones_own(corpus, tmp_path, capsys, monkeypatch):
+    shutil.copytree(corpus / "data", tmp_path / "data")
+    code, line = command(capsys, monkeypatch, "pretrain", "--out", tmp_path)
+    assert code == 2 and "holds a set of your own text: name it with --data" in line
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["data"]
+
+
+def test_a_moved_run_finds_its_own_data(corpus, tmp_path, capsys, monkeypatch):
+    shutil.copytree(corpus / "data", tmp_path / "run/data")
+    start(tmp_path / "run", settings(corpus, data=str(tmp_path / "run/data"), steps=2, save_every=1), False).train()
+    shutil.rmtree(tmp_path / "run/checkpoint-2")
+    (tmp_path / "run").rename(tmp_path / "moved")
+    assert command(capsys, monkeypatch, "pretrain", "--out", tmp_path / "moved", "--resume") == (0, "")
+    assert pretrain.latest(tmp_path / "moved").name == "checkpoint-2"
+
+
+def test_going_on_takes_the_checkpoints_dropout_and_casing(corpus, tmp_path):
+    start(tmp_path / "first", settings(corpus, steps=1, dropout=0.2), resume=False).train()
+    given = tmp_path / "first/checkpoint-1"
+    onwards = settings(corpus, model_config=None, init_from=str(given), steps=1)
+    for dropout, expected in ((None, 0.2), (0.0, 0.0)):
+        onwards.dropout = dropout
+        config = start(tmp_path / f"with-{dropout}", onwards, resume=False).config
+        assert (config.hidden_dropout_prob, config.attention_probs_dropout_prob) == (expected, expected)
+    tokenizer = json.loads((given / "tokenizer.json").read_text())
+    tokenizer["normalizer"]["lowercase"] = False
+    (given / "tokenizer.json").write_text(json.dumps(tokenizer))
+    told = json.loads((given / "tokenizer_config.json").read_text())
+    (given / "tokenizer_config.json").write_text(json.dumps({**told, "do_lower_case": False}))
+    with pytest.raises(UserError, match="was prepared uncased, but .* is cased"):
+        start(tmp_path / "cased", onwards, resume=False)
+
+
+def test_fill_mask_reads_the_layout_of_the_first_checkpoints(corpus, tmp_path):
+    _, last = start(tmp_path, settings(corpus, steps=1), resume=False).train()
+    expected = FillMask(last)("the [MASK] of")
+    config = json.loads((last / "config.json").read_text())
+    (last / "config.json").write_text(json.dumps({**config, "architectures": ["BertForMaskedLM"]}))
+    assert FillMask(last)("the [MASK] of") == expected
+    weights = load_file(last / "model.safetensors")
+    save_file({n: t for n, t in weights.items() if "transform" not in n}, last / "model.safetensors")
+    with pytest.raises(UserError, match="missing: cls.predictions.transform"):
+        FillMask(last)
+
+
+def test_every_validation_is_drawn(tmp_path, monkeypatch):
+    train = [{"step": s, "mlm_loss": 5.0, "max_seqlen": 32 if s <= 28 else 64} for s in (7, 14, 21, 28, 35, 40)]
+    judged = [{"step": s, "validation_length": n, "validation_mlm_loss": 5.5}
+              for s, n in ((10, 32), (20, 32), (28, 32), (30, 64), (40, 32), (40, 64))]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in train + judged))
+    drawn = []
+    plot = matplotlib.axes.Axes.plot
+    monkeypatch.setattr(matplotlib.axes.Axes, "plot", lambda self, x, *a, **o: (drawn.append((o["label"], list(x))),
+                                                                               plot(self, x, *a, **o))[1])
+    pretrain.report.plot_loss(tmp_path, 6.0, False)
+    assert dict(drawn)["validation"] == [10, 20, 28, 30, 40]
 
 
 def test_resumed_tensorboard_keeps_the_row_of_the_checkpoint(tmp_path, monkeypatch):

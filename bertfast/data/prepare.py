@@ -40,7 +40,8 @@ from bertfast.files import UserError, atomic_folder, read_json, sha256, write_js
 VERSION = 1
 FILES = {"tokens.bin", "sentences.bin", "documents.bin", "vocab.txt", "tokenizer.json", "tokenizer_config.json",
          "manifest.json"}
-LONGEST_SENTENCE = 128  # tokens; text without full stops is cut at a word, or samples would lose what does not fit
+LONGEST_SENTENCE = 128  # tokens; a longer one is text without full stops, cut at words into
+PIECE = 32  # tokens: of two pieces as long as a sample both would lose all but their middles, in every epoch
 WINDOW = 10_000  # characters of a line that sentences are looked for in at a time
 VOCABULARY_TEXT = 64_000_000  # characters that a vocabulary is learned from, spread evenly over the input
 DEFAULT_VOCAB_SIZE = 30_522
@@ -83,6 +84,7 @@ def prepare(
         "field": field,
         "vocabulary": tokenizer.sha256 if tokenizer else vocab_size or DEFAULT_VOCAB_SIZE,
         "rules": tokenizer.rules if tokenizer else {"do_lower_case": not cased},
+        "sentences": [LONGEST_SENTENCE, PIECE],
     }
     if done := _already(out, recipe):
         console.print(f"{out} is up to date: {_counts(done)}; nothing to do", soft_wrap=True)
@@ -275,10 +277,10 @@ def _segments(line: str) -> Iterator[str]:
 
 
 def _cut(is_continuation: np.ndarray) -> list[int]:
-    """Lengths of a sentence's parts of at most LONGEST_SENTENCE tokens, none beginning inside a word."""
+    """Lengths of the parts of a sentence: one, or of at most PIECE tokens each, none beginning inside a word."""
     parts, start, n = [], 0, len(is_continuation)
-    while n - start > LONGEST_SENTENCE:
-        end = start + LONGEST_SENTENCE
+    while n > LONGEST_SENTENCE and n - start > PIECE:
+        end = start + PIECE
         while end > start + 1 and is_continuation[end]:
             end -= 1
         parts.append(end - start)

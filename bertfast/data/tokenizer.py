@@ -45,6 +45,7 @@ class Tokenizer:
         )
         normalizer = self.backend.normalizer
         found = _bert_normalizer(json.loads(normalizer.__getstate__())) if normalizer else {}
+        self.tells_its_rules = backend is not None  # a bare vocab.txt does not say whether it is cased
         self.rules = {  # in tokenizer_config.json's words
             "do_lower_case": not cased,
             "tokenize_chinese_chars": found.get("handle_chinese_chars", True),
@@ -75,7 +76,9 @@ class Tokenizer:
         if path.suffix == ".json":
             return _from_json(path, cased)
         accents, chinese = config.get("strip_accents"), config.get("tokenize_chinese_chars", True)
-        return cls(_read_vocab(path), bool(cased), None, None if accents is None else bool(accents), bool(chinese))
+        loaded = cls(_read_vocab(path), bool(cased), None, None if accents is None else bool(accents), bool(chinese))
+        loaded.tells_its_rules = "do_lower_case" in config
+        return loaded
 
     @classmethod
     def train(cls, texts: list[str], vocab_size: int, cased: bool = False) -> "Tokenizer":
