@@ -51,15 +51,31 @@ def watched(module: nn.Module, transparent: tuple[str, ...] = _CARRIED) -> bool:
     return any(getattr(hook, "__module__", None) not in transparent for hook in hooks)
 
 
+def replaced(module: Any) -> bool:
+    """Whether the module's `forward` is another than its class came with; put back, as accelerate does, it is not."""
+    cls, own = type(module), module.__dict__.get("forward")
+    if own is not None and getattr(own, "__func__", own) is not cls.forward:
+        return True
+    return cls.forward is not FORWARDS.get(cls, cls.forward)
+
+
+def _comes_as_it_was(stand_in: Any) -> bool:
+    """Whether the class of transformers behind a stand-in has the `forward` that it came with."""
+    original: Any = next(cls for cls in type(stand_in).__mro__ if cls in STAND_INS)
+    return original.forward is FORWARDS[original]
+
+
 def hooked(module: nn.Module, transparent: tuple[str, ...] = _TRANSPARENT) -> bool:
     """Whether somebody watches or replaces this module's calls."""
-    if "forward" in module.__dict__ or module._backward_hooks or module._backward_pre_hooks:
+    if module._backward_hooks or module._backward_pre_hooks or replaced(module):
         return True
     return watched(module, transparent)
 
 
 def runs(module: nn.Module, cls: Any) -> bool:
     """Whether the module's `forward` is that of `cls`, maybe within wrappers that call it, as accelerate's do."""
+    if cls.forward is not FORWARDS.get(cls, cls.forward):
+        return False
     if "forward" not in module.__dict__:
         return type(module).forward is cls.forward
     forward = inspect.unwrap(module.forward)
@@ -114,9 +130,14 @@ def _distilbert_parts(layer: Any) -> tuple[Parts, tuple[nn.Module, ...]]:
 
 def _parts(layer: Any) -> Parts | None:
     """The layer's parts, or None where it must run as the original: a module is replaced or hooked."""
-    if not isinstance(layer, _Layer) or "forward" in layer.__dict__:
+    if not isinstance(layer, _Layer) or replaced(layer) or not _comes_as_it_was(layer):
         return None
-    parts, between = layer.find_parts(layer)
+    if "feed_forward_chunk" in layer.__dict__:
+        return None
+    try:
+        parts, between = layer.find_parts(layer)
+    except AttributeError:  # something else stands there, without the leaves
+        return None
     leaves = (parts.query, parts.key, parts.value, parts.out, parts.up, parts.down, parts.out_norm, parts.down_norm)
     norms = (parts.out_norm, parts.down_norm)
     if (
@@ -251,8 +272,16 @@ class Encoder:
             reason = "a meta tensor"
         elif _has_any_global_hook():
             reason = "a hook on every module (a FLOP counter sets one)"
+        elif _transformed():
+            reason = "a transform of torch.func"
+        elif not _comes_as_it_was(self):
+            reason = "a forward replaced on the class"
         elif reason is None:
             reason = _other_attention(config, hidden_states.shape[0], kwargs)
+            additive = isinstance(attention_mask, Tensor) and attention_mask.is_floating_point() and mask is not None
+            eager = ALL_ATTENTION_FUNCTIONS.get(config._attn_implementation) is None
+            if mask is not None and (eager or additive) and not tracing() and not bool((mask != 0).any(1).all()):
+                reason = "a sequence of padding alone, of which such attention makes a mean"
         if reason is not None:
             _say_once(f"bertfast: {reason}: such a call runs the original encoder")
             if bertfast_mask is not None:
@@ -328,7 +357,7 @@ def _project(head: Any, x: Tensor, labels: Tensor) -> Tensor:
     """The mean cross entropy of the labelled rows of x (R, H), through a BertLMPredictionHead."""
     transform = head.transform
     dense, bias = _linear(transform.dense, x)
-    if type(transform.transform_act_fn) is GELUActivation and bias is not None:
+    if type(transform.transform_act_fn) is GELUActivation and bias is not None and not tracing():
         norm = transform.LayerNorm
         x = ops.gelu_layer_norm(dense, bias, norm.weight.to(dense.dtype), norm.bias.to(dense.dtype), norm.eps)
     else:
@@ -338,12 +367,17 @@ def _project(head: Any, x: Tensor, labels: Tensor) -> Tensor:
 
 
 def config_of(encoder: Any) -> Any:
-    """DistilBERT's encoder keeps its configuration in the layers."""
-    return encoder.config if hasattr(encoder, "config") else encoder.layer[0].attention.config
+    """DistilBERT's encoder keeps its configuration in the layers, below which something else may stand."""
+    return next(module.config for module in encoder.modules() if hasattr(module, "config"))
 
 
 def _original_mask(config, hidden_states: Tensor, mask: Tensor | None) -> Tensor | None:
     return create_bidirectional_mask(config, hidden_states, mask)  # type: ignore[return-value]
+
+
+def _transformed() -> bool:
+    """Whether grad, vmap or another transform of torch.func is at work, which autograd.Functions do not take."""
+    return not tracing() and torch._C._functorch.peek_interpreter_stack() is not None
 
 
 def _draw_seed(device: torch.device) -> Tensor:
@@ -363,7 +397,7 @@ class _Embeddings:
         # args, kwargs: the length of a decoder's cache, whose name differs between versions of transformers
         tables = self.word_embeddings, self.position_embeddings, self.token_type_embeddings
         cached = any(args) or any(kwargs.values())
-        if input_ids is None or inputs_embeds is not None or cached or not self._fusable(tables):
+        if input_ids is None or inputs_embeds is not None or cached or _transformed() or not self._fusable(tables):
             return super().forward(  # type: ignore[misc]
                 input_ids, token_type_ids, position_ids, inputs_embeds, *args, **kwargs
             )
@@ -387,7 +421,7 @@ class _Embeddings:
 
     def _fusable(self: Any, tables: tuple[nn.Embedding, ...]) -> bool:
         """Whether nothing here was replaced, hooked or set to what the op does not compute."""
-        if any(type(t) is not nn.Embedding for t in tables):
+        if any(type(t) is not nn.Embedding for t in tables) or not _comes_as_it_was(self):
             return False
         trained = torch.is_grad_enabled()
         # checkpointing has a hook that makes the output require a gradient, as ours does where the table does
@@ -405,6 +439,12 @@ class _Embeddings:
 
 FAMILIES = {"bert": "Bert", "roberta": "Roberta", "xlm_roberta": "XLMRoberta", "electra": "Electra"}
 STAND_INS: dict[type, type] = {}  # class of transformers -> ours
+FORWARDS: dict[type, Any] = {}  # what transformers' classes run as they come; a later one is somebody's replacement
+
+
+def _remember(home: Any) -> None:
+    FORWARDS.update({cls: cls.forward for cls in vars(home).values()
+                     if isinstance(cls, type) and issubclass(cls, nn.Module) and cls.__module__ == home.__name__})
 
 
 def _stand_in(source: Any, name: str, ours: type, **attributes) -> None:
@@ -414,10 +454,11 @@ def _stand_in(source: Any, name: str, ours: type, **attributes) -> None:
 
 for _family, _prefix in FAMILIES.items():
     _home = importlib.import_module(f"transformers.models.{_family}.modeling_{_family}")
+    _remember(_home)
     _stand_in(_home, f"{_prefix}Embeddings", _Embeddings)
     _stand_in(_home, f"{_prefix}Encoder", Encoder)
     _stand_in(_home, f"{_prefix}Layer", _Layer, find_parts=staticmethod(_bert_parts), home=_home.__name__)
-# DistilBERT's embeddings have no token types: they stay
+_remember(modeling_distilbert)  # its embeddings have no token types: they stay
 _stand_in(modeling_distilbert, "Transformer", Encoder, output_type=BaseModelOutput)
 _stand_in(modeling_distilbert, "TransformerBlock", _Layer, find_parts=staticmethod(_distilbert_parts),
           home=modeling_distilbert.__name__)

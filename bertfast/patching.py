@@ -11,6 +11,7 @@ import inspect
 import sys
 import warnings
 from dataclasses import dataclass, field
+from types import MethodType
 from typing import Any
 
 import torch.nn.functional as F
@@ -80,7 +81,7 @@ def patch(model: nn.Module) -> Report:
             report.left[own_name] = "a decoder or with cross-attention; bertfast runs encoders"
             continue
         for inner_name, inner in [("", module), *module.layer.named_children()]:  # type: ignore[union-attr]
-            inner.__class__ = STAND_INS.get(type(inner), type(inner))
+            _become(inner, STAND_INS.get(type(inner), type(inner)))
             full_name = f"{name}.layer.{inner_name}".lstrip(".") if inner_name else own_name
             if type(inner) in ORIGINALS:
                 report.replaced.append(full_name)
@@ -89,7 +90,7 @@ def patch(model: nn.Module) -> Report:
     for name, module in model.named_modules():
         if _is_base(module):
             embeddings: Any = module.embeddings
-            embeddings.__class__ = STAND_INS.get(type(embeddings), type(embeddings))
+            _become(embeddings, STAND_INS.get(type(embeddings), type(embeddings)))
             if type(embeddings) in ORIGINALS:
                 report.replaced.append(f"{name}.embeddings".lstrip("."))
             _hook(module, _before_base)
@@ -105,11 +106,20 @@ def patch(model: nn.Module) -> Report:
     return report
 
 
+def _become(module: nn.Module, cls: type) -> None:
+    """Change the module's class, and the bound `forward` that accelerate keeps in the module or has put back there."""
+    before: Any = type(module)
+    module.__class__ = cls
+    for name in ("forward", "_old_forward"):
+        if getattr(module.__dict__.get(name), "__func__", None) is before.forward:
+            module.__dict__[name] = MethodType(cls.forward, module)  # type: ignore[attr-defined]
+
+
 def unpatch(model: nn.Module) -> nn.Module:
     """Undo bertfast.patch, in place; returns `model`, which runs transformers' own code again."""
     for module in model.modules():
         if type(module) in ORIGINALS:
-            module.__class__ = ORIGINALS[type(module)]
+            _become(module, ORIGINALS[type(module)])
             module.__dict__.pop("reads_padding", None)
         for hooks, flags in (
             (module._forward_pre_hooks, module._forward_pre_hooks_with_kwargs),
@@ -193,7 +203,7 @@ def _without(args: tuple, kwargs: dict, position: int, name: str) -> tuple[tuple
 def _before_base(model: nn.Module, args: tuple, kwargs: dict):
     """Hand the padding mask to the encoder as it is."""
     mask = args[1] if len(args) > 1 else kwargs.get("attention_mask")
-    if not isinstance(mask, Tensor) or not _as_written(model):
+    if not isinstance(mask, Tensor) or not _as_written(model) or getattr(model.config, "is_decoder", False):
         return None
     if mask.dim() == 3:
         raise ValueError(

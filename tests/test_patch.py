@@ -27,7 +27,7 @@ from transformers.models.roberta import modeling_roberta
 from transformers.models.xlm_roberta import modeling_xlm_roberta
 
 import bertfast
-from bertfast import patch_parity
+from bertfast import ops, patch_parity
 from bertfast.files import UserError
 from bertfast.patched import ORIGINALS
 
@@ -143,6 +143,146 @@ def test_heads_of_causal_models_that_are_no_decoders(cls):
     original, patched = pair(cls)
     for labels in (IDS, torch.where(MASK.bool(), IDS, -100)):  # on padding as well
         assert_equal_training(original, patched, {**INPUTS, "labels": labels})
+
+
+class Adapter(torch.nn.Module):
+    """Houlsby's: around a module, whose leaves it does not have."""
+
+    def __init__(self, inner):
+        super().__init__()
+        self.inner, self.up = inner, torch.nn.Linear(64, 64)
+
+    def forward(self, *inputs, **named):
+        found = self.inner(*inputs, **named)
+        return (found[0] + self.up(found[0]), *found[1:]) if isinstance(found, tuple) else found + self.up(found)
+
+
+@pytest.mark.parametrize(("cls", "path"), [
+    (modeling_bert.BertForSequenceClassification, "bert.encoder.layer.0.output"),
+    (modeling_bert.BertForSequenceClassification, "bert.encoder.layer.1.attention.output"),
+    (modeling_bert.BertForSequenceClassification, "bert.encoder.layer.0.attention.self"),
+    (modeling_distilbert.DistilBertForSequenceClassification, "distilbert.transformer.layer.0.attention"),
+    (modeling_distilbert.DistilBertForSequenceClassification, "distilbert.transformer.layer.2.ffn"),
+], ids=lambda x: x if isinstance(x, str) else x.__name__)
+@pytest.mark.parametrize("first", ["replaced", "patched"])
+def test_a_layer_whose_parts_are_replaced_runs_as_it_is(cls, path, first):
+    original = build(cls)
+    patched, (parent, _, name) = copy.deepcopy(original), path.rpartition(".")
+    torch.manual_seed(1)
+    adapter = Adapter(None)
+    for model in (original, patched):
+        if model is patched and first == "patched":
+            bertfast.patch(patched)
+        own = copy.deepcopy(adapter)
+        own.inner = model.get_submodule(path)
+        setattr(model.get_submodule(parent), name, own)
+    if first == "replaced":
+        bertfast.patch(patched)
+    assert_equal_training(original, patched, inputs_of(cls))
+
+
+def test_a_dropout_that_is_none_runs_in_training():
+    original, patched = pair(modeling_bert.BertForSequenceClassification)
+    for model in (original, patched):
+        model.train().bert.encoder.layer[0].output.dropout = torch.nn.Identity()
+    assert_equal_training(original, patched, inputs_of(type(original)))
+
+
+def test_weights_of_another_kind_are_multiplied_their_own_way():
+    class Halved(torch.Tensor):  # as quantised weights are: a subclass that computes in its own way
+        @classmethod
+        def __torch_function__(cls, func, types, args=(), kwargs=None):
+            plain = [a.as_subclass(torch.Tensor) / 2 if type(a) is cls else a for a in args]
+            return func(*plain, **kwargs or {})
+
+    original, patched = pair()
+    for model in (original.eval(), patched.eval()):
+        for layer in model.encoder.layer:
+            for dense in (layer.intermediate.dense, layer.attention.self.query):
+                with torch.no_grad():
+                    halved = torch.nn.Parameter(dense.weight.data, requires_grad=False)
+                dense._parameters["weight"] = halved.as_subclass(Halved)
+    with torch.no_grad():
+        torch.testing.assert_close(patched(**INPUTS)[0][MASK.bool()], original(**INPUTS)[0][MASK.bool()])
+
+
+def test_a_model_made_a_decoder_after_patching_stays_causal():
+    original, patched = pair(modeling_bert.BertLMHeadModel)
+    for model in (original.eval(), patched.eval()):
+        model.config.is_decoder = True
+    with torch.no_grad():
+        a, b = (model(**INPUTS, use_cache=False).logits[MASK.bool()] for model in (original, patched))
+    torch.testing.assert_close(b, a)
+
+
+@pytest.mark.parametrize("path", ["BertSelfAttention", "BertOutput", "BertLayer", "BertEncoder", "BertModel"])
+def test_a_forward_replaced_on_the_class_runs(path, monkeypatch):
+    original, patched = pair()
+    cls = getattr(modeling_bert, path)
+    forward = cls.forward
+
+    def doubled(self, *args, **kwargs):
+        out = forward(self, *args, **kwargs)
+        if isinstance(out, torch.Tensor):
+            return 2 * out
+        if isinstance(out, tuple):
+            return (2 * out[0], *out[1:])
+        out["last_hidden_state"] = 2 * out["last_hidden_state"]
+        return out
+
+    monkeypatch.setattr(cls, "forward", doubled)
+    with torch.no_grad():
+        a, b = (model.eval()(**INPUTS)[0][MASK.bool()] for model in (original, patched))
+    torch.testing.assert_close(b, a)
+
+
+def test_transforms_of_torch_func_run_the_original():
+    original, patched = pair(modeling_bert.BertForSequenceClassification)
+    loss = lambda model: lambda given: torch.func.functional_call(model, given, (IDS, MASK)).logits.square().sum()
+    for a, b in zip(*(torch.func.grad(loss(model.eval()))(dict(model.named_parameters())).values()
+                      for model in (original, patched)), strict=True):
+        torch.testing.assert_close(b, a)
+    one = lambda model: torch.vmap(lambda ids: model(ids[None]).logits, randomness="same")(IDS)
+    torch.testing.assert_close(one(patched), one(original))
+
+
+@pytest.mark.parametrize("unpatched", ["with its hooks", "after them"])
+def test_accelerates_hooks_come_and_go(unpatched, monkeypatch):
+    accelerate = pytest.importorskip("accelerate")
+    original, model = pair(modeling_bert.BertModel)
+    accelerate.cpu_offload(model, torch.device("cpu"))
+    if unpatched == "with its hooks":
+        bertfast.unpatch(model)
+    with torch.no_grad():
+        expected = original(**INPUTS)[0][MASK.bool()]
+        torch.testing.assert_close(model(**INPUTS)[0][MASK.bool()], expected)
+        accelerate.hooks.remove_hook_from_module(model, recurse=True)
+        torch.testing.assert_close(model(**INPUTS)[0][MASK.bool()], expected)
+        bertfast.patch(model)  # again: what accelerate has put back is no replacement
+        fused = []
+        packed = ops.attention_packed
+        monkeypatch.setattr(ops, "attention", lambda *a, _f=ops.attention, **o: (fused.append(1), _f(*a, **o))[1])
+        monkeypatch.setattr(ops, "attention_packed", lambda *a, **o: (fused.append(1), packed(*a, **o))[1])
+        torch.testing.assert_close(model(**INPUTS)[0][MASK.bool()], expected)
+        assert len(fused) == 3
+
+
+@pytest.mark.parametrize("form", ["eager", "additive"])
+def test_a_sequence_of_padding_alone_under_an_additive_mask(form):
+    original, patched = pair(modeling_bert.BertForMultipleChoice)
+    empty = MASK.clone()
+    empty[1] = 0  # an option that does not exist
+    given = {"input_ids": IDS[None], "attention_mask": empty[None], "labels": torch.tensor([0])}
+    if form == "additive":
+        original, patched = original.bert, patched.bert
+        given = {"input_ids": IDS, "attention_mask": (empty[:, None, None] - 1.0) * 1e4}
+    for model in (original, patched):
+        model.set_attn_implementation("eager" if form == "eager" else "sdpa")
+        model.eval()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        a, b = original(**given), patched(**given)
+    torch.testing.assert_close(b[1], a[1])
 
 
 def test_patching_leaves_the_model_what_it_was(tmp_path):
@@ -681,6 +821,12 @@ def test_export_keeps_padding_rows_and_any_shape():
 def test_compile_fullgraph(cls):
     original, patched = pair(cls)
     assert_equal_training(original, torch.compile(patched, fullgraph=True), inputs_of(cls))
+
+
+def test_compile_with_dynamic_shapes():
+    original, patched = pair(modeling_bert.BertForMaskedLM)
+    compiled = torch.compile(patched, dynamic=True, fullgraph=True, backend="eager")
+    assert_equal_training(original, compiled, inputs_of(type(original)))
 
 
 def _train_on(rank, path, queue):

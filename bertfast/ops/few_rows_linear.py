@@ -42,6 +42,8 @@ def takes(x: Tensor, module: nn.Linear) -> bool:
     if module.training or torch.is_grad_enabled() or torch.compiler.is_compiling():
         return False
     weight = module.weight
+    if type(weight) not in (nn.Parameter, torch.Tensor):  # quantised, say: a subclass has its own ways
+        return False
     return (
         x.device.type == "cpu" and x.dim() == 2 and len(x) <= MOST_ROWS and x.shape[1] % 32 == 0
         and weight.shape[0] % 4 == 0 and x.dtype == weight.dtype and _has_kernel(x.dtype)

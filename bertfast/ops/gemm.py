@@ -35,7 +35,8 @@ def _has_kernel() -> bool:
 def suits(x: Tensor, weight: Tensor) -> bool:
     """Whether the kernel computes a linear layer of x (M, I) with weight (O, I), and its gradients."""
     return (
-        x.dtype == weight.dtype == torch.bfloat16 and x.device.type == "cpu" and x.dim() == 2
+        type(weight) in (torch.nn.Parameter, torch.Tensor)  # a subclass has its own ways
+        and x.dtype == weight.dtype == torch.bfloat16 and x.device.type == "cpu" and x.dim() == 2
         and not torch.compiler.is_compiling() and _has_kernel()
         and x.shape[1] % 64 == 0 and weight.shape[0] % 64 == 0 and 0 < x.numel() <= MOST_ELEMENTS
         and not torch.is_autocast_enabled("cpu")
