@@ -48,7 +48,8 @@ class Optimizer:
     weight_decay applies to matrices and tables only, never to biases and LayerNorm (BERT). max_grad_norm 0 = no
     clipping. `loss_scale` is the factor that the caller's loss must carry (1 unless fp16). lr_scale: parameter name ->
     factor of its learning rate (layer-wise decay); None: 1 for all. sink: save the passes that add up a tied word
-    table's two gradients (GradientSink): only for a loop that backpropagates every loss of the model as it is, once.
+    table's two gradients (GradientSink): only for a loop that backpropagates every loss of the model as it is, once, or
+    calls `zero_grad` where it does not.
     all_reduce: makes one buffer of gradients, fp32, the sum of several processes' own, in place.
     A parameter without a gradient counts as one whose gradient is 0: its weight still decays.
     """
@@ -90,8 +91,19 @@ class Optimizer:
         for group in self.groups:
             group.accumulate()
 
+    def zero_grad(self) -> None:
+        """Drop all gradients: of a step that is given up, after an error say."""
+        for _, embeddings in self.sinks:
+            if embeddings.sink is not None:
+                embeddings.sink.filled, embeddings.sink.awaited = False, 0
+        for group in self.groups:
+            group.drop_gradients()
+
     def _collect_sinks(self) -> None:
         for table, embeddings in self.sinks:
+            if embeddings.sink is not None and embeddings.sink.awaited > 0:
+                raise RuntimeError("a loss was computed for training and never backpropagated, but the word table's "
+                                   "gradient holds its share: call Optimizer.zero_grad() where a step is given up")
             if embeddings.sink is not None and embeddings.sink.filled:
                 table.grad, embeddings.sink.filled = embeddings.sink.buffer, False
 

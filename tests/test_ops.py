@@ -596,6 +596,20 @@ def test_more_than_a_linear_layer_is_called(change):
     torch.testing.assert_close(linear(x, modules[0], bias) + modules[0].bias, plain(F.gelu(x + bias), modules[0]))
 
 
+@pytest.mark.parametrize("width", [64, 8192])
+def test_rows_of_next_to_no_variance_are_numbers(width):
+    """The variance about a mean that is itself rounded may come out below zero."""
+    torch.manual_seed(0)
+    base = (torch.rand(400, 1) * 6e5).expand(400, width).clone()
+    base[:, 0] += torch.rand(400) * 0.1
+    base[0], base[0, 0] = 362904.625, 362904.625 + 0.03125
+    y = ops.add_layer_norm(base, None, torch.zeros_like(base), torch.ones(width), torch.zeros(width))
+    assert y.isfinite().all()
+    base[1, 3] = float("nan")
+    y = ops.add_layer_norm(base, None, torch.zeros_like(base), torch.ones(width), torch.zeros(width))
+    assert y[1].isnan().all() and y[0].isfinite().all()
+
+
 def test_a_backward_hook_on_a_linear_layer_is_called():
     modules, called = [torch.nn.Linear(16, 16) for _ in range(3)], []
     for module in modules[1:]:

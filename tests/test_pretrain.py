@@ -790,6 +790,27 @@ def test_the_optimiser_lets_every_loop_have_its_gradients(loop, corpus):
         torch.testing.assert_close(p.grad, expected.grad, rtol=1e-5, atol=1e-7, msg=name)
 
 
+def test_a_step_given_up_leaves_nothing_in_the_sink(corpus):
+    torch.manual_seed(0)
+    model = bertfast.BertForMaskedLM(bertfast.BertConfig.from_file(corpus / "model.json")).eval()
+    ids = torch.arange(24).view(3, 8) + 5
+    norms = []
+    for given_up in ("nothing", "a loss", "a loss and its gradients"):
+        ours = copy.deepcopy(model)
+        optimizer = Optimizer(ours, sink=True)
+        if given_up != "nothing":
+            loss = ours(ids, labels=ids).loss  # and then, say, there is no memory for the backward
+        if given_up == "a loss":
+            with pytest.raises(RuntimeError, match="call Optimizer.zero_grad"):
+                optimizer.step(1e-3)
+        elif given_up != "nothing":
+            loss.backward()
+        optimizer.zero_grad()
+        ours(ids.flip(0), labels=ids).loss.backward()
+        norms.append(float(optimizer.step(1e-3)))
+    assert norms[0] == norms[1] == norms[2]
+
+
 def test_a_model_with_nothing_to_train_is_refused():
     with pytest.raises(UserError, match="nothing to train"):
         Optimizer(torch.nn.Linear(2, 2).requires_grad_(False))

@@ -84,6 +84,7 @@ class GradientSink:
 
     buffer: Tensor
     filled: bool = False  # whether this step has written it
+    awaited: int = 0  # backwards that are still to come: the projection writes in its forward
 
 
 class _MaskedVocabProjection(torch.autograd.Function):
@@ -97,6 +98,8 @@ class _MaskedVocabProjection(torch.autograd.Function):
                 hidden, weight, bias, labels, boosted, sink.buffer, sink.filled
             )
             dweight, sink.filled = None, True
+            sink.awaited += not torch.compiler.is_compiling()  # a traced backward could not count down
+        ctx.sink = sink
         ctx.save_for_backward(dhidden, dweight, dbias)
         ctx.boost = boost
         ctx.mark_non_differentiable(n_masked, n_correct)
@@ -105,6 +108,8 @@ class _MaskedVocabProjection(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, dloss, *_):
+        if ctx.sink is not None and not torch.compiler.is_compiling():
+            ctx.sink.awaited -= 1
         factor = dloss if ctx.boost == 1 else dloss / ctx.boost
         return *(g if g is None else _scaled(g, factor) for g in ctx.saved_tensors), None, None, None, None
 

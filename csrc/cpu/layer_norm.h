@@ -36,7 +36,7 @@ inline Statistics<acc> statistics(const acc* z, int64_t n, const RowSums<acc>& s
     RowSums<acc> distances;
     for_columns(n, [&](int64_t j, auto size) { distances.add(Vec<acc>::load(z + j, size) - Vec<acc>(mean), size); });
     const auto [correction, exact] = of(distances);
-    mean += correction, variance = exact;
+    mean += correction, variance = std::max(exact, acc(0));  // it may round to less; in this order NaN stays
   }
   return {mean, acc(1) / std::sqrt(variance + static_cast<acc>(eps))};
 }

@@ -29,6 +29,14 @@ Tensor empty(const Tensor& like, std::initializer_list<int64_t> sizes, ScalarTyp
   return torch::stable::new_empty(like, sizes, dtype);
 }
 
+// The kernels load and store 16 bytes at a time; a view may begin anywhere.
+bool is_aligned(const Tensor& t) { return reinterpret_cast<uintptr_t>(t.data_ptr()) % 16 == 0; }
+
+Tensor packed(const Tensor& t) {
+  const Tensor whole = torch::stable::contiguous(t);
+  return is_aligned(whole) ? whole : torch::stable::clone(whole);
+}
+
 void check_device(const Tensor& t, const Tensor& word, const char* name) {
   STD_TORCH_CHECK(t.is_cuda() && t.get_device_index() == word.get_device_index(), name,
                   " must be on the GPU of the word table");
@@ -68,10 +76,10 @@ struct Inputs {
       : word_ids(row_ids(word_ids_, word_, word_ids_.numel(), "input_ids")),
         position_ids(row_ids(position_ids_, word_, word_ids_.numel(), "position_ids")),
         type_ids(row_ids(type_ids_, word_, word_ids_.numel(), "token_type_ids")),
-        word(torch::stable::contiguous(word_)),
-        position(torch::stable::contiguous(position_)),
-        token_type(torch::stable::contiguous(token_type_)),
-        weight(torch::stable::contiguous(weight_)),
+        word(packed(word_)),
+        position(packed(position_)),
+        token_type(packed(token_type_)),
+        weight(packed(weight_)),
         n_rows(word_ids_.numel()),
         n_columns(word_.size(1)) {
     check_device(weight, word, "weight");
@@ -148,7 +156,7 @@ std::tuple<Tensor, Tensor, Tensor> embedding_sum_fwd_cuda(
   const Inputs in(input_ids, position_ids, token_type_ids, word, position, token_type, weight);
   STD_TORCH_CHECK(bias.dim() == 1 && bias.size(0) == in.n_columns && bias.scalar_type() == word.scalar_type(),
                   "bias must be (H,) in the tables' dtype");
-  const Tensor beta = torch::stable::contiguous(bias);
+  const Tensor beta = packed(bias);
   const Dropout dropout = make_dropout(p, seed, row_key, stream, word, in.n_rows);
   const Tensor y = empty(in.word, {in.n_rows, in.n_columns}, in.word.scalar_type());
   const Tensor mean = empty(in.word, {in.n_rows}, ScalarType::Float);
@@ -172,10 +180,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> embedding_sum_bwd_into_cuda(
   STD_TORCH_CHECK(dy.dim() == 2 && dy.size(0) == in.n_rows && dy.size(1) == in.n_columns &&
                       dy.scalar_type() == word.scalar_type(),
                   "dy must be (T, H) in the tables' dtype");
-  STD_TORCH_CHECK(dword.is_contiguous() && dword.dim() == 2 && dword.size(0) == word.size(0) &&
+  STD_TORCH_CHECK(dword.is_contiguous() && is_aligned(dword) && dword.dim() == 2 && dword.size(0) == word.size(0) &&
                       dword.size(1) == in.n_columns,
-                  "dword must be contiguous and have the word table's shape");
-  const Tensor gradient = torch::stable::contiguous(dy);
+                  "dword must be contiguous, begin at a multiple of 16 bytes and have the word table's shape");
+  const Tensor gradient = packed(dy);
   const Dropout dropout = make_dropout(p, seed, row_key, stream, word, in.n_rows);
   const Tensor dz = empty(in.word, {in.n_rows, in.n_columns}, ScalarType::Float);
   Tensor weight_parts = dz, bias_parts = dz;
