@@ -179,9 +179,9 @@ def _refuse_own_text(folder: Path) -> None:
     from bertfast.files import read_json
 
     if (folder / "manifest.json").exists():
-        recipe = read_json(folder / "manifest.json").get("recipe", {})
-        if "documentation" not in recipe.get("text", {}):
-            raise UserError(f"{folder} holds a set of your own text: name it with --data")
+        match read_json(folder / "manifest.json"):
+            case {"recipe": {"text": list()}}:  # of files; of the documentation it is a dictionary
+                raise UserError(f"{folder} holds a set of your own text: name it with --data")
 
 
 @app.command()
