@@ -306,7 +306,7 @@ def agreement(facts: dict[str, dict], reference: str = "") -> dict[str, str]:
     """
     facts = {name: found for name, found in facts.items() if "losses" in found}
     others = [name for family in ("HF", "plain") for name in facts if name.startswith(family) and "fp32" in name]
-    reference = reference or next(iter([REFERENCE] * (REFERENCE in facts) + others), "")
+    reference = reference or (REFERENCE if REFERENCE in facts else next(iter(others), ""))
     refused: dict[str, str] = {}
     if reference not in facts:
         return dict.fromkeys(facts, "refused: every reference in fp32 failed, and nothing else says what is right")

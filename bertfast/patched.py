@@ -53,16 +53,16 @@ def watched(module: nn.Module, transparent: tuple[str, ...] = _CARRIED) -> bool:
 
 def replaced(module: Any) -> bool:
     """Whether the module's `forward` is another than its class came with; put back, as accelerate does, it is not."""
-    cls, own = type(module), module.__dict__.get("forward")
-    if own is not None and getattr(own, "__func__", own) is not cls.forward:
+    own = module.__dict__.get("forward")
+    if own is not None and getattr(own, "__func__", own) is not type(module).forward:
         return True
-    return cls.forward is not FORWARDS.get(cls, cls.forward)
+    return replaced_in_class(type(module))
 
 
-def _comes_as_it_was(stand_in: Any) -> bool:
-    """Whether the class of transformers behind a stand-in has the `forward` that it came with."""
-    original: Any = next(cls for cls in type(stand_in).__mro__ if cls in STAND_INS)
-    return original.forward is FORWARDS[original]
+def replaced_in_class(cls: type) -> bool:
+    """Whether the class of transformers, or the one behind a stand-in, has another `forward` than it came with."""
+    original: Any = next((c for c in cls.__mro__ if c in FORWARDS), None)
+    return original is not None and original.forward is not FORWARDS[original]
 
 
 def hooked(module: nn.Module, transparent: tuple[str, ...] = _TRANSPARENT) -> bool:
@@ -74,7 +74,7 @@ def hooked(module: nn.Module, transparent: tuple[str, ...] = _TRANSPARENT) -> bo
 
 def runs(module: nn.Module, cls: Any) -> bool:
     """Whether the module's `forward` is that of `cls`, maybe within wrappers that call it, as accelerate's do."""
-    if cls.forward is not FORWARDS.get(cls, cls.forward):
+    if replaced_in_class(cls):
         return False
     if "forward" not in module.__dict__:
         return type(module).forward is cls.forward
@@ -130,9 +130,7 @@ def _distilbert_parts(layer: Any) -> tuple[Parts, tuple[nn.Module, ...]]:
 
 def _parts(layer: Any) -> Parts | None:
     """The layer's parts, or None where it must run as the original: a module is replaced or hooked."""
-    if not isinstance(layer, _Layer) or replaced(layer) or not _comes_as_it_was(layer):
-        return None
-    if "feed_forward_chunk" in layer.__dict__:
+    if not isinstance(layer, _Layer) or replaced(layer) or "feed_forward_chunk" in layer.__dict__:
         return None
     try:
         parts, between = layer.find_parts(layer)
@@ -274,7 +272,7 @@ class Encoder:
             reason = "a hook on every module (a FLOP counter sets one)"
         elif _transformed():
             reason = "a transform of torch.func"
-        elif not _comes_as_it_was(self):
+        elif replaced_in_class(type(self)):
             reason = "a forward replaced on the class"
         elif reason is None:
             reason = _other_attention(config, hidden_states.shape[0], kwargs)
@@ -421,7 +419,7 @@ class _Embeddings:
 
     def _fusable(self: Any, tables: tuple[nn.Embedding, ...]) -> bool:
         """Whether nothing here was replaced, hooked or set to what the op does not compute."""
-        if any(type(t) is not nn.Embedding for t in tables) or not _comes_as_it_was(self):
+        if any(type(t) is not nn.Embedding for t in tables) or replaced_in_class(type(self)):
             return False
         trained = torch.is_grad_enabled()
         # checkpointing has a hook that makes the output require a gradient, as ours does where the table does

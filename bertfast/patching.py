@@ -106,13 +106,13 @@ def patch(model: nn.Module) -> Report:
     return report
 
 
-def _become(module: nn.Module, cls: type) -> None:
+def _become(module: Any, cls: Any) -> None:
     """Change the module's class, and the bound `forward` that accelerate keeps in the module or has put back there."""
-    before: Any = type(module)
+    before = type(module)
     module.__class__ = cls
     for name in ("forward", "_old_forward"):
         if getattr(module.__dict__.get(name), "__func__", None) is before.forward:
-            module.__dict__[name] = MethodType(cls.forward, module)  # type: ignore[attr-defined]
+            module.__dict__[name] = MethodType(cls.forward, module)
 
 
 def unpatch(model: nn.Module) -> nn.Module:
