@@ -88,7 +88,9 @@ def _roofline(result: dict):
                                  label=f"{kind} {direction}")
         axes.axhline(100, color="black", linewidth=0.8, linestyle="--")
         axes.set_xscale("log")
-        axes.xaxis.set_minor_formatter("")
+        low, high = axes.get_xlim()
+        if high > 20 * low:  # else there may be no power of ten to read off
+            axes.xaxis.set_minor_formatter("")
         axes.set_xlabel("MB that must move")
         axes.set_title(dtype, loc="left", fontsize=11)
         axes.spines[["top", "right"]].set_visible(False)
