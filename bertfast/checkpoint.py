@@ -6,6 +6,7 @@ another shape is an error that lists it. Pickled files are read with weights_onl
 """
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,7 +16,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from .config import BertConfig
-from .files import UserError, atomic_path, create_folder, read_json
+from .files import UserError, atomic_folder, atomic_path, create_folder, read_json, write_json
+from .machine import DTYPES
 
 FILES = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 TIED = {  # tensor of the file -> the parameter it repeats
@@ -82,6 +84,31 @@ def find(name: str | Path) -> Path:
                                                                  "*.safetensors"]))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise UserError(f"no folder {name}, and the hub did not give it: {str(error).splitlines()[0]}") from error
+
+
+def export(source: str | Path, out: Path, dtype: str = "fp32") -> None:
+    """Write the checkpoint `source` into the new folder `out`, to be handed on: all its tensors in one file, in fp32,
+    bf16 or fp16, config.json, the tokenizer's files and what `bertfast predict` reads, not what a run resumes from.
+
+    Raises UserError for another dtype, where `out` holds anything already, and for values that are not finite in it.
+    """
+    if dtype not in DTYPES:
+        raise UserError(f"--dtype {dtype} is unknown; known: {', '.join(DTYPES)}")
+    folder = find(source)
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UserError(f"{out} exists already: name a new folder")
+    tensors = {n: t.to(DTYPES[dtype] if t.is_floating_point() else t.dtype).contiguous().clone()  # pickles share some
+               for n, t in read_tensors(folder).items()}
+    if broken := [n for n, t in tensors.items() if not torch.isfinite(t).all()]:
+        raise UserError(f"{folder}: {broken[0]} has values that are not finite in {dtype}")
+    config = read_json(folder / "config.json")
+    config.pop("torch_dtype", None)  # as an older transformers calls it
+    with atomic_folder(out) as new:
+        save_file(tensors, new / "model.safetensors", metadata={"format": "pt"})
+        write_json(new / "config.json", {**config, "dtype": str(DTYPES[dtype]).removeprefix("torch.")})
+        for path in [*folder.glob("*.json"), *folder.glob("*.txt")]:
+            if path.name not in ("config.json", "trainer.json", *FILES):
+                shutil.copyfile(path, new / path.name)
 
 
 def run_settings(folder: Path) -> dict | None:

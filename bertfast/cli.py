@@ -302,6 +302,25 @@ def fill_mask(
 
 
 @app.command()
+def export(
+    model: Annotated[str, typer.Option(help="A checkpoint's folder, or an id on the Hugging Face hub.")],
+    out: Annotated[Path, typer.Option(help="A new folder.")],
+    dtype: Annotated[str, typer.Option(help="fp32, or half the size: bf16, fp16.")] = "fp32",
+) -> None:
+    """Write a checkpoint to hand on: the model and its tokenizer, without what a run resumes from.
+
+    transformers loads the folder, and `bertfast finetune`, `predict` and `fill-mask` do.
+
+    Example: bertfast export --model runs/mine/checkpoint-20000 --out my-bert --dtype bf16
+    """
+    from bertfast.checkpoint import export
+
+    export(model, out, dtype)
+    size = sum(path.stat().st_size for path in out.iterdir()) / 1e6
+    print(f"{out}: {size:,.1f} MB in {dtype}")
+
+
+@app.command()
 def doctor() -> None:
     """Tell what this machine offers and which kernels run on it, each with the reason."""
     from bertfast import machine, report

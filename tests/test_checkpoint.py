@@ -8,7 +8,9 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 import bertfast
+from bertfast.checkpoint import export
 from bertfast.files import UserError
+from bertfast.machine import DTYPES
 
 
 @pytest.fixture
@@ -76,6 +78,34 @@ def test_what_is_saved_is_called_fp32(name, folder, tmp_path):
     bertfast.BertForPreTraining.from_pretrained(folder).save_pretrained(tmp_path / "saved")
     assert transformers.AutoConfig.from_pretrained(tmp_path / "saved").dtype == torch.float32
     assert "torch_dtype" not in json.loads((tmp_path / "saved" / "config.json").read_text())
+
+
+@pytest.mark.parametrize("form", ["safetensors", "pickle", "sharded safetensors"])
+@pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16"])
+def test_what_is_exported(dtype, form, folder, tmp_path):
+    expected = bertfast.BertForPreTraining.from_pretrained(folder).state_dict()
+    FORMS[form](folder, take(folder))
+    for name in ("vocab.txt", "tokenizer.json", "finetune.json", "trainer.json", "optimizer.safetensors"):
+        (folder / name).write_text(name)
+    export(folder, tmp_path / "out", dtype)
+    written = {path.name for path in (tmp_path / "out").iterdir()}
+    assert written == {"config.json", "model.safetensors", "vocab.txt", "tokenizer.json", "finetune.json"}
+    theirs = transformers.AutoModelForPreTraining.from_pretrained(tmp_path / "out")
+    assert theirs.dtype == DTYPES[dtype]
+    for name, tensor in bertfast.BertForPreTraining.from_pretrained(tmp_path / "out").state_dict().items():
+        assert torch.equal(tensor, expected[name].to(DTYPES[dtype]).float()), name
+        assert torch.equal(tensor, theirs.state_dict()[name].float()), name
+
+
+def test_what_is_not_exported(folder, tmp_path):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("all of it")
+    save_file({**take(folder), WORD: torch.full((60, 32), 1e5)}, folder / "model.safetensors")
+    for arguments, said in ((("mine",), "exists already"), (("new", "fp16"), f"{WORD} has values that are not finite"),
+                            (("new", "int4"), "--dtype int4 is unknown; known: fp32, bf16, fp16")):
+        with pytest.raises(UserError, match=said):
+            export(folder, tmp_path / arguments[0], *arguments[1:])
+    assert [path.name for path in (tmp_path / "mine").iterdir()] == ["thesis.txt"] and not (tmp_path / "new").exists()
 
 
 @pytest.mark.parametrize(("change", "cls", "said"), [

@@ -27,6 +27,7 @@ COMMANDS = {  # command: (arguments without which it does not start, the functio
     "predict": ("--model m --input i --out o",
                 ["finetune.predict:Predictor.__init__", "finetune.predict:predict_file"]),
     "fill-mask": ("[MASK] --model m", ["fill_mask:FillMask.__init__", "fill_mask:FillMask.__call__"]),
+    "export": ("--model m --out o", ["checkpoint:export"]),
     "bench pretrain": ("", ["benchmarks.pretrain:run", BENCH]),
     "bench memory": ("", ["benchmarks.pretrain:run", BENCH]),
     "bench ops": ("", ["benchmarks.ops:run", BENCH]),
@@ -43,11 +44,11 @@ COMMANDS = {  # command: (arguments without which it does not start, the functio
 }
 RENAMED = {  # where what arrives has another name than the option, in one command or in all
     ("pretrain", "out"): "folder", ("finetune", "out"): "folder", ("predict", "model"): "folder", "input": "source",
-    ("fill-mask", "model"): "folder", ("bench quality", "precision"): "precisions", "peer": "peers", "op": "only",
+    ("fill-mask", "model"): "folder", ("export", "model"): "source", ("bench quality", "precision"): "precisions", "peer": "peers", "op": "only",
     "batch": "batches", "head_size": "head_sizes", "hidden_size": "hidden_sizes", "readme": "readmes",
 }
 COMMAND_LINE = typer.main.get_command(cli.app)
-VALUES = {"preset": "tiny", "start": "normal", "optimizer": "lamb", "precision": "bf16", "op": "bias_gelu",
+VALUES = {"preset": "tiny", "start": "normal", "optimizer": "lamb", "precision": "bf16", "dtype": "bf16", "op": "bias_gelu",
           "peer": "HF eager fp32", "readme": __file__}  # where not every value will do
 
 

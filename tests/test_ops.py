@@ -100,6 +100,24 @@ def test_layer_norm_of_rows_far_from_zero(offset):
         assert_no_further(n, fused[n], eager[n], truth[n])
 
 
+@pytest.mark.parametrize("name", ["bias_gelu", "gelu_layer_norm"])
+@pytest.mark.parametrize(("low", "high"), [(-3.5, -3.0), (-5.0, -4.0), (-5.6, -5.0), (-6.5, -5.6), (-20.0, -6.5), (3.0, 9.0)])
+def test_gelu_of_rows_far_from_zero(low, high, name):
+    """Where GELU is next to nothing, it and its derivative are no further from the truth than eager's either."""
+    case = CASES[name]
+
+    def inputs(dtype):
+        tensors = case.inputs((64, 1024), torch.float32)
+        where = torch.rand(64, 1024, generator=torch.Generator().manual_seed(5))
+        tensors |= {"x": low + (high - low) * where, "bias": torch.zeros(1024)}
+        return {n: t.to(dtype) if t.is_floating_point() else t for n, t in tensors.items()}
+
+    truth = run(case.eager, case, inputs(torch.float64), 0.0)
+    eager, fused = (run(call, case, inputs(torch.float32), 0.0) for call in (case.eager, case.fused))
+    for n in truth:
+        assert_no_further(n, fused[n], eager[n], truth[n])
+
+
 GRADCHECK_SHAPES = {
     "masked_vocab_projection": (5, 6, 11),
     "attention": ((4, 0, 3), 1, 2, 8),

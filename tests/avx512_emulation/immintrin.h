@@ -119,6 +119,7 @@ APART uint16_t cmp_ps_mask(__m512 a, __m512 b, int which) {
   return mask_of(a != a) | mask_of(b != b);
 }
 APART uint16_t cmpge_epu32_mask(__m512i a, __m512i b) { return mask_of((U32)a >= (U32)b); }
+inline uint16_t movepi32_mask(__m512i a) { return mask_of((I32)a < 0); }
 inline __m512 mask_blend_ps(uint16_t m, __m512 a, __m512 b) { return chosen(m) ? b : a; }
 inline __m512 maskz_mov_ps(uint16_t m, __m512 a) { return chosen(m) ? a : __m512{}; }
 inline __m512i mask_mov_epi32(__m512i a, uint16_t m, __m512i b) { return (__m512i)(chosen(m) ? (I32)b : (I32)a); }
@@ -250,6 +251,7 @@ inline __m512 dpbf16_ps(__m512 sum, __m512bh a, __m512bh b) {
 #undef _mm512_cmp_ps_mask
 #define _mm512_cmp_ps_mask emulated::cmp_ps_mask
 #define _mm512_cmpge_epu32_mask emulated::cmpge_epu32_mask
+#define _mm512_movepi32_mask emulated::movepi32_mask
 #define _mm512_mask_blend_ps emulated::mask_blend_ps
 #define _mm512_maskz_mov_ps emulated::maskz_mov_ps
 #define _mm512_mask_mov_epi32 emulated::mask_mov_epi32
