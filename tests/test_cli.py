@@ -44,12 +44,13 @@ COMMANDS = {  # command: (arguments without which it does not start, the functio
 }
 RENAMED = {  # where what arrives has another name than the option, in one command or in all
     ("pretrain", "out"): "folder", ("finetune", "out"): "folder", ("predict", "model"): "folder", "input": "source",
-    ("fill-mask", "model"): "folder", ("export", "model"): "source", ("bench quality", "precision"): "precisions", "peer": "peers", "op": "only",
-    "batch": "batches", "head_size": "head_sizes", "hidden_size": "hidden_sizes", "readme": "readmes",
+    ("fill-mask", "model"): "folder", ("export", "model"): "source", ("bench quality", "precision"): "precisions",
+    "peer": "peers", "op": "only", "batch": "batches", "head_size": "head_sizes", "hidden_size": "hidden_sizes",
+    "readme": "readmes",
 }
 COMMAND_LINE = typer.main.get_command(cli.app)
-VALUES = {"preset": "tiny", "start": "normal", "optimizer": "lamb", "precision": "bf16", "dtype": "bf16", "op": "bias_gelu",
-          "peer": "HF eager fp32", "readme": __file__}  # where not every value will do
+VALUES = {"preset": "tiny", "start": "normal", "optimizer": "lamb", "precision": "bf16", "dtype": "bf16",
+          "op": "bias_gelu", "peer": "HF eager fp32", "readme": __file__}  # where not every value will do
 
 
 def options() -> Iterator[tuple[str, str, Any, Any]]:

@@ -6,6 +6,7 @@ import warnings
 
 import pytest
 import torch
+import torch.autograd.forward_ad as forward_ad
 import torch.nn.functional as F
 from bertfast.benchmarks.cases import CASES, SEED, STREAM, run
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -101,7 +102,8 @@ def test_layer_norm_of_rows_far_from_zero(offset):
 
 
 @pytest.mark.parametrize("name", ["bias_gelu", "gelu_layer_norm"])
-@pytest.mark.parametrize(("low", "high"), [(-3.5, -3.0), (-5.0, -4.0), (-5.6, -5.0), (-6.5, -5.6), (-20.0, -6.5), (3.0, 9.0)])
+@pytest.mark.parametrize(("low", "high"),
+                         [(-3.5, -3.0), (-5.0, -4.0), (-5.6, -5.0), (-6.5, -5.6), (-20.0, -6.5), (3.0, 9.0)])
 def test_gelu_of_rows_far_from_zero(low, high, name):
     """Where GELU is next to nothing, it and its derivative are no further from the truth than eager's either."""
     case = CASES[name]
@@ -116,6 +118,84 @@ def test_gelu_of_rows_far_from_zero(low, high, name):
     eager, fused = (run(call, case, inputs(torch.float32), 0.0) for call in (case.eager, case.fused))
     for n in truth:
         assert_no_further(n, fused[n], eager[n], truth[n])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("logit", [20.0, 50.0, 1e3, 1e8])
+def test_sure_predictions(logit, dtype):
+    """Their losses are next to nothing, not below it, and so are the gradients."""
+    torch.manual_seed(1)
+    weight, labels = torch.randn(2000, 64).to(dtype), torch.arange(64) * 7
+    chosen = weight[labels].double()
+    hidden = (chosen / chosen.square().sum(1, keepdim=True) * logit).to(dtype).requires_grad_()
+    bias = torch.zeros(2000, dtype=dtype, requires_grad=True)
+    exact = hidden.detach().double().requires_grad_()
+    loss, _, n_correct = ops.masked_vocab_projection(hidden, weight, bias, labels, torch.tensor(1.0))
+    truth = F.cross_entropy(F.linear(exact, weight.double()), labels, reduction="sum")
+    loss.backward()
+    truth.backward()
+    assert n_correct == 64 and bias.grad.isfinite().all()
+    torch.testing.assert_close(loss.double(), truth, rtol=0.02, atol=1e-30)
+    torch.testing.assert_close(hidden.grad.double(), exact.grad, rtol=0.0, atol=0.02 * exact.grad.abs().max() + 1e-30)
+
+
+@pytest.mark.parametrize("sure", [5.0, 12.0])
+def test_bias_of_a_frequent_and_sure_label(sure):
+    torch.manual_seed(0)
+    hidden, weight, bias = torch.randn(300, 64), torch.randn(5000, 64) * 0.1, torch.zeros(5000)
+    hidden[:, 0], weight[11, 0] = 1.0, sure
+    labels = torch.full((300,), 11)
+    labels[:5] = torch.arange(50, 55)
+
+    def gradient(project, dtype):
+        leaf = bias.to(dtype, copy=True).requires_grad_()
+        project(hidden.to(dtype), weight.to(dtype), leaf).backward()
+        return leaf.grad
+
+    eager = lambda h, w, b: F.cross_entropy(F.linear(h, w, b), labels)
+    fused = gradient(lambda h, w, b: ops.masked_vocab_projection(h, w, b, labels)[0], torch.float32)
+    truth, plain = gradient(eager, torch.float64), gradient(eager, torch.float32)
+    assert_no_further("the label's", fused[11:12], plain[11:12], truth[11:12])
+
+
+def test_a_step_between_forward_and_backward_is_noticed():
+    for step in (ops.adamw_step, ops.lamb_step):
+        weight, x = torch.randn(4, 4, requires_grad=True), torch.randn(2, 4, requires_grad=True)
+        y = (x @ weight).sum()
+        one = torch.tensor(1.0)
+        moments = [torch.zeros(4, 4)], [torch.zeros(4, 4)]
+        step([weight], [torch.ones(4, 4)], [], *moments, one, one, one, torch.tensor(0.0))
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            y.backward()
+
+
+def test_forward_mode_is_an_error_not_a_zero():
+    hidden, weight, bias, labels = torch.randn(3, 64), torch.randn(9, 64), torch.randn(9), torch.tensor([1, 2, 3])
+    with pytest.raises(RuntimeError):
+        torch.func.jvp(lambda x: ops.masked_vocab_projection(x, weight, bias, labels)[0], (hidden,), (hidden,))
+    layer = torch.nn.Linear(64, 64).eval()
+    with torch.no_grad(), forward_ad.dual_level():
+        dual = forward_ad.make_dual(hidden, torch.ones_like(hidden))
+        tangent = forward_ad.unpack_dual(linear(dual, layer)).tangent
+        torch.testing.assert_close(tangent, F.linear(torch.ones_like(hidden), layer.weight))
+
+
+def test_dropout_numbers_256_heads():
+    q, cu = torch.randn(2, 257, 8), torch.tensor([0, 2], dtype=torch.int32)
+    with pytest.raises(ValueError, match="256 heads apart, not 257"):
+        ops.attention(q, q, q, cu, cu, 2, 2, p=0.1, seed=torch.tensor([1]))
+
+
+def test_the_same_tensor_twice_compiles():
+    q, cu = torch.randn(5, 2, 8, requires_grad=True), torch.tensor([0, 2, 5], dtype=torch.int32)
+    weight, bias = torch.ones(16), torch.zeros(16)
+
+    def twice(q):
+        y = ops.attention(q, q, q, cu, cu, 3, 3).flatten(1)
+        return ops.add_layer_norm(y, None, y, weight, bias).square().sum()
+
+    compiled = torch.compile(twice, backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(torch.autograd.grad(compiled(q), q), torch.autograd.grad(twice(q), q))
 
 
 GRADCHECK_SHAPES = {

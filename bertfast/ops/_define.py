@@ -17,6 +17,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from torch.autograd import forward_ad
 
 REFERENCE_ONLY = os.environ.get("BERTFAST_REFERENCE") == "1"
 NO_EXTENSION = os.environ.get("BERTFAST_NO_EXT") == "1"
@@ -83,6 +84,18 @@ def node(name: str, in_python: Callable) -> Callable:
         return in_cpp(x, *args)
 
     return call
+
+
+def distinct(*tensors: torch.Tensor):
+    """The tensors, what comes twice as a view of itself: the compiler refuses one tensor as two inputs of a node."""
+    if not torch.compiler.is_compiling():
+        return tensors
+    return [t.view(t.shape) if any(t is earlier for earlier in tensors[:i]) else t for i, t in enumerate(tensors)]
+
+
+def forward_mode() -> bool:
+    """Whether forward-mode AD is on, to which an op without an autograd node would be a constant."""
+    return forward_ad._current_level >= 0
 
 
 @functools.cache

@@ -11,7 +11,7 @@ backward (c1, c2 are row means):
 import torch
 from torch import Tensor
 
-from ._define import define, node
+from ._define import define, distinct, node
 from .bias_gelu import accumulate_dtype
 from .dropout import dropout_scale
 
@@ -91,4 +91,5 @@ def add_layer_norm(x, bias, residual, weight, ln_bias, eps=1e-12, p=0.0, seed=No
     p, seed, row_key, stream: see bertfast.ops.dropout; row_key None counts rows. Raises ValueError for p outside
     [0, 1) or p > 0 without a seed.
     """
+    x, residual = distinct(x, residual)
     return _differentiable(x, bias, residual, weight, ln_bias, eps, p, seed, row_key, stream)

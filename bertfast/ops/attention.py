@@ -18,10 +18,11 @@ import math
 import torch
 from torch import Tensor
 
-from ._define import define, node
+from ._define import define, distinct, node
 from .bias_gelu import accumulate_dtype
 from .dropout import keep_mask, keep_scale, require_seed
 
+MOST_HEADS = 256  # in the low byte of a counter's word, below the stream
 MASK_MODES = {"full": 0, "causal": 1, "prefix": 2}
 
 
@@ -190,9 +191,11 @@ def attention(
     q: (Tq, N, D); k, v: (Tk, N, D); cu_seqlens_q, cu_seqlens_k: (B+1,) int32; max_q, max_k: longest sequence, a
     constant of the phase; scale: 1/sqrt(D) by default; mask_mode: "full", "causal" or "prefix" (then prefix_lens
     (B,) int32); p, seed, stream: see bertfast.ops.dropout; q_row_key: (Tq,) int64. Returns (Tq, N, D) in q's dtype.
-    Raises ValueError for an unknown mask_mode, prefix without prefix_lens, or dropout without a seed.
+    Raises ValueError for an unknown mask_mode, prefix without prefix_lens, dropout without a seed or of over 256 heads.
     """
-    mode, scale = _check(mask_mode, prefix_lens, scale, q.shape[-1], p, seed)
+    mode, scale = _check(mask_mode, prefix_lens, scale, q, p, seed)
+    q, k, v = distinct(q, k, v)
+    cu_seqlens_q, cu_seqlens_k = distinct(cu_seqlens_q, cu_seqlens_k)
     return _Attention.apply(q, k, v, cu_seqlens_q, cu_seqlens_k, max_q, max_k, scale, mode, prefix_lens, p, seed,
                             q_row_key, stream)
 
@@ -205,15 +208,17 @@ def attention_packed(
 
     Otherwise as `attention`. Returns (T, N, D).
     """
-    mode, scale = _check(mask_mode, prefix_lens, scale, qkv.shape[-1], p, seed)
+    mode, scale = _check(mask_mode, prefix_lens, scale, qkv, p, seed)
     return _differentiable_packed(qkv, cu_seqlens, max_seqlen, scale, mode, prefix_lens, p, seed, row_key, stream)
 
 
-def _check(mask_mode, prefix_lens, scale, head_dim, p, seed) -> tuple[int, float]:
+def _check(mask_mode, prefix_lens, scale, q, p, seed) -> tuple[int, float]:
     if mask_mode not in MASK_MODES:
         raise ValueError(f"mask_mode must be one of {', '.join(MASK_MODES)}, got {mask_mode!r}")
     if mask_mode == "prefix" and prefix_lens is None:
         raise ValueError('mask_mode="prefix" needs prefix_lens, the visible length of each sequence')
     if p > 0.0:
         require_seed(seed)
-    return MASK_MODES[mask_mode], head_dim**-0.5 if scale is None else float(scale)
+        if q.shape[-2] > MOST_HEADS:
+            raise ValueError(f"dropout tells {MOST_HEADS} heads apart, not {q.shape[-2]}")
+    return MASK_MODES[mask_mode], q.shape[-1] ** -0.5 if scale is None else float(scale)

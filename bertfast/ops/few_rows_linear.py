@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ._define import define
+from ._define import define, forward_mode
 
 MOST_ROWS = 128  # times PyTorch's GEMM there, measured: AVX-512 1.5 in fp32, 1.1 in bf16; AVX2 1.0 to 1.2
 
@@ -39,7 +39,7 @@ def takes(x: Tensor, module: nn.Linear) -> bool:
 
     In training never: gradient checkpointing runs a layer without and with gradients, and compares bits.
     """
-    if module.training or torch.is_grad_enabled() or torch.compiler.is_compiling():
+    if module.training or torch.is_grad_enabled() or torch.compiler.is_compiling() or forward_mode():
         return False
     weight = module.weight
     if type(weight) not in (nn.Parameter, torch.Tensor):  # quantised, say: a subclass has its own ways

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ._define import define
+from ._define import define, forward_mode
 from .bias_gelu import accumulate_dtype
 
 IGNORE_INDEX = -100
@@ -133,7 +133,8 @@ def masked_vocab_projection(hidden, weight, bias, labels, scale=None, sink=None)
         boost = FP16_BOOST if hidden.dtype == torch.float16 and sink is None else 1.0
         acc = accumulate_dtype(hidden)
         scale = (labels != IGNORE_INDEX).sum().clamp(min=1).to(acc).reciprocal()
-    if torch.is_grad_enabled() and any(t.requires_grad for t in (hidden, weight, bias)):
+    wanted = torch.is_grad_enabled() and any(t.requires_grad for t in (hidden, weight, bias))
+    if wanted or forward_mode():  # which the node refuses
         return _MaskedVocabProjection.apply(hidden, weight, bias, labels, scale, sink, boost)
     loss_sum, n_masked, n_correct = _eval(hidden, weight, bias, labels)
     return loss_sum * scale, n_masked, n_correct

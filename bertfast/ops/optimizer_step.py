@@ -118,6 +118,7 @@ def adamw_step(
     """AdamW in place on lists of tensors; shapes, dtypes and formula above. Raises ValueError for uneven lists."""
     _check(params, grads, masters, exp_avgs, exp_avg_sqs)
     _adamw(params, grads, masters, exp_avgs, exp_avg_sqs, lr, step, grad_scale, skip, beta1, beta2, eps, weight_decay)
+    _changed(params)
 
 
 @torch.no_grad()
@@ -128,12 +129,19 @@ def lamb_step(
     """LAMB in place on lists of tensors, one trust ratio a tensor; otherwise as `adamw_step`."""
     _check(params, grads, masters, exp_avgs, exp_avg_sqs)
     _lamb(params, grads, masters, exp_avgs, exp_avg_sqs, lr, step, grad_scale, skip, beta1, beta2, eps, weight_decay)
+    _changed(params)
 
 
 @torch.no_grad()
 def grad_norm(grads: list[Tensor]) -> Tensor:
     """The Euclidean norm of all gradients together, 0-dim float32, summed in fp32 in a fixed order."""
     return grad_norm_op(grads) if grads else torch.zeros(())
+
+
+def _changed(params) -> None:
+    """A backward that still needs what they were then says so."""
+    if not torch.compiler.is_compiling():
+        torch.autograd.graph.increment_version(params)
 
 
 def _check(params, grads, masters, exp_avgs, exp_avg_sqs) -> None:

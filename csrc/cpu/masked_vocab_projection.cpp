@@ -69,9 +69,9 @@ inline Vec<acc> load_kept(const acc* p) { return Vec<acc>::load(p); }
 
 template <typename scalar_t>
 using kept_t = std::conditional_t<std::is_same_v<scalar_t, c10::BFloat16>, at::Half, scalar_t>;
-// What is kept is exp(logit - m + KEPT_SHIFT): at most 2^15 where fp16's range has to be used well.
+// What is kept is exp(logit - m) * KEPT_SCALE: at most 2^15 where fp16's range has to be used well.
 template <typename scalar_t>
-constexpr double KEPT_SHIFT = std::is_same_v<scalar_t, c10::BFloat16> ? 15 * M_LN2 : 0;
+constexpr float KEPT_SCALE = std::is_same_v<scalar_t, c10::BFloat16> ? 0x1p15f : 1.0f;
 
 // Of N * 16 rows and n_vocab logits each: adds the bias in place, and finds the maximum, the sum of exponentials, and
 // these themselves if `kept`.
@@ -88,15 +88,12 @@ void softmax(int64_t n_vocab, acc* logits, int64_t stride, const acc* bias, acc*
       m[n] = max(m[n], x);
     }
   }
-  for (int n = 0; n < N; n++) {
-    m[n].store(maximum + n * LANES);
-    m[n] = m[n] - Vec<acc>(static_cast<acc>(KEPT_SHIFT<scalar_t>));
-  }
+  for (int n = 0; n < N; n++) m[n].store(maximum + n * LANES);
   for (int64_t v = 0; v < n_vocab; v++) {
     for (int n = 0; n < N; n++) {
       const Vec<acc> e = exp(Vec<acc>::load(logits + v * stride + n * LANES) - m[n]);
       s[n] += e;
-      if (kept) store_kept(kept + v * kept_stride + n * LANES, e);
+      if (kept) store_kept(kept + v * kept_stride + n * LANES, e * Vec<acc>(KEPT_SCALE<scalar_t>));
     }
   }
   for (int n = 0; n < N; n++) s[n].store(sum + n * LANES);
@@ -216,8 +213,8 @@ struct Chunk {
         for (int64_t i = 0; i < LANES; i++) total[i] += share[i];
       }
       for (int64_t i = 0; i < LANES; i++) {
-        sum_exp[r + i] = total[i];
-        log_sum[r + i] = std::log(total[i]) - KEPT_SHIFT<scalar_t>;
+        sum_exp[r + i] = total[i] * KEPT_SCALE<scalar_t>;
+        log_sum[r + i] = std::log(total[i]);
       }
     }
     for (int64_t r = 0; r < R; r++) {
@@ -234,7 +231,7 @@ struct Chunk {
 
   // A tile's dlogits as left operands: by vocabulary row (n_vocab, lanes), and woven for products over the vocabulary
   // (n_vocab / DEPTH, lanes words), the same thing if a word is one element. Adds their row sums to dbias.
-  void form_dlogits(int64_t t, const Kept* kept, acc scale, acc* factor, Element* by_vocab, Word* woven, acc* dbias) const {
+  void form_dlogits(int64_t t, Kept* kept, acc scale, acc* factor, Element* by_vocab, Word* woven, double* dbias) const {
     const int64_t v0 = t * tile, n_vocab = std::min(tile, V - v0);
     for (int64_t r = 0; r < lanes; r += LANES) {
       const Vec<acc> share = exp(Vec<acc>::load(maxima + t * lanes + r) - Vec<acc>::load(maximum + r));
@@ -242,6 +239,11 @@ struct Chunk {
     }
     std::fill(factor + R, factor + lanes, acc(0));
     kept += v0 * lanes;
+    const auto at_labels = [&](auto&& f) {
+      for (int64_t r = 0; r < R; r++)
+        if (labels[r] >= v0 && labels[r] < v0 + n_vocab) f(r, labels[r] - v0);
+    };
+    at_labels([&](int64_t r, int64_t v) { kept[v * lanes + r] = 0; });
     for (int64_t v = 0; v < n_vocab; v += DEPTH<Word>) {
       Vec<acc> row_sums[2];
       for (int64_t r = 0; r < lanes; r += LANES) {
@@ -265,15 +267,13 @@ struct Chunk {
       }
       for (int64_t i = v; i < std::min(v + DEPTH<Word>, n_vocab); i++) dbias[v0 + i] += sum(row_sums[i - v]);
     }
-    for (int64_t r = 0; r < R; r++) {  // at the label p - 1, without the rounding of what was kept
-      const int64_t v = labels[r] - v0;
-      if (v < 0 || v >= n_vocab) continue;
+    at_labels([&](int64_t r, int64_t v) {  // p - 1, without the rounding of what was kept
       const acc d = std::expm1(label_logit[r]) * scale;
-      dbias[labels[r]] += d - static_cast<acc>(kept[v * lanes + r]) * factor[r];
+      dbias[labels[r]] += d;
       by_vocab[v * lanes + r] = static_cast<Element>(d);
       if constexpr (DEPTH<Word> > 1)
         reinterpret_cast<Element*>(woven + v / DEPTH<Word> * lanes + r)[v % DEPTH<Word>] = static_cast<Element>(d);
-    }
+    });
   }
 
   // Words (steps, lanes) as (lanes, steps), for AMX, which reads rows: `row` of them are written, in whole registers.
@@ -303,7 +303,7 @@ struct Chunk {
   }
 
   // dbias (V,) is added to; dweight = prior + ...; dhidden is (the whole call's R, H), `index` its rows of this chunk.
-  void gradients(const Kept* kept, acc scale, Buffer<scalar_t> prior, Buffer<scalar_t> dweight, acc* dbias,
+  void gradients(Kept* kept, acc scale, Buffer<scalar_t> prior, Buffer<scalar_t> dweight, double* dbias,
                  scalar_t* dhidden, const int64_t* index) const {
     acc* partial = scratch<acc, 7>(parts * R * columns);
     for_parts(n_tiles, parts, [&](int64_t part, int64_t first, int64_t last) {
@@ -372,15 +372,15 @@ Counts project(const at::Tensor& hidden, const at::Tensor& weight, const at::Ten
   scalar_t* gathered = scratch<scalar_t, 10>(rows * H);
 
   Buffer<scalar_t> result, between;
-  acc* dbias_sums = nullptr;
+  double* dbias_sums = nullptr;
   if (dhidden.defined()) {
     if (dweight.scalar_type() == c10::CppTypeToScalarType<acc>::value) result.wide = between.wide = dweight.mutable_data_ptr<acc>();
     else {
       result.narrow = dweight.mutable_data_ptr<scalar_t>();
       if (n_chunks > 1) between.wide = scratch<acc, 11>(V * H);
     }
-    dbias_sums = scratch<acc, 12>(V);
-    std::fill_n(dbias_sums, V, acc(0));
+    dbias_sums = scratch<double, 12>(V);
+    std::fill_n(dbias_sums, V, 0.0);
   }
   Counts counts;
   for (int64_t first = 0; first < n; first += rows) {
