@@ -148,6 +148,7 @@ def pretrain(
         new = {"data": str(own_data), "micro_batches": processes.count(), **given}
         settings = replace(Settings(data=""), **new)
         settings.check()
+    engine.check_folder(out, resume)  # before a run's own data could be replaced
     if data is None and Path(settings.data).resolve() == own_data.resolve() and not (begun and own_data.exists()):
         report.console.print("no --data: learning from the documentation on this machine")
         if processes.is_first():

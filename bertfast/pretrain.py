@@ -563,13 +563,18 @@ def stored_settings(folder: Path) -> Settings:
     return settings
 
 
-def start(folder: Path, settings: Settings, resume: bool) -> Run:
-    """A run ready to train, new or resumed, with its config.json written."""
-    checkpoint = latest(folder)
+def check_folder(folder: Path, resume: bool) -> None:
+    """Raises UserError where the folder holds what a run there would spoil: a model, or a run it does not resume."""
     if (folder / "config.json").exists() and "data" not in (run_settings(folder) or {}):
         raise UserError(f"{folder} holds a model or another run: choose another --out")
-    if checkpoint and not resume:
+    if (checkpoint := latest(folder)) and not resume:
         raise UserError(f"{folder} already holds a run ({checkpoint.name}): add --resume, or choose another --out")
+
+
+def start(folder: Path, settings: Settings, resume: bool) -> Run:
+    """A run ready to train, new or resumed, with its config.json written."""
+    check_folder(folder, resume)
+    checkpoint = latest(folder)
     run = Run(folder, settings, checkpoint)
     if checkpoint:
         run.resume(checkpoint)

@@ -327,6 +327,15 @@ def test_documentation_replaces_no_text_of_ones_own(corpus, tmp_path, capsys, mo
     assert sorted(p.name for p in tmp_path.iterdir()) == ["data"]
 
 
+def test_a_refused_run_leaves_the_data_of_the_one_before(corpus, tmp_path, capsys, monkeypatch):
+    made = []
+    monkeypatch.setattr("bertfast.data.prepare.prepare", lambda _, folder, **options: made.append(folder))
+    start(tmp_path / "run", settings(corpus, steps=1), resume=False).train()
+    for out, message in ((tmp_path / "run", "already holds a run"), (tmp_path / "run/checkpoint-1", "holds a model")):
+        code, line = command(capsys, monkeypatch, "pretrain", "--out", out)
+        assert code == 2 and message in line and not made
+
+
 def test_a_moved_run_finds_its_own_data(corpus, tmp_path, capsys, monkeypatch):
     shutil.copytree(corpus / "data", tmp_path / "run/data")
     start(tmp_path / "run", settings(corpus, data=str(tmp_path / "run/data"), steps=2, save_every=1), False).train()
