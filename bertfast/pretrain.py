@@ -360,6 +360,7 @@ class Run:
                         self.save()
                         window.paused(time.perf_counter() - began)
                     if stopping:
+                        processes.wait()  # torchrun kills those that are left half a minute after the first has gone
                         raise KeyboardInterrupt(self.stopping or 130)
         if first:
             report.plot_loss(self.folder, self.train_data.manifest["unigram_entropy"], settings.causal)

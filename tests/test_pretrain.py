@@ -720,6 +720,16 @@ def test_processes_begin_a_run_and_stop_together(corpus, tmp_path):
     assert pretrain.stored_settings(tmp_path).micro_batches == 2  # one a process, where nothing else is said
 
 
+def test_at_a_stop_all_processes_wait_for_the_checkpoint(corpus, tmp_path, monkeypatch):
+    run = start(tmp_path, settings(corpus), resume=False)
+    there = []
+    monkeypatch.setattr(pretrain.processes, "wait", lambda: there.append(pretrain.latest(tmp_path)))
+    run.stopping = 143
+    with pytest.raises(KeyboardInterrupt):
+        run.train()
+    assert there == [tmp_path / "checkpoint-1"]
+
+
 @pytest.mark.parametrize(("own", "message"), [
     ((["--seed", 1], ["--seed", 2]), "the processes differ in settings or data"),
     ((["--micro-batches", 3], ["--micro-batches", 3]), "cannot be dealt out evenly to 2 processes"),
