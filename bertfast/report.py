@@ -162,7 +162,8 @@ def progress(steps: int, done: int, peak: float, causal: bool = False):
         return
     columns = (TextColumn("step {task.completed}/{task.total}"), BarColumn(), TextColumn("{task.fields[text]}"),
                TimeElapsedColumn(), TextColumn("ETA"), TimeRemainingColumn(compact=True))
-    with Progress(*columns, console=console) as bar:
+    # two rows are needed for an ETA, and may be far more apart than the 30 s that rich remembers
+    with Progress(*columns, console=console, speed_estimate_period=86_400) as bar:
         yield _Bar(bar, bar.add_task("", total=steps, completed=done, text=""), peak, steps, causal)
 
 

@@ -1,6 +1,7 @@
 """The pretraining loop: it learns, resumes bit for bit, normalises over the step, survives and explains faults."""
 
 import copy
+import io
 import json
 import os
 import pydoc_data.topics
@@ -19,6 +20,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from rich.console import Console
 from safetensors.torch import load_file, save_file
 
 import bertfast
@@ -385,6 +387,17 @@ def test_every_validation_is_drawn(tmp_path, monkeypatch):
                                                                                plot(self, x, *a, **o))[1])
     pretrain.report.plot_loss(tmp_path, 6.0, False)
     assert dict(drawn)["validation"] == [10, 20, 28, 30, 40]
+
+
+def test_slow_steps_have_an_eta(monkeypatch):
+    now, shown = [0.0], io.StringIO()
+    terminal = Console(file=shown, force_terminal=True, width=120, get_time=lambda: now[0])
+    monkeypatch.setattr(pretrain.report, "console", terminal)
+    with pretrain.report.progress(1000, 0, 1e12) as bar:
+        for step in (10, 20, 30):
+            now[0] += 1800
+            bar.show(step, {"loss": 6.0, "tokens_per_sec": 10.0}, 1e10)
+    assert "ETA 48:30:00" in re.sub(r"\x1b\[[0-9;]*m", "", shown.getvalue())  # 970 steps of three minutes
 
 
 def test_resumed_tensorboard_keeps_the_row_of_the_checkpoint(tmp_path, monkeypatch):
