@@ -158,7 +158,9 @@ def pretrain(
     began = time.perf_counter()
     run = engine.start(out, settings, resume)
     report.header(run.describe(allocator))
-    if run.step >= settings.steps and run.validated:
+    if run.finished:
+        if processes.is_first() and not (out / "loss.png").exists():  # it was killed before it had drawn it
+            report.plot_loss(out, run.train_data.manifest["unigram_entropy"], settings.causal)
         report.console.print(f"this run is finished: {latest(out)}")
         return
     try:

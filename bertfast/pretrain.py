@@ -359,12 +359,17 @@ class Run:
                         began = time.perf_counter()
                         self.save()
                         window.paused(time.perf_counter() - began)
-                    if stopping:
+                    if stopping and not self.finished:
                         processes.wait()  # torchrun kills those that are left half a minute after the first has gone
                         raise KeyboardInterrupt(self.stopping or 130)
         if first:
             report.plot_loss(self.folder, self.train_data.manifest["unigram_entropy"], settings.causal)
         return results, self.folder / f"checkpoint-{self.saved}"
+
+    @property
+    def finished(self) -> bool:
+        """Whether all steps are done, and their validation."""
+        return self.step >= self.settings.steps and self.validated
 
     def _is_to_stop(self) -> bool:
         """Whether any of the processes was told to."""

@@ -241,6 +241,23 @@ def test_a_stop_is_heard_in_validation_which_is_made_up_for(at, corpus, tmp_path
     assert start(tmp_path / "stopped", chosen, resume=True).validated
 
 
+def test_a_stop_as_the_last_validation_ends_comes_too_late(corpus, tmp_path, capsys, monkeypatch):
+    run = start(tmp_path, settings(corpus, steps=2), resume=False)
+    validate = run._validate
+
+    def stop(length):
+        found = validate(length)
+        run.stopping = 143 if run.step == 2 else 0
+        return found
+
+    run._validate = stop
+    results, last = run.train()
+    assert results.keys() == {32} and last == tmp_path / "checkpoint-2"
+    (tmp_path / "loss.png").unlink()  # as if killed here
+    assert command(capsys, monkeypatch, "pretrain", "--out", tmp_path, "--resume") == (0, "")
+    assert (tmp_path / "loss.png").exists()
+
+
 def test_a_checkpoint_with_a_changed_byte_is_not_gone_on_from(corpus, tmp_path):
     start(tmp_path, settings(corpus, steps=1), resume=False).train()
     last = pretrain.latest(tmp_path)
