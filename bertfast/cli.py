@@ -101,7 +101,8 @@ def pretrain(
 
     Without --data it learns from the documentation that is already on this machine (docstrings of Python and its
     packages), with a vocabulary of 8,192 made from it. Ctrl-C (or SIGTERM) writes a checkpoint; --resume goes on from
-    there, with the settings the run began with (--data may name the same set where it is now).
+    there, with the settings the run began with (--recompute and --cuda-graph may differ, and --data name the same set
+    where it is now).
 
     Under torchrun a step's --micro-batches (by default one a process) are dealt out to the processes, one a GPU, or
     on CPUs one for each part of the cores (OMP_NUM_THREADS each); the run is the same, and resumes on any number that
@@ -138,8 +139,8 @@ def pretrain(
             settings = replace(settings, data=given.pop("data", str(moved)))  # a checkpoint knows its data
         else:
             report.console.print(f"no checkpoint in {out} yet: beginning this run anew")
-        changed = [f"--{n.replace('_', '-')} {v} (it began with {getattr(settings, n)})"
-                   for n, v in given.items() if getattr(settings, n) != v]
+        settings = replace(settings, **{name: given.pop(name) for name in engine.FREE if name in given})
+        changed = [_typed(n, v, getattr(settings, n)) for n, v in given.items() if getattr(settings, n) != v]
         if changed:
             raise UserError(f"{out} cannot be resumed with other settings: {', '.join(changed)}")
     else:
@@ -175,6 +176,14 @@ def pretrain(
     report.examples(checkpoint, run.validation_data)
     report.console.print(f"trained in {time.perf_counter() - began:.0f} s; checkpoint: {checkpoint}; "
                          f"curves: {out / 'loss.png'}; rows: {out / 'metrics.jsonl'}", highlight=False)
+
+
+def _typed(name: str, value: Any, began: Any) -> str:
+    """An option that is refused, as it was typed."""
+    option = name.replace("_", "-")
+    if isinstance(value, bool):
+        return f"--{option}" if value else f"--no-{option}"
+    return f"--{option} {value} (it began with {began})"
 
 
 def _refuse_own_text(folder: Path) -> None:

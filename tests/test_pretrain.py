@@ -339,6 +339,19 @@ def test_resuming_before_the_first_checkpoint_begins_the_same_run(corpus, tmp_pa
     assert pretrain.stored_settings(out) == chosen and pretrain.latest(out).name == "checkpoint-2"
 
 
+def test_resuming_with_settings_that_change_no_numbers(corpus, tmp_path, capsys, monkeypatch):
+    start(tmp_path, settings(corpus, steps=2, save_every=1), resume=False).train()
+    whole = final_state(tmp_path)
+    shutil.rmtree(tmp_path / "checkpoint-2")
+    args = ["pretrain", "--out", tmp_path, "--resume", "--recompute", "--no-cuda-graph"]
+    code, line = command(capsys, monkeypatch, *args, "--no-nsp", "--causal", "--seed", 2)
+    assert code == 2 and line.endswith("with other settings: --no-nsp, --causal, --seed 2 (it began with 1)")
+    assert command(capsys, monkeypatch, *args) == (0, "")
+    stored, again = pretrain.stored_settings(tmp_path), final_state(tmp_path)
+    assert stored.recompute and not stored.cuda_graph
+    assert again.keys() == whole.keys() and all(torch.equal(again[n], whole[n]) for n in whole)
+
+
 def test_documentation_replaces_no_text_of_ones_own(corpus, tmp_path, capsys, monkeypatch):
     shutil.copytree(corpus / "data", tmp_path / "data")
     code, line = command(capsys, monkeypatch, "pretrain", "--out", tmp_path)
