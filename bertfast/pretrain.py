@@ -446,10 +446,9 @@ class Run:
             return
         culprit = optimizer.culprit() or self._first_bad_gradient(micro[0])
         why = "the loss scale fell below 1" if collapsed else f"{PATIENCE} steps in a row were not finite"
-        raise UserError(
-            f"stopped at step {self.step}: {why}; first not finite: {culprit}. "
-            f"The last good checkpoint is {latest(self.folder) or 'none yet'}; try a lower --lr"
-        )
+        good = latest(self.folder)
+        remedy = f"Go on from the last good checkpoint in another --out: --init-from {good} and" if good else "Try"
+        raise UserError(f"stopped at step {self.step}: {why}; first not finite: {culprit}. {remedy} a lower --lr")
 
     def _first_bad_gradient(self, host: PackedBatch) -> str:
         seed = torch.tensor([step_seed(self.settings.seed, self.step)], device=self.device)

@@ -504,11 +504,23 @@ def test_steps_that_are_not_finite_are_skipped_and_counted(corpus, tmp_path, mon
 
 
 def test_a_run_that_stays_broken_stops_with_the_culprit(corpus, tmp_path):
-    run = start(tmp_path, settings(corpus, steps=40), resume=False)
+    run = start(tmp_path, settings(corpus, steps=40, save_every=100), resume=False)
     with torch.no_grad():
         run.model.bert.encoder.layer[0].output.dense.weight[0, 0] = float("inf")
-    with pytest.raises(UserError, match=r"10 steps in a row.*bert.encoder.layer.0.output.dense.weight"):
+    with pytest.raises(UserError, match=r"10 steps in a row.*bert.encoder.layer.0.output.dense.weight. Try a lower"):
         run.train()
+
+
+def test_what_a_broken_run_is_told_to_do_works(corpus, tmp_path, capsys, monkeypatch):
+    run = start(tmp_path / "run", settings(corpus, steps=40, save_every=100), resume=False)
+    run.save()
+    with torch.no_grad():
+        run.model.cls["predictions"].bias[0] = float("inf")
+    with pytest.raises(UserError, match=r"in another --out: --init-from \S+checkpoint-0 and a lower --lr") as told:
+        run.train()
+    init = re.search(r"--init-from \S+", str(told.value))[0].split()
+    args = ["--data", corpus / "data", "--steps", 2, "--tokens", 256, "--long-length", 128, "--lr", 1e-4, *init]
+    assert command(capsys, monkeypatch, "pretrain", "--out", tmp_path / "other", *args) == (0, "")
 
 
 def test_fp16_loss_scaling_halves_and_recovers():
