@@ -134,11 +134,10 @@ def pretrain(
     begun = resume and bool(latest(out) or (out / "config.json").exists())
     if begun:
         settings = stored_settings(out)
-        if latest(out):
-            moved = own_data if own_data.exists() and not Path(settings.data).exists() else settings.data
-            settings = replace(settings, data=given.pop("data", str(moved)))  # a checkpoint knows its data
-        else:
+        if not latest(out):
             report.console.print(f"no checkpoint in {out} yet: beginning this run anew")
+        elif own_data.exists() and not Path(settings.data).exists():  # moved with the run, whose checkpoint knows it
+            settings.data = str(own_data)
         settings = replace(settings, **{name: given.pop(name) for name in engine.FREE if name in given})
         changed = [_typed(n, v, getattr(settings, n)) for n, v in given.items() if getattr(settings, n) != v]
         if changed:

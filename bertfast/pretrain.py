@@ -37,7 +37,7 @@ from .version import __version__
 
 KEEP_CHECKPOINTS = 2
 LARGEST_STEP = 2**27  # tokens; a step's batches are held together, in some 60 bytes a token
-FREE = ("recompute", "cuda_graph")  # settings that change no numbers: a resumed run may have others
+FREE = ("data", "recompute", "cuda_graph")  # may differ in a resumed run: they change no numbers (data: its path)
 PATIENCE = 10  # steps skipped in a row before the run stops
 
 
@@ -188,7 +188,7 @@ class Run:
         trainer = self.trainer = _trainer_state(checkpoint) if checkpoint else {}
         now = asdict(settings)
         changed = [f"{name} {value} (now {now[name]})" for name, value in trainer.get("settings", {}).items()
-                   if name not in ("data", *FREE) and now.get(name, value) != value]
+                   if name not in FREE and now.get(name, value) != value]
         if changed:
             raise UserError(f"{checkpoint} was trained with other settings: {', '.join(changed)}")
         if settings.micro_batches % processes.count():
