@@ -491,6 +491,8 @@ class Run:
             write_json(folder / "trainer.json", {**trainer, "checksum": _checksum(trainer)})
         for old in _numbered(self.folder)[:-KEEP_CHECKPOINTS]:
             shutil.rmtree(old, ignore_errors=True)
+        for leftover in self.folder.glob(".checkpoint-[0-9]*.tmp"):  # of a process killed while it wrote
+            shutil.rmtree(leftover, ignore_errors=True)
         self.saved = self.step
         return path
 

@@ -274,6 +274,15 @@ def test_a_checkpoint_with_a_changed_byte_is_not_gone_on_from(corpus, tmp_path):
     assert start(tmp_path, pretrain.stored_settings(tmp_path), resume=True).step == 1
 
 
+def test_a_checkpoint_half_written_is_cleared_away(corpus, tmp_path):
+    run = start(tmp_path, settings(corpus), resume=False)
+    for name in (".checkpoint-500.tmp", ".checkpoint-best.tmp"):  # the second is the user's own
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "optimizer.safetensors").write_text("")
+    run.save()
+    assert sorted(p.name for p in tmp_path.iterdir()) == [".checkpoint-best.tmp", "checkpoint-0", "config.json"]
+
+
 def test_damaged_rows_cost_no_others(tmp_path):
     good = [{"step": 1, "loss": 2.0}, {"step": 2, "loss": 1.0}, {"step": 3, "loss": 0.5}]
     one, two, three = (json.dumps(row).encode() for row in good)
