@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from .data.dataset import Dataset
+from .data.tokenizer import Tokenizer
 from .model import BertForMaskedLM, BertForPreTraining, BertLMHeadModel
 
 OFFSETS = (-1, 1, -2, 2)  # of the word that each of the first layer's first heads looks at
@@ -31,8 +32,9 @@ def start_from_counts(model: BertForPreTraining | BertForMaskedLM | BertLMHeadMo
                       sample: int = 10_000_000) -> None:
     """Set a new model's output bias, position table and some of its heads; in place.
 
-    - Output bias = log frequency of each word in the first `sample` tokens. From a zero bias the tied table itself must
-      learn the frequencies, which drives all its rows in one direction and hides the words from the encoder.
+    - Output bias = log frequency of each word in the first `sample` tokens of `data`'s split. From a zero bias the tied
+      table itself must learn the frequencies, which drives all its rows in one direction and hides the words from the
+      encoder.
     - Positions are sinusoids of the word table's size (Vaswani et al. 2017 but for the fastest); tables exceed other
       weights, so that attention sees words, places and segments from the first step.
     - The first heads of the first layer look at the words at -1, +1, -2 and +2 (a causal model's at -1 to -4), as the
@@ -42,7 +44,8 @@ def start_from_counts(model: BertForPreTraining | BertForMaskedLM | BertLMHeadMo
     - Where next sentences are learned, one head of the second and one of the last of three or more layers compare the
       segments, so that [CLS] starts with the share of A's words that B has too.
     """
-    counts = np.bincount(data.tokens[:sample], minlength=model.config.vocab_size) + 0.5
+    words = data.first_tokens(sample)
+    counts = np.bincount(words, minlength=model.config.vocab_size) + 0.5
     model.cls["predictions"].get_parameter("bias").copy_(torch.from_numpy(np.log(counts / counts.sum())))
     embeddings = model.bert.embeddings
     embeddings.word_embeddings.weight.mul_(WORD_SCALE)
@@ -56,9 +59,9 @@ def start_from_counts(model: BertForPreTraining | BertForMaskedLM | BertLMHeadMo
     for middle in attention[1:-1]:
         middle.self.query.weight.normal_(std=LIKENESS)
         middle.self.key.weight.copy_(middle.self.query.weight)
-    room = len(data.tokens) >= 2 * SEGMENT and model.config.max_position_embeddings >= 2 * SEGMENT + 3
+    room = len(words) >= 2 * SEGMENT and model.config.max_position_embeddings >= 2 * SEGMENT + 3
     if isinstance(model, BertForPreTraining) and len(attention) > 2 and model.config.type_vocab_size > 1 and room:
-        _compare_segments(model, data)
+        _compare_segments(model, *_pairs(words, data.tokenizer))
 
 
 def with_ordinary_tables(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -108,7 +111,7 @@ def _look_at_neighbours(attention, frequency: torch.Tensor, offsets: tuple[int, 
         key[cosine, cosine] += SHARPNESS * turn.cos()
 
 
-def _compare_segments(model: BertForPreTraining, data: Dataset) -> None:
+def _compare_segments(model: BertForPreTraining, ids: torch.Tensor, types: torch.Tensor) -> None:
     """The first heads of the second and the last layer: find A's words in B, and average over A how many were found.
 
     In the second layer queries and keys see words alone, so attention falls on a token and its copies, and what it
@@ -139,16 +142,16 @@ def _compare_segments(model: BertForPreTraining, data: Dataset) -> None:
     last.output.dense.weight[:, 1] = TOLD * told
 
     model.eval()
-    x = model.bert(*_pairs(data), output_hidden_states=True).hidden_states[-2]
+    x = model.bert(ids, token_type_ids=types, output_hidden_states=True).hidden_states[-2]
     last.output.dense.bias -= TOLD * (x[:, : SEGMENT + 2] @ (found - own)).mean() * told
 
 
-def _pairs(data: Dataset) -> tuple[torch.Tensor, None, torch.Tensor]:
-    """Up to 32 pairs of segments, half of them true continuations: (input_ids, no mask, token_type_ids)."""
-    n = min(32, len(data.tokens) // (2 * SEGMENT))
-    text = torch.from_numpy(data.tokens[: n * 2 * SEGMENT].astype("int64")).view(n, 2, SEGMENT)
+def _pairs(words: np.ndarray, tokenizer: Tokenizer) -> tuple[torch.Tensor, torch.Tensor]:
+    """Up to 32 pairs of segments of a text, half of them true continuations: (input_ids, token_type_ids)."""
+    n = min(32, len(words) // (2 * SEGMENT))
+    text = torch.from_numpy(words[: n * 2 * SEGMENT].astype("int64")).view(n, 2, SEGMENT)
     a, b = text.unbind(1)
     b = torch.cat([b[: n // 2], b[n // 2 :].roll(1, 0)])
-    cls, sep = (torch.full((n, 1), token) for token in (data.tokenizer.cls_id, data.tokenizer.sep_id))
+    cls, sep = (torch.full((n, 1), token) for token in (tokenizer.cls_id, tokenizer.sep_id))
     ids = torch.cat([cls, a, sep, b, sep], 1)
-    return ids, None, (torch.arange(ids.shape[1]) > SEGMENT + 1).long().expand_as(ids)
+    return ids, (torch.arange(ids.shape[1]) > SEGMENT + 1).long().expand_as(ids)

@@ -296,6 +296,12 @@ def test_validation_documents_are_apart(folder: Path, dataset: Dataset) -> None:
     together = np.sort(np.concatenate([dataset.document_ids, validation.document_ids]))
     assert np.array_equal(together, np.arange(len(dataset.documents) - 1))
     assert len(validation.document_ids) in (6, 7)  # one in 32 of 200
+    for split in (dataset, validation):
+        bounds = split.sentences[split.documents]
+        own = np.concatenate([split.tokens[bounds[d] : bounds[d + 1]] for d in split.document_ids])
+        assert len(own) == split.n_tokens
+        for most in (0, 1, 1000, len(own) - 1, len(own), 10**7):
+            assert np.array_equal(split.first_tokens(most), own[:most])
 
 
 # Corpora that leave little choice: a sentence, a document, two.

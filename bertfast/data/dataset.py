@@ -66,6 +66,15 @@ class Dataset:
         begins, ends = self.documents[self.document_ids], self.documents[self.document_ids + 1]
         return int((self.sentences[ends] - self.sentences[begins]).sum())
 
+    def first_tokens(self, most: int) -> np.ndarray:
+        """The first tokens of this split's documents one after another, (n,): `most`, or all there are."""
+        documents = self.document_ids[:most]  # none is empty
+        begins, ends = self.sentences[self.documents[documents]], self.sentences[self.documents[documents + 1]]
+        offsets = np.minimum(np.append(0, (ends - begins).cumsum()), most)  # of each in what is returned
+        places = np.repeat(begins - offsets[:-1], np.diff(offsets))
+        places += np.arange(len(places))
+        return self.tokens[places]
+
 
 def _checked_manifest(path: Path, verify: bool | None) -> dict[str, Any]:
     if not (path / "manifest.json").is_file():
