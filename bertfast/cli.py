@@ -105,8 +105,8 @@ def pretrain(
     where it is now).
 
     Under torchrun a step's --micro-batches (by default one a process) are dealt out to the processes, one a GPU, or
-    on CPUs one for each part of the cores (OMP_NUM_THREADS each); the run is the same, and resumes on any number that
-    divides them: torchrun --nproc-per-node 8 --no-python bertfast pretrain ...
+    on CPUs one for each part of the cores (OMP_NUM_THREADS each); the run is the same but for rounding, and resumes on
+    any number that divides them: torchrun --nproc-per-node 8 --no-python bertfast pretrain ...
 
     Example: bertfast pretrain --data data/mine --preset small --steps 20000 --out runs/mine
     """

@@ -1,9 +1,9 @@
 """One run in several processes: torchrun starts them, and each takes its share of every step's batches.
 
 Every process holds the whole model; their gradients meet as fp32 sums before the update (data parallelism: Li et al.
-2020, "PyTorch Distributed"). Who takes which batch changes nothing: masks, dropout and losses are those of one process
-that takes them all. The first process alone writes files and shows anything. On GPUs gradients go over NCCL, all else,
-and everything on CPUs, over gloo.
+2020, "PyTorch Distributed"). Who takes which batch changes nothing but rounding: masks, dropout and losses are those of
+one process that takes them all, and so are the bits where two take a batch each. The first process alone writes files
+and shows anything. On GPUs gradients go over NCCL, all else, and everything on CPUs, over gloo.
 """
 
 import atexit
