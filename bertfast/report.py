@@ -117,13 +117,18 @@ class Metrics:
 
 
 def read_metrics(folder: Path) -> list[dict]:
-    """The rows of a run's metrics.jsonl; a line cut short by a crash, or damaged, is left out."""
-    rows = []
-    if (folder / "metrics.jsonl").exists():
-        for line in (folder / "metrics.jsonl").read_text(errors="replace").splitlines():
+    """The rows of a run's metrics.jsonl; a line cut short by a crash, or damaged, is left out.
+
+    Raises UserError for a row of other things than numbers, which no crash makes.
+    """
+    rows, path = [], folder / "metrics.jsonl"
+    if path.exists():
+        for number, line in enumerate(path.read_text(errors="replace").splitlines(), 1):
             with suppress(ValueError):
                 row = json.loads(line)
                 if isinstance(row, dict) and isinstance(row.get("step"), int):
+                    if not all(value is None or isinstance(value, (int, float)) for value in row.values()):
+                        raise UserError(f"{path} is damaged: line {number} holds more than numbers: delete it")
                     rows.append(row)
     return rows
 

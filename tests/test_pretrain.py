@@ -294,6 +294,14 @@ def test_damaged_rows_cost_no_others(tmp_path):
     assert rows(tmp_path) == good[:2]
 
 
+def test_a_row_of_something_else_is_one_line(corpus, tmp_path, capsys, monkeypatch):
+    start(tmp_path, settings(corpus, steps=1), resume=False).train()
+    text = (tmp_path / "metrics.jsonl").read_text()
+    (tmp_path / "metrics.jsonl").write_text(text.replace('"validation_length": 32', '"validation_length": []'))
+    code, line = command(capsys, monkeypatch, "pretrain", "--out", tmp_path, "--resume")
+    assert code == 2 and "metrics.jsonl is damaged: line 2 holds more than numbers" in line
+
+
 def test_two_processes_do_not_train_one_run(corpus, tmp_path):
     run = start(tmp_path, settings(corpus), resume=False)
     with locked(tmp_path, tmp_path):
