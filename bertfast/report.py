@@ -168,7 +168,7 @@ def progress(steps: int, done: int, peak: float, causal: bool = False):
     columns = (TextColumn("step {task.completed}/{task.total}"), BarColumn(), TextColumn("{task.fields[text]}"),
                TimeElapsedColumn(), TextColumn("ETA"), TimeRemainingColumn(compact=True))
     # two rows are needed for an ETA, and may be far more apart than the 30 s that rich remembers
-    with Progress(*columns, console=console, speed_estimate_period=86_400) as bar:
+    with Progress(*columns, console=console, speed_estimate_period=3600) as bar:
         yield _Bar(bar, bar.add_task("", total=steps, completed=done, text=""), peak, steps, causal)
 
 
