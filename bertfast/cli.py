@@ -245,9 +245,10 @@ def finetune(
 ) -> None:
     """Put a head on a pretrained encoder and train both on your examples.
 
-    Columns are found by their usual names, or named by you; what was understood is printed, with three examples,
-    before training starts. OUT/checkpoint is the best so far at any moment (so Ctrl-C loses nothing), a folder that
-    transformers loads; OUT also holds metrics.json, predictions.jsonl (of the dev file), loss.png, confusion.png.
+    Columns are found by their usual names (of --dev first by those of --train), or named by you; what was understood
+    is printed, with three examples, before training starts. OUT/checkpoint is the best so far at any moment (so Ctrl-C
+    loses nothing), a folder that transformers loads; OUT also holds metrics.json, predictions.jsonl (of the dev file),
+    loss.png, confusion.png.
 
     Example: bertfast finetune --task classification --model runs/mine/checkpoint-20000 --train train.tsv --dev dev.tsv
     --out runs/sst2
@@ -273,7 +274,7 @@ def finetune(
 @app.command()
 def predict(
     model: Annotated[Path, typer.Option(help="The folder of a fine-tuning, or its checkpoint.")],
-    input: Annotated[Path, typer.Option(help="A file of rows as in training; labels are not needed.")],
+    input: Annotated[Path, typer.Option(help="Rows as in training, in the columns it read; labels are not needed.")],
     out: Annotated[Path, typer.Option(help="JSON lines, one a row, in their order.")],
     columns: Annotated[str | None, typer.Option(help="Names of all columns, for a file without a header.")] = None,
     precision: Annotated[str, typer.Option(help="auto, fp32, bf16 or fp16.")] = "auto",

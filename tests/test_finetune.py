@@ -838,6 +838,36 @@ def test_predict_reads_what_training_read(start, tmp_path):
     assert [row.values["text"] for row in open_table(tmp_path / "single.tsv")] == ["a", "", "b"]
 
 
+def test_columns_are_the_training_files_before_likelier_names(start, tmp_path):
+    rows = [f"a {word} cat\t{word}" for word in ("good", "bad") * 10]
+    (tmp_path / "train.tsv").write_text("sentence\tscore\n" + "\n".join(rows))
+    rows = [f"{i}\twhere is it\tx\t{row}" for i, row in enumerate(rows)]
+    (tmp_path / "more.tsv").write_text("id\tquestion\tlabel\tsentence\tscore\n" + "\n".join(rows))
+    finetune(tmp_path / "run", Settings("classification", str(start), *(str(tmp_path / f"{name}.tsv") for name in
+                                        ("train", "more")), steps=1, precision="fp32"), "")
+    assert {row["gold"] for row in read_lines(tmp_path / "run/predictions.jsonl")} == {"good", "bad"}
+    for name in ("train", "more"):
+        predict_file(Predictor(tmp_path / "run"), tmp_path / f"{name}.tsv", tmp_path / f"{name}.jsonl")
+    assert read_lines(tmp_path / "train.jsonl") == read_lines(tmp_path / "more.jsonl")
+    stored = json.loads((tmp_path / "run/checkpoint/finetune.json").read_text())
+    assert stored.pop("columns") == {"text": "sentence", "label": "score"}
+    (tmp_path / "run/checkpoint/finetune.json").write_text(json.dumps(stored))  # as earlier versions wrote it
+    older = Predictor(tmp_path / "run").task
+    assert older.find_columns(open_table(tmp_path / "more.tsv"))["text"] == "question"
+
+
+def test_options_and_tags_are_the_training_files_columns(start, tmp_path):
+    tokenizer = Tokenizer.load(start)
+    task = TASKS["multiple-choice"](Settings("multiple-choice", str(start), "train"), tokenizer, 64)
+    understood = lambda *names: task.as_in_training(table := SimpleNamespace(path="", format="", columns=list(names)),
+                                                    task.find_columns(table))
+    understood("goal", "ending0", "ending1", "label")
+    understood("goal", "ending0", "answers", "choice1", "ending1", "ending2", "label")
+    assert task.option_columns == ["ending0", "ending1", "ending2"]
+    task = TASKS["tagging"](Settings("tagging", str(start), "train"), tokenizer, 64)
+    assert understood("1", "2", "3")["tags"] == understood("1", "2", "3", "4")["tags"] == "3"
+
+
 def test_a_mistake_leaves_the_run_that_was_to_be_replaced(start, tmp_path):
     chosen = settings("classification", start, tmp_path, steps=2, eval_every=2)
     finetune(tmp_path / "run", chosen, "")

@@ -185,14 +185,22 @@ class MultipleChoice(Task):
         missing = [name for name in wanted if name not in table.columns]
         if missing:
             raise UserError(f"{table.path} has no column {missing[0]!r}; there are: {', '.join(table.columns)}")
+        family = lambda c: c[: match.start(1)] if (match := self.NUMBERED.fullmatch(c)) else c
+        trained = set(map(family, self.read_columns.get("choices", ())))  # a row may have more options, or fewer
         self.option_columns = (
-            wanted or [c for c in table.columns if c.lower() in self.LISTS][:1]
+            wanted or [c for c in table.columns if family(c) in trained]
+            or [c for c in table.columns if c.lower() in self.LISTS][:1]
             or [c for c in table.columns if self.NUMBERED.fullmatch(c)]
         )
         if not self.option_columns:
             raise UserError(f"{table.path}: which columns hold the options? Name them with --choices a,b,c; "
                             f"there are: {', '.join(table.columns)}")
         return columns
+
+    def as_in_training(self, table: Table, columns: dict[str, str]) -> dict[str, str]:
+        if self.read_roles is None:
+            self.read_columns["choices"] = self.option_columns
+        return super().as_in_training(table, columns)
 
     def example(self, row: Row, columns: dict[str, str], labelled: bool = True) -> Example:
         values = [row.values.get(column) for column in self.option_columns]

@@ -71,7 +71,7 @@ class Predictor:
         config = read_json(folder / "config.json")
         positions = config.get("encoder", config)["max_position_embeddings"]
         self.task = TASKS[self.settings.task](self.settings, self.tokenizer, positions, stored["labels"])
-        self.task.read_roles = stored.get("roles")
+        self.task.read_roles, self.task.read_columns = stored.get("roles"), stored.get("columns", {})
         device = machine.choose_device()
         self.precision, _ = machine.choose_precision(precision, device)
         self.model = self.task.head.from_pretrained(folder).to(device, machine.DTYPES[self.precision]).eval()

@@ -37,12 +37,13 @@ class Tagging(Task):
         self.metrics = ("f1", "precision", "recall", "accuracy") if self.spans else ("accuracy",)
 
     def find_columns(self, table: Table, labelled: bool = True) -> dict[str, str]:
-        """In files of bare columns the word is the first and the tag the last, unless --label says which."""
+        """In files of bare columns the word is the first and the tag the last, unless --label or training says."""
         if self.settings.characters:
             return super().find_columns(table, labelled=False)
         numbered = table.columns == [str(i) for i in range(1, len(table.columns) + 1)]
         if numbered and not self.settings.label and len(table.columns) > 1:
-            return {"words": self.settings.text or "1", "tags": table.columns[-1]}
+            tags = self.read_columns.get("tags")
+            return {"words": self.settings.text or "1", "tags": tags if tags in table.columns else table.columns[-1]}
         return super().find_columns(table, labelled)
 
     def example(self, row: Row, columns: dict[str, str], labelled: bool = True) -> Example:

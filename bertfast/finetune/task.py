@@ -133,18 +133,25 @@ class Task:
             self.head = BertForFeatures
         self.counts: Counter[str] = Counter()  # decisions: sentence -> how often
         self.read_roles: list[str] | None = None  # what the training file gave, labels apart
+        self.read_columns: dict[str, Any] = {}  # and in which columns: role -> name ("choices": names)
 
     # ---- rows
 
     def find_columns(self, table: Table, labelled: bool = True) -> dict[str, str]:
-        """Role -> column, by the names given or the usual ones. Raises UserError that lists the table's columns."""
+        """Role -> column, by the names given, the training file's or the usual ones.
+
+        Raises UserError that lists the table's columns.
+        """
         found: dict[str, str] = {}
         for role in self.roles:
-            given = getattr(self.settings, OPTIONS.get(role, role))
+            given, trained = getattr(self.settings, OPTIONS.get(role, role)), self.read_columns.get(role)
             if given:
                 column = given if given in table.columns else None
+            elif trained in table.columns:  # a likelier name may stand beside it
+                column = trained
             else:
-                lower = {c.lower(): c for c in reversed(table.columns) if c not in found.values()}
+                taken = [*found.values(), *self.read_columns.values()]
+                lower = {c.lower(): c for c in reversed(table.columns) if c not in taken}
                 column = next((lower[name] for name in NAMES[role] if name in lower), None)
             if column:
                 found[role] = column
@@ -162,6 +169,7 @@ class Task:
         """The columns, less those of roles that the training file lacked. Raises UserError where it had more."""
         if self.read_roles is None:
             self.read_roles = [role for role in self.roles[:-1] if role in columns]
+            self.read_columns |= columns
         missing = [role for role in self.read_roles if role not in columns]
         if missing:
             option = "--" + OPTIONS.get(missing[0], missing[0]).replace("_", "-")

@@ -286,7 +286,7 @@ class FineTuning:
             self.tokenizer.save(folder)
             write_json(folder / "finetune.json", {
                 "bertfast": __version__, "settings": asdict(self.settings), "labels": self.task.labels,
-                "roles": self.task.read_roles, "best": best,
+                "roles": self.task.read_roles, "columns": self.task.read_columns, "best": best,
             })
         lines = (json_line({"example": e.where, "gold": self.task.gold(e), **p})
                  for e, p in zip(self.dev_examples, predictions))
