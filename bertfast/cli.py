@@ -275,7 +275,7 @@ def finetune(
 def predict(
     model: Annotated[Path, typer.Option(help="The folder of a fine-tuning, or its checkpoint.")],
     input: Annotated[Path, typer.Option(help="Rows as in training, in the columns it read; labels are not needed.")],
-    out: Annotated[Path, typer.Option(help="JSON lines, one a row, in their order.")],
+    out: Annotated[Path, typer.Option(help="JSON lines, one a row, in their order; replaces no other kind of file.")],
     columns: Annotated[str | None, typer.Option(help="Names of all columns, for a file without a header.")] = None,
     precision: Annotated[str, typer.Option(help="auto, fp32, bf16 or fp16.")] = "auto",
 ) -> None:

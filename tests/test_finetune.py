@@ -868,6 +868,26 @@ def test_options_and_tags_are_the_training_files_columns(start, tmp_path):
     assert understood("1", "2", "3")["tags"] == understood("1", "2", "3", "4")["tags"] == "3"
 
 
+def test_predictions_replace_nothing_but_predictions(start, tmp_path):
+    chosen = settings("classification", start, tmp_path, steps=1)
+    finetune(tmp_path / "run", chosen, "")
+    predictor, checkpoint = Predictor(tmp_path / "run", "fp32"), tmp_path / "run/checkpoint"
+    (tmp_path / "notes.txt").write_text("Dear diary\n")
+    (tmp_path / "settings.json").write_text(json.dumps({"a": 1}, indent=1))
+    (tmp_path / "link.jsonl").symlink_to(checkpoint / "model.safetensors")
+    files = [tmp_path / "notes.txt", tmp_path / "settings.json", *checkpoint.iterdir()]
+    before = [path.read_bytes() for path in files]
+    for out in (*files, tmp_path / "link.jsonl", checkpoint / "new.jsonl"):
+        with pytest.raises(UserError, match="choose another --out"):
+            predict_file(predictor, chosen.dev, out)
+    assert [path.read_bytes() for path in files] == before and (tmp_path / "link.jsonl").is_symlink()
+    (tmp_path / "out.jsonl").touch()
+    for _ in range(2):  # over an empty file, and over the last predictions
+        assert predict_file(predictor, chosen.dev, tmp_path / "out.jsonl")["rows"] == 160
+    (tmp_path / "out.jsonl").unlink()
+    assert predict_file(predictor, chosen.dev, tmp_path / "run/out.jsonl")["rows"] == 160
+
+
 def test_a_mistake_leaves_the_run_that_was_to_be_replaced(start, tmp_path):
     chosen = settings("classification", start, tmp_path, steps=2, eval_every=2)
     finetune(tmp_path / "run", chosen, "")

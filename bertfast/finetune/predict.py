@@ -65,6 +65,7 @@ class Predictor:
         folder = find(folder)
         if not (folder / "finetune.json").is_file():
             raise UserError(f"{folder} was not fine-tuned by bertfast: it has no finetune.json")
+        self.folder = folder.resolve()
         stored = read_json(folder / "finetune.json")
         self.settings = Settings(**stored["settings"])
         self.tokenizer = Tokenizer.load(folder)
@@ -87,7 +88,8 @@ class Predictor:
 def predict_file(predictor: Predictor, source: Path, out: Path, columns: list[str] | None = None) -> dict:
     """Predict every row of a file into JSON lines, written as a whole or not at all: {"rows", "seconds", "decisions"}.
 
-    columns: names for a file without header, if they differ from the training file's.
+    columns: names for a file without header, if they differ from the training file's. Raises UserError where `out`
+    lies in the checkpoint's folder, or is a file that does not look like predictions.
     """
     settings = predictor.settings
     table = open_table(source, columns or settings.columns or None, words=settings.task == "tagging")
@@ -96,6 +98,10 @@ def predict_file(predictor: Predictor, source: Path, out: Path, columns: list[st
         raise UserError(f"{out} is a folder, not a file to write")
     if out.exists() and (not out.is_file() or out.samefile(source)):  # a device would be replaced, too
         raise UserError(f"{out} is {'the input' if out.is_file() else 'no file'}: choose another --out")
+    if any(path.is_relative_to(predictor.folder) for path in (out.resolve(), out.parent.resolve())):
+        raise UserError(f"{out} lies in the model's folder: choose another --out")
+    if out.exists() and not _is_json_lines(out):  # a mistyped name must not cost a file
+        raise UserError(f"{out} is there already, and no predictions: choose another --out")
     began, n = time.perf_counter(), 0
     with atomic_path(out) as path, open(path, "w", encoding="utf-8") as file, report.counter("predicted") as count:
         for n, prediction in enumerate(predictor.predict(iter(table), found), 1):
@@ -105,6 +111,15 @@ def predict_file(predictor: Predictor, source: Path, out: Path, columns: list[st
             raise UserError(f"{source} holds no examples")
     show.understood(table, found, n)
     return {"rows": n, "seconds": time.perf_counter() - began, "decisions": dict(predictor.task.counts)}
+
+
+def _is_json_lines(path: Path) -> bool:
+    """Whether a file begins with a JSON object on a line of its own, or is empty."""
+    try:
+        with open(path, "rb") as file:
+            return isinstance(json.loads(file.readline() or b"{}"), dict)
+    except (OSError, ValueError, RecursionError):
+        return False
 
 
 def json_line(value: dict) -> str:
