@@ -441,6 +441,12 @@ TABLES = {  # name: (file name, content, options) -> rows or error
               [{"text": "a", "label": 1}, {"text": "b", "label": 0}]),
     "conll": ("a.conll", b"-DOCSTART- -X- O\n\nEU NNP B-ORG\n# NN O\n\nx y z\n", {"words": True},
               [{"1": ["EU", "#"], "2": ["NNP", "NN"], "3": ["B-ORG", "O"]}, {"1": ["x"], "2": ["y"], "3": ["z"]}]),
+    "conll with comments": ("a.conll", b"\n# sent_id = 1\nEU NNP I-NP O\n# NN I-NP O\n\n# sent_id = 2\nx y z O\n",
+                            {"words": True},
+                            [{"1": ["EU", "#"], "2": ["NNP", "NN"], "3": ["I-NP", "I-NP"], "4": ["O", "O"]},
+                             {"1": ["x"], "2": ["y"], "3": ["z"], "4": ["O"]}]),
+    "conll that begins with a hashtag": ("a.conll", b"#x O\n# O\n\n# O\n", {"words": True},
+                                         [{"1": ["#x", "#"], "2": ["O", "O"]}, {"1": ["#"], "2": ["O"]}]),
     "blank lines with tabs": ("a.tsv", b"a\tO\n\t\nb\tX\n", {"words": True},
                               [{"1": ["a"], "2": ["O"]}, {"1": ["b"], "2": ["X"]}]),
     "conllu": ("a.conllu", b"#newdoc\n# text = vamonos\n1-2\tvamonos" + b"\t_" * 8 + b"\n1\tvamos\t_\tVERB" + b"\t_" * 6

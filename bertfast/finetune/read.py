@@ -301,8 +301,9 @@ def _has_blank_lines(path: Path, encoding: str) -> bool:
 def _word_lines(path: Path, encoding: str, columns: list[str] | None, conllu: bool) -> Table:
     """CoNLL and CoNLL-U: a word a line, a blank line between sentences; fields parted by tabs, else by spaces.
 
-    Skipped: comments (a line that starts with # and is no word), -DOCSTART-, and CoNLL-U's word ranges (3-4) and empty
-    nodes (5.1). Without names the columns are 1, 2, …; a Row holds a list of values for each.
+    Skipped: comments (a line that starts with # and has not a word's fields; in a file that begins with "# " each such
+    line before a sentence), -DOCSTART-, and CoNLL-U's word ranges (3-4) and empty nodes (5.1). Without names the
+    columns are 1, 2, …; a Row holds a list of values for each.
     """
     comments = ("#", "-DOCSTART-") if conllu else ("# ", "-DOCSTART-")
     lines = (line for _, line in _lines(path, encoding) if line.strip() and not line.startswith(comments))
@@ -314,6 +315,8 @@ def _word_lines(path: Path, encoding: str, columns: list[str] | None, conllu: bo
     names = columns or (CONLLU if conllu else [str(i) for i in range(1, width + 1)])
     if len(names) > width:
         raise UserError(f"{path}: {width} columns, but {len(names)} names ({', '.join(names)})")
+    # parted by spaces, a comment may have as many fields as a word
+    commented = not conllu and next(line for _, line in _lines(path, encoding) if line.strip()).startswith("# ")
     skip = re.compile(r"\d+[-.]\d+\t") if conllu else re.compile(r"-DOCSTART-")
 
     def rows() -> Iterator[Row]:
@@ -325,7 +328,8 @@ def _word_lines(path: Path, encoding: str, columns: list[str] | None, conllu: bo
                 if words:
                     yield _sentence(names, words, f"{path}:{begin}")
                 words = []
-            elif skip.match(line) or (line.startswith("#") and len(fields) != width):
+            elif (skip.match(line) or (line.startswith("#") and len(fields) != width)
+                  or (commented and not words and line.startswith("# "))):
                 continue
             elif len(fields) != width:
                 raise UserError(f"{path}:{number}: {len(fields)} fields, but the first word has {width}")
@@ -337,7 +341,8 @@ def _word_lines(path: Path, encoding: str, columns: list[str] | None, conllu: bo
         if words:
             yield _sentence(names, words, f"{path}:{begin}")
 
-    return Table(path, "CoNLL-U" if conllu else "CoNLL", names, rows)
+    notes = [f"{path.name}: lines before a sentence that start with '# ' are comments"] if commented else []
+    return Table(path, "CoNLL-U" if conllu else "CoNLL", names, rows, notes)
 
 
 def _sentence(names: list[str], words: list[list[str]], where: str) -> Row:
