@@ -155,6 +155,18 @@ def test_a_normalizer_within_a_sequence_says_the_casing(wordpieces: dict[str, in
         assert loaded.cased == cased and loaded.rules["strip_accents"] is False
 
 
+def test_a_file_that_leaves_out_cls_and_sep_gets_them(wordpieces: dict[str, int], tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    Tokenizer(wordpieces).save(tmp_path)
+    description = json.loads((tmp_path / "tokenizer.json").read_text())
+    (tmp_path / "tokenizer.json").write_text(json.dumps({**description, "post_processor": None}))
+    theirs, loaded = transformers.AutoTokenizer.from_pretrained(tmp_path), Tokenizer.load(tmp_path)
+    for texts in (["hello world"], ["hello", "world"]):
+        encoding = loaded.backend.encode(*texts)
+        assert loaded.encode(*texts) == encoding.ids == theirs(*texts)["input_ids"]
+        assert encoding.type_ids == theirs(*texts)["token_type_ids"]
+
+
 def test_training_a_vocabulary_repeats_itself() -> None:
     texts = make_text(3, 40).split("\n") + ["今天天气很好。", "我们去公园吧！"] * 50
     vocabularies = [Tokenizer.train(order, 500) for order in (texts, texts[::-1])]

@@ -40,9 +40,9 @@ class Tokenizer:
             self.tokens[index] = token
         self.is_continuation = np.array([token.startswith("##") for token in self.tokens])  # (V,) bool
         self.sha256 = hashlib.sha256("\n".join(self.tokens).encode()).hexdigest()
-        self.backend = backend or _backend(
-            vocab, cased, self.cls_id, self.sep_id, strip_accents, tokenize_chinese_chars
-        )
+        self.backend = backend or _backend(vocab, cased, strip_accents, tokenize_chinese_chars)
+        if self.backend.post_processor is None:  # a tokenizer.json may leave it to whoever reads it
+            self.backend.post_processor = processors.BertProcessing(("[SEP]", self.sep_id), ("[CLS]", self.cls_id))
         normalizer = self.backend.normalizer
         found = _bert_normalizer(json.loads(normalizer.__getstate__())) if normalizer else {}
         self.tells_its_rules = backend is not None  # a bare vocab.txt does not say whether it is cased
@@ -94,7 +94,7 @@ class Tokenizer:
             raise UserError(f"a vocabulary of {vocab_size} entries is too small: 100 at least")
         if vocab_size > 10_000_000:  # the library allocates room for all of them first, and aborts where there is none
             raise UserError(f"a vocabulary of {vocab_size} entries is too large: 10,000,000 at most")
-        backend = _backend({token: i for i, token in enumerate(SPECIAL_TOKENS)}, cased, 2, 3)
+        backend = _backend({token: i for i, token in enumerate(SPECIAL_TOKENS)}, cased)
         firsts: Counter[str] = Counter()
         inner: Counter[str] = Counter()
         endless: set[str] = set()
@@ -199,15 +199,14 @@ class WordCache:
         return self.ids[source], np.diff(np.concatenate([[0], ends])[text_ends], prepend=0)
 
 
-def _backend(vocab: dict[str, int], cased: bool, cls_id: int, sep_id: int, strip_accents: bool | None = None,
+def _backend(vocab: dict[str, int], cased: bool, strip_accents: bool | None = None,
              tokenize_chinese_chars: bool = True) -> tokenizers.Tokenizer:
-    """BERT's pipeline over a vocabulary."""
+    """BERT's pipeline over a vocabulary, but for [CLS] and [SEP]."""
     backend = tokenizers.Tokenizer(models.WordPiece(vocab, unk_token="[UNK]", max_input_chars_per_word=100))
     backend.normalizer = normalizers.BertNormalizer(
         clean_text=True, handle_chinese_chars=tokenize_chinese_chars, strip_accents=strip_accents, lowercase=not cased
     )
     backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    backend.post_processor = processors.BertProcessing(("[SEP]", sep_id), ("[CLS]", cls_id))
     backend.decoder = decoders.WordPiece(prefix="##")
     backend.add_special_tokens(SPECIAL_TOKENS)
     return backend
