@@ -80,8 +80,8 @@ def find(name: str | Path) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
-        return Path(snapshot_download(str(name), allow_patterns=["config.json", "*.txt", "tokenizer*.json", *FILES,
-                                                                 "*.safetensors"]))
+        return Path(snapshot_download(str(name), allow_patterns=[
+            "config.json", "*.txt", "tokenizer*.json", "added_tokens.json", *FILES, "*.safetensors"]))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise UserError(f"no folder {name}, and the hub did not give it: {str(error).splitlines()[0]}") from error
 

@@ -155,6 +155,40 @@ def test_a_normalizer_within_a_sequence_says_the_casing(wordpieces: dict[str, in
         assert loaded.cased == cased and loaded.rules["strip_accents"] is False
 
 
+@pytest.mark.parametrize("decoder", [False, True])
+def test_tokens_added_to_a_vocabulary_file(decoder: bool, wordpieces: dict[str, int], tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    n = len(wordpieces)
+    wide = {"lstrip": True, "rstrip": False, "normalized": False, "single_word": False, "special": True}
+    added = {str(n + 1): {"content": "[e2]", **wide, "lstrip": False}, str(n): {"content": "<E1>", **wide}}
+    (tmp_path / "vocab.txt").write_text("\n".join(wordpieces))
+    (tmp_path / "added_tokens.json").write_text(json.dumps({"[e2]": n + 1, "<E1>": n} if not decoder else {"x": 0}))
+    config = {"tokenizer_class": "BertTokenizer", **({"added_tokens_decoder": added} if decoder else {})}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    texts = [*AWKWARD, "the <E1>a [e2] b", "<e1> [E2] hello<E1>[e2]"]
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    expected = [theirs(text)["input_ids"] for text in texts]
+    assert {n, n + 1} <= set(expected[-2])
+    loaded = Tokenizer.load(tmp_path)
+    ids, _ = WordCache(loaded).encode_batch(texts)
+    assert ids.max() < n, "text to pretrain on has no added tokens"
+    for name in ("once", "twice"):
+        assert [loaded.encode(text) for text in texts] == expected and loaded.vocab_size == n + 2
+        assert loaded.tokens[n:] == ["<E1>", "[e2]"] and not loaded.cased
+        ids = [wordpieces["a"], n]
+        assert loaded.decode(ids) == theirs.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        (tmp_path / name).mkdir()
+        loaded.save(tmp_path / name)
+        theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / name)
+        assert [theirs(text)["input_ids"] for text in texts] == expected
+        loaded = Tokenizer.load(tmp_path / name)
+    if not decoder:
+        for index, said in (n + 3, "do not go together"), ("one", "is damaged"):
+            (tmp_path / "added_tokens.json").write_text(json.dumps({"<E1>": index}))
+            with pytest.raises(UserError, match=said):
+                Tokenizer.load(tmp_path)
+
+
 def test_a_file_that_leaves_out_cls_and_sep_gets_them(wordpieces: dict[str, int], tmp_path: Path) -> None:
     transformers = pytest.importorskip("transformers")
     Tokenizer(wordpieces).save(tmp_path)

@@ -57,11 +57,13 @@ class Tokenizer:
         """From a vocab.txt, a tokenizer.json, or a folder that holds either (a checkpoint's, a prepared set's).
 
         `cased` is for a bare vocab.txt, which does not say; None means uncased, or what tokenizer_config.json says. Of
-        accents and Chinese characters that file tells a folder's vocab.txt too; a tokenizer.json has its own rules.
+        accents, Chinese characters and added tokens that file tells a folder's vocab.txt too (of the last, else
+        added_tokens.json); a tokenizer.json has its own rules.
         Raises UserError where the file is missing, damaged or not WordPiece.
         """
         path = Path(path)
         config: dict = {}
+        added: list[tuple[int, tokenizers.AddedToken]] = []
         if path.is_dir():
             found = [path / name for name in ("tokenizer.json", "vocab.txt") if (path / name).is_file()]
             if not found:
@@ -72,11 +74,18 @@ class Tokenizer:
                     raise UserError(f"{path / 'tokenizer_config.json'} is not a tokenizer's configuration")
                 if cased is None and "do_lower_case" in config:
                     cased = not config["do_lower_case"]
+            added = _added_tokens(path, config)
             path = found[0]
         if path.suffix == ".json":
             return _from_json(path, cased)
         accents, chinese = config.get("strip_accents"), config.get("tokenize_chinese_chars", True)
         loaded = cls(_read_vocab(path), bool(cased), None, None if accents is None else bool(accents), bool(chinese))
+        loaded.backend.add_tokens([token for _, token in added])
+        for index, token in added:
+            if loaded.backend.token_to_id(token.content) != index:
+                raise UserError(f"{path} and the added token {token.content!r}, id {index}, do not go together")
+        if added:
+            loaded = cls(loaded.backend.get_vocab(), loaded.cased, loaded.backend)
         loaded.tells_its_rules = "do_lower_case" in config
         return loaded
 
@@ -210,6 +219,21 @@ def _backend(vocab: dict[str, int], cased: bool, strip_accents: bool | None = No
     backend.decoder = decoders.WordPiece(prefix="##")
     backend.add_special_tokens(SPECIAL_TOKENS)
     return backend
+
+
+def _added_tokens(folder: Path, config: dict) -> list[tuple[int, tokenizers.AddedToken]]:
+    """(id, token) of what was added to a vocab.txt, in the order of ids: where transformers writes them down."""
+    path = folder / "tokenizer_config.json"
+    try:
+        if "added_tokens_decoder" in config:
+            tokens = [(int(i), tokenizers.AddedToken(**token)) for i, token in config["added_tokens_decoder"].items()]
+        elif (path := folder / "added_tokens.json").is_file():
+            tokens = [(int(i), tokenizers.AddedToken(token, normalized=True)) for token, i in read_json(path).items()]
+        else:
+            return []
+    except (TypeError, ValueError, AttributeError) as error:
+        raise UserError(f"{path} is damaged: its added tokens are not tokens and ids: {error}") from error
+    return sorted(tokens, key=lambda pair: pair[0])
 
 
 def _read_vocab(path: Path) -> dict[str, int]:
