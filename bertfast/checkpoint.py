@@ -43,13 +43,19 @@ class Checkpointed(torch.nn.Module):
         """Load a folder, or a model of the Hugging Face hub, in fp32 and eval mode.
 
         new_heads=True permits heads (pooler, cls, classifier) that the file lacks, or has beyond this class: they are
-        initialised or dropped, and named in a printed line. Raises UserError for anything missing, unexpected or
-        mis-shaped, for a damaged file, and for another architecture.
+        initialised or dropped, and named in a printed line. A task's head (classifier, qa_outputs, mix) is kept only if
+        the checkpoint is of this class and decides between the same labels in the same order.
+        Raises UserError for anything missing, unexpected or mis-shaped, for a damaged file, and for another
+        architecture.
         """
         folder = find(name)
         config = BertConfig.from_file(folder / "config.json")
         model = cls(replace(config, **config_changes))
-        load(model, read_tensors(folder), str(name), new_heads)
+        stored, wanted = config.extra, model.config.extra
+        same_head = (stored.get("architectures") == [cls.__name__]
+                     and wanted.get("id2label") in (None, stored.get("id2label"))  # None: a head without labels
+                     and all(stored.get(name) == wanted.get(name) for name in ("features", "static")))
+        load(model, read_tensors(folder), str(name), new_heads, same_head)
         return model.eval()
 
     def save_pretrained(self, folder: str | Path, state: dict[str, Tensor] | None = None) -> None:
@@ -158,21 +164,22 @@ def _first_line(error: Exception) -> str:
     return next(iter(str(error).splitlines()), type(error).__name__)
 
 
-def load(model, tensors: dict[str, Tensor], source: str, new_heads: bool = False) -> None:
+def load(model, tensors: dict[str, Tensor], source: str, new_heads: bool = False, same_head: bool = False) -> None:
     """Copy `tensors` into the model's parameters, strictly; see Checkpointed.from_pretrained."""
     own = dict(model.state_dict())
     found = under_our_names(tensors, own, model.base_prefix)
-    if new_heads:  # a head of another task's size is another head
-        found = {n: t for n, t in found.items()
-                 if not n.startswith(TASK_HEADS) or n not in own or own[n].shape == t.shape}
+    if new_heads:  # a head of another task, of other labels or another size is another head
+        found = {n: t for n, t in found.items() if not n.startswith(TASK_HEADS) or n not in own
+                 or (same_head and own[n].shape == t.shape)}
     missing = sorted(set(own) - set(found))
     unexpected = sorted(set(found) - set(own))
     if new_heads:
-        named = [n for n in missing + unexpected if n.startswith(HEADS)]
+        kept = sorted(n for n in set(own) & set(found) if n.startswith(TASK_HEADS))
+        named = [n for n in missing + unexpected if n.startswith(HEADS)] + kept
         if named:
             print(f"{source}: " + "; ".join(
                 f"{what}: {', '.join(n for n in names if n in named)}"
-                for what, names in (("initialised anew", missing), ("not used", unexpected))
+                for what, names in (("initialised anew", missing), ("not used", unexpected), ("kept", kept))
                 if any(n in named for n in names)
             ))
         missing, unexpected = ([n for n in names if n not in named] for names in (missing, unexpected))

@@ -319,6 +319,30 @@ def test_seeds_are_reported_with_mean_and_spread(start, tmp_path):
         finetune(tmp_path / "run", settings("classification", start, tmp_path), "")
 
 
+def test_a_head_goes_on_only_under_its_own_labels(start, tmp_path, capsys):
+    finetune(tmp_path / "run", settings("classification", start, tmp_path, steps=1), "")
+    checkpoint = tmp_path / "run/checkpoint"
+    old = load_file(checkpoint / "model.safetensors")["classifier.weight"]
+
+    def heads(**changes):
+        chosen = settings("classification", checkpoint, tmp_path)
+        work = FineTuning(tmp_path, replace(chosen, **changes))
+        capsys.readouterr()
+        found = [work.model_for(seed).classifier.weight for seed in (1, 2)]
+        return found, capsys.readouterr().out
+
+    (first, second), printed = heads()
+    assert torch.equal(first, old) and torch.equal(second, old)
+    assert printed.count("kept: classifier.bias, classifier.weight") == 2 and "anew" not in printed
+    others = {"labels": {"task": "classification"}, "class": {"task": "tagging", "text": "tokens", "label": "label"}}
+    for name, changes in others.items():
+        rows = [{"text": "a", "tokens": ["a"], "label": x if name == "labels" else [x]} for x in ("good", "bad") * 9]
+        write_rows(tmp_path / "other.jsonl", rows)
+        (first, second), printed = heads(train=str(tmp_path / "other.jsonl"), dev=None, **changes)
+        assert first.shape == old.shape and not any(map(torch.equal, (first, second, first), (second, old, old))), name
+        assert printed.count("initialised anew: classifier.bias, classifier.weight") == 2 and "kept" not in printed
+
+
 def test_freezing_and_layer_decay(start, tmp_path):
     chosen = settings("classification", start, tmp_path, steps=4)
     work = FineTuning(tmp_path, chosen)

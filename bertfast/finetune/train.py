@@ -101,7 +101,10 @@ class FineTuning:
     # ---- the model
 
     def model_for(self, seed: int) -> Checkpointed:
-        """The pretrained encoder with a new head, its initial values a function of the seed."""
+        """The pretrained encoder with a new head, its initial values a function of the seed.
+
+        A checkpoint that was fine-tuned for this task, with the same labels, goes on with its head.
+        """
         settings, task = self.settings, self.task
         torch.manual_seed(seed)
         changes: dict = {}
