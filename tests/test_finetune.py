@@ -918,6 +918,27 @@ def test_predictions_replace_nothing_but_predictions(start, tmp_path):
     assert predict_file(predictor, chosen.dev, tmp_path / "run/out.jsonl")["rows"] == 160
 
 
+def test_a_single_sentence_is_read_as_the_training_file_was(start, tmp_path):
+    words, lines = "a\tX\ncat\tY\n", "tokens\ttags\na cat\tX Y\n"
+    files = {"train.tsv": (words + "\n") * 9, "one.txt": words, "bare.txt": "a\ncat\n", "lines.tsv": lines,
+             "gap.tsv": lines.replace("\na", "\n\na"), "broken.txt": "a\tX\ncat\n"}
+    for name, content in files.items():
+        (tmp_path / name).write_text(content)
+    chosen = Settings("tagging", str(start), str(tmp_path / "train.tsv"), str(tmp_path / "one.txt"), steps=1,
+                      precision="fp32")
+    finetune(tmp_path / "run", chosen, "")
+    assert read_lines(tmp_path / "run/predictions.jsonl")[0]["gold"] == ["X", "Y"]
+    for name in ("one.txt", "bare.txt", "lines.tsv"):
+        assert predict_file(Predictor(tmp_path / "run"), tmp_path / name, tmp_path / "out.jsonl")["rows"] == 1, name
+        assert read_lines(tmp_path / "out.jsonl")[0]["tokens"] == ["a", "cat"], name
+    with pytest.raises(UserError, match=r"broken.txt.* there are: a, X"):
+        predict_file(Predictor(tmp_path / "run"), tmp_path / "broken.txt", tmp_path / "out.jsonl")
+    task = FineTuning(tmp_path, replace(chosen, train=str(tmp_path / "lines.tsv"), dev=str(tmp_path / "gap.tsv"))).task
+    assert [task.open(tmp_path / name).format for name in ("gap.tsv", "train.tsv")] == ["TSV", "CoNLL"]
+    task.read_format = None  # as of a checkpoint that does not say
+    assert [task.open(tmp_path / name).format for name in ("gap.tsv", "one.txt")] == ["CoNLL", "TSV"]
+
+
 def test_a_mistake_leaves_the_run_that_was_to_be_replaced(start, tmp_path):
     chosen = settings("classification", start, tmp_path, steps=2, eval_every=2)
     finetune(tmp_path / "run", chosen, "")

@@ -15,7 +15,7 @@ from bertfast.data.tokenizer import Tokenizer
 from bertfast.files import UserError, atomic_path, read_json
 from bertfast.finetune import show
 from bertfast.finetune.batches import Item, by_budget, pack
-from bertfast.finetune.read import Row, open_table
+from bertfast.finetune.read import Row
 from bertfast.finetune.task import Settings, Task
 
 CHUNK = 2048  # rows in memory at a time
@@ -73,6 +73,7 @@ class Predictor:
         positions = config.get("encoder", config)["max_position_embeddings"]
         self.task = TASKS[self.settings.task](self.settings, self.tokenizer, positions, stored["labels"])
         self.task.read_roles, self.task.read_columns = stored.get("roles"), stored.get("columns", {})
+        self.task.read_format = stored.get("format")
         device = machine.choose_device()
         self.precision, _ = machine.choose_precision(precision, device)
         self.model = self.task.head.from_pretrained(folder).to(device, machine.DTYPES[self.precision]).eval()
@@ -91,8 +92,7 @@ def predict_file(predictor: Predictor, source: Path, out: Path, columns: list[st
     columns: names for a file without header, if they differ from the training file's. Raises UserError where `out`
     lies in the checkpoint's folder, or is a file that does not look like predictions.
     """
-    settings = predictor.settings
-    table = open_table(source, columns or settings.columns or None, words=settings.task == "tagging")
+    table = predictor.task.open(source, columns)
     found = predictor.task.as_in_training(table, predictor.task.find_columns(table, labelled=False))
     if out.is_dir():
         raise UserError(f"{out} is a folder, not a file to write")

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 from bertfast.files import UserError
 
 CONLLU = ["id", "form", "lemma", "upos", "xpos", "feats", "head", "deprel", "deps", "misc"]
+PLAIN = (".tsv", ".txt")  # a sentence a line, or a word
 csv.field_size_limit(2**31 - 1)  # a whole document may stand in one field
 
 
@@ -41,11 +42,13 @@ class Table:
         return self.rows()
 
 
-def open_table(path: str | Path, columns: list[str] | None = None, words: bool = False) -> Table:
+def open_table(path: str | Path, columns: list[str] | None = None, words: bool = False,
+               format: str | None = None) -> Table:
     """Understand a file by its ending: .csv .tsv .txt .jsonl .json .parquet .conllu, anything else by its lines.
 
     columns: names of the columns of a file without a header. words: the file may be one word a line, a blank line
-    between sentences; each Row is then a sentence, with a list of words for each column.
+    between sentences; each Row is then a sentence, with a list of words for each column. format: whether such a .tsv or
+    .txt is "CoNLL" or "TSV"; without, blank lines tell, which a single sentence has not.
     Raises UserError where the file is missing, empty or of another format; rows are checked when they are read.
     """
     path = Path(path)
@@ -61,7 +64,8 @@ def open_table(path: str | Path, columns: list[str] | None = None, words: bool =
         table = _json(path, encoding)
     elif kind == ".csv":
         table = _delimited(path, encoding, ",", columns)
-    elif kind == ".conllu" or (words and (kind not in (".tsv", ".txt") or _has_blank_lines(path, encoding))):
+    elif kind == ".conllu" or (words and (kind not in PLAIN or (
+            format == "CoNLL" if format else _has_blank_lines(path, encoding)))):
         table = _word_lines(path, encoding, columns, conllu=kind == ".conllu")
     else:
         table = _delimited(path, encoding, "\t", columns)

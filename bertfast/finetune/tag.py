@@ -5,6 +5,8 @@ where it stands furthest from an edge, so nothing is lost and nothing is counted
 """
 
 import re
+from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,7 +16,7 @@ import torch
 from bertfast.files import UserError
 from bertfast.finetune import metrics
 from bertfast.finetune.batches import Item, sequence
-from bertfast.finetune.read import Row, Table
+from bertfast.finetune.read import PLAIN, Row, Table, open_table
 from bertfast.finetune.task import Example, Task
 from bertfast.heads import BertForTokenClassification
 
@@ -35,6 +37,18 @@ class Tagging(Task):
     def _decide_metrics(self) -> None:
         self.spans = bool(self.labels) and all(re.fullmatch(r"O|[BIESLU]-.*|B|I", t) for t in self.labels)
         self.metrics = ("f1", "precision", "recall", "accuracy") if self.spans else ("accuracy",)
+
+    def open(self, path: str | Path, columns: list[str] | None = None) -> Table:
+        """Also a word a line. A .tsv or .txt is read as the training file was, if that was one and this can be."""
+        names = columns or self.settings.columns or None
+        if self.read_format and all(Path(p).suffix.lower() in PLAIN for p in (path, self.settings.train)):
+            with suppress(UserError):
+                table = open_table(path, names, words=True, format=self.read_format)
+                column = self.find_columns(table, labelled=False)["words"]
+                read = (row.values[column] for row in table)
+                if all(isinstance(words, str) or " " not in "".join(words) for words in read):  # no sentences as words
+                    return table
+        return open_table(path, names, words=True)
 
     def find_columns(self, table: Table, labelled: bool = True) -> dict[str, str]:
         """In files of bare columns the word is the first and the tag the last, unless --label or training says."""

@@ -8,6 +8,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
@@ -20,7 +21,7 @@ from bertfast.config import BertConfig
 from bertfast.data.tokenizer import Tokenizer
 from bertfast.files import UserError
 from bertfast.finetune.batches import Item, Sequence, pack, rounded, sequence
-from bertfast.finetune.read import Row, Table
+from bertfast.finetune.read import Row, Table, open_table
 from bertfast.heads import BertForFeatures
 from bertfast.pretrain import useful_flops
 from bertfast.step_graph import Call, on_device
@@ -134,8 +135,13 @@ class Task:
         self.counts: Counter[str] = Counter()  # decisions: sentence -> how often
         self.read_roles: list[str] | None = None  # what the training file gave, labels apart
         self.read_columns: dict[str, Any] = {}  # and in which columns: role -> name ("choices": names)
+        self.read_format: str | None = None  # Table.format
 
     # ---- rows
+
+    def open(self, path: str | Path, columns: list[str] | None = None) -> Table:
+        """A file of examples. columns: names for one without header, if they differ from the training file's."""
+        return open_table(path, columns or self.settings.columns or None)
 
     def find_columns(self, table: Table, labelled: bool = True) -> dict[str, str]:
         """Role -> column, by the names given, the training file's or the usual ones.
@@ -170,6 +176,7 @@ class Task:
         if self.read_roles is None:
             self.read_roles = [role for role in self.roles[:-1] if role in columns]
             self.read_columns |= columns
+            self.read_format = table.format
         missing = [role for role in self.read_roles if role not in columns]
         if missing:
             option = "--" + OPTIONS.get(missing[0], missing[0]).replace("_", "-")

@@ -29,7 +29,7 @@ from bertfast.finetune.answer import Answering
 from bertfast.finetune.batches import Item, by_budget, epoch_batches
 from bertfast.finetune.classify import Classification, MultipleChoice, Regression
 from bertfast.finetune.predict import json_line, run, with_features
-from bertfast.finetune.read import Table, open_table
+from bertfast.finetune.read import Table
 from bertfast.finetune.tag import Tagging
 from bertfast.finetune.task import LEARNING_RATES, Example, Settings, Task
 from bertfast.finetune.write import Writing
@@ -86,17 +86,13 @@ class FineTuning:
 
     def _read(self) -> tuple[list[Example], list[Example]]:
         settings = self.settings
-        tables = [self._table(path) for path in (settings.train, settings.dev) if path]
-        examples = [read(self.task, table) for table in tables]
+        examples = [read(self.task, self.task.open(path)) for path in (settings.train, settings.dev) if path]
         if settings.dev is None:
             examples = list(held_out(self.task, examples[0]))
             self.task.counts[f"examples held out for evaluation, one text in {HELD_OUT} (no --dev)"] = len(examples[1])
             if not examples[1]:
                 raise UserError(f"{settings.train} has too few examples to hold some out: name a --dev file")
         return examples[0], examples[1]
-
-    def _table(self, path: str) -> Table:
-        return open_table(path, self.settings.columns or None, words=self.settings.task == "tagging")
 
     # ---- the model
 
@@ -289,7 +285,8 @@ class FineTuning:
             self.tokenizer.save(folder)
             write_json(folder / "finetune.json", {
                 "bertfast": __version__, "settings": asdict(self.settings), "labels": self.task.labels,
-                "roles": self.task.read_roles, "columns": self.task.read_columns, "best": best,
+                "roles": self.task.read_roles, "columns": self.task.read_columns,
+                "format": self.task.read_format, "best": best,
             })
         lines = (json_line({"example": e.where, "gold": self.task.gold(e), **p})
                  for e, p in zip(self.dev_examples, predictions))
