@@ -25,7 +25,7 @@ import bertfast
 import bertfast.heads
 from bertfast import cli, machine
 from bertfast.data.tokenizer import SPECIAL_TOKENS, Tokenizer
-from bertfast.files import UserError
+from bertfast.files import UserError, locked
 from bertfast.finetune import metrics, show, train, write
 from bertfast.finetune.batches import by_budget, epoch_batches, pack
 from bertfast.finetune.predict import Predictor, predict_file, run
@@ -949,6 +949,27 @@ def test_a_mistake_leaves_the_run_that_was_to_be_replaced(start, tmp_path):
     assert content() == before
     finetune(tmp_path / "run", replace(chosen, lr=1e-3), "", overwrite=True)
     assert content().keys() == before.keys() and content() != before
+
+
+def test_two_do_not_train_in_one_folder(start, tmp_path, monkeypatch):
+    out, chosen, train = tmp_path / "run", settings("classification", start, tmp_path, steps=2), FineTuning.train
+    out.mkdir()
+    with locked(out, out), pytest.raises(UserError, match="run is being written by another process$"):
+        finetune(out, chosen, "", overwrite=True)
+    assert not list(out.iterdir())
+
+    def contended(work):
+        with pytest.raises(UserError, match="run is being written by another process$"), locked(out, out):
+            pass
+        return train(work)
+
+    monkeypatch.setattr(FineTuning, "train", contended)
+    finetune(out, chosen, "")
+    shutil.move(out / "checkpoint", tmp_path / "theirs")
+    describe = lambda work, allocator: {"done": str(shutil.move(tmp_path / "theirs", out / "checkpoint"))}
+    monkeypatch.setattr(FineTuning, "describe", describe)  # another's run ends while ours reads its data
+    with pytest.raises(UserError, match="already holds a fine-tuning"):
+        finetune(out, chosen, "")
 
 
 def test_a_metric_of_spans_may_be_asked_for(start, tmp_path):

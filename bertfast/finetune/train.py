@@ -23,7 +23,7 @@ from bertfast.batch import PackedBatch
 from bertfast.checkpoint import Checkpointed, find, run_settings
 from bertfast.config import BertConfig
 from bertfast.data.tokenizer import Tokenizer
-from bertfast.files import UserError, atomic_folder, create_folder, write_bytes, write_json
+from bertfast.files import UserError, atomic_folder, create_folder, locked, write_bytes, write_json
 from bertfast.finetune import show
 from bertfast.finetune.answer import Answering
 from bertfast.finetune.batches import Item, by_budget, epoch_batches
@@ -405,13 +405,19 @@ def layer_scale(config: BertConfig, decay: float):
     return scale
 
 
+def refuse_a_run(folder: Path, overwrite: bool) -> None:
+    """Raises UserError where `folder` holds a run that is not to be replaced."""
+    if (folder / "checkpoint").exists() and not overwrite:
+        raise UserError(f"{folder} already holds a fine-tuning: choose another --out, or add --overwrite")
+
+
 def finetune(folder: Path, settings: Settings, allocator: str, overwrite: bool = False) -> dict:
     """`bertfast finetune`: from settings to the closing table. Returns the content of metrics.json.
 
-    Raises UserError for a fault in settings or data, and where `folder` holds a run that is not to be replaced.
+    Raises UserError for a fault in settings or data, and where `folder` holds a run that is not to be replaced, or is
+    another process's.
     """
-    if (folder / "checkpoint").exists() and not overwrite:
-        raise UserError(f"{folder} already holds a fine-tuning: choose another --out, or add --overwrite")
+    refuse_a_run(folder, overwrite)
     if find(settings.model).resolve().is_relative_to(folder.resolve()):
         raise UserError(f"{settings.model} lies in {folder}, which is to be written: choose another --out")
     if (folder / "config.json").exists() and "task" not in (run_settings(folder) or {}):
@@ -421,13 +427,14 @@ def finetune(folder: Path, settings: Settings, allocator: str, overwrite: bool =
     show.decisions(work.task)
     show.examples(work.task, work.train_examples[:3], work.train_items)
     report.header(work.describe(allocator))
-    create_folder(folder)
-    try:
-        summary = work.train()
-    except KeyboardInterrupt:
-        show.note(f"stopped; the best so far: {folder / 'checkpoint'} ({work.metric} {work.best[work.metric]:.4f})"
-                  if work.best else "stopped before the first evaluation: nothing was saved")
-        raise
+    with locked(create_folder(folder), folder):
+        refuse_a_run(folder, overwrite)  # one that ended while our data was read
+        try:
+            summary = work.train()
+        except KeyboardInterrupt:
+            show.note(f"stopped; the best so far: {folder / 'checkpoint'} ({work.metric} {work.best[work.metric]:.4f})"
+                      if work.best else "stopped before the first evaluation: nothing was saved")
+            raise
     show.closing_table(summary)
     show.note(f"done in {time.perf_counter() - began:.0f} s; best checkpoint: {folder / 'checkpoint'}; "
               f"metrics: {folder / 'metrics.json'}; predictions: {folder / 'predictions.jsonl'}")
