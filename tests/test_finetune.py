@@ -972,6 +972,23 @@ def test_two_do_not_train_in_one_folder(start, tmp_path, monkeypatch):
         finetune(out, chosen, "")
 
 
+def test_a_model_of_one_segment_reads_no_pairs(start, tmp_path):
+    folder = tmp_path / "one"
+    shutil.copytree(start, folder)
+    model = bertfast.BertModel(bertfast.BertConfig(**{**vars(bertfast.BertConfig.from_file(start / "config.json")),
+                                                      "type_vocab_size": 1}))
+    model.save_pretrained(folder)
+    chosen = settings("classification", folder, tmp_path, steps=1)
+    finetune(tmp_path / "run", chosen, "")
+    before = {p: p.read_bytes() for p in (tmp_path / "run").rglob("*") if p.is_file()}
+    for kind in ("pairs", "qa", "multiple-choice", "prefix-lm"):
+        with pytest.raises(UserError, match=r"one tells no two segments apart \(type_vocab_size 1\)"):
+            finetune(tmp_path / "run", settings(kind, folder, tmp_path, steps=1), "", overwrite=True)
+    assert {p: p.read_bytes() for p in (tmp_path / "run").rglob("*") if p.is_file()} == before
+    FineTuning(tmp_path, settings("pairs", folder, tmp_path, features=True, static=True)).model_for(1)
+    FineTuning(tmp_path, settings("seq2seq", folder, tmp_path)).model_for(1)
+
+
 def test_a_metric_of_spans_may_be_asked_for(start, tmp_path):
     work = FineTuning(tmp_path, settings("tagging", start, tmp_path, metric="f1"))
     assert work.metric == "f1" and "f1" in work.evaluate(work.model_for(1))[0]

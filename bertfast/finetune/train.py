@@ -71,6 +71,11 @@ class FineTuning:
         self.metric = settings.metric or self.task.metrics[0]
         self.train_items = self.task.items(self.train_examples)
         self.dev_items = self.task.items(self.dev_examples)
+        # the words' own vectors know no segments
+        parts = (s for item in self.train_items + self.dev_items for s in item.sequences)
+        if config.type_vocab_size < 2 and not settings.static and any(s.second < len(s.ids) for s in parts):
+            raise UserError(f"{settings.model} tells no two segments apart (type_vocab_size 1), and this task reads "
+                            "pairs: a question and its context, two texts, or a source and its target")
         self.lengths = np.array([item.n_tokens for item in self.train_items])
         per_epoch = -(-len(self.train_items) // settings.batch_size)
         self.steps = settings.steps or max(1, math.ceil(settings.epochs * per_epoch))
