@@ -14,6 +14,7 @@ import time
 import warnings
 from dataclasses import dataclass
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -281,7 +282,7 @@ class Encoder:
             if mask is not None and (eager or additive) and not tracing() and not bool((mask != 0).any(1).all()):
                 reason = "a sequence of padding alone, of which such attention makes a mean"
         if reason is not None:
-            _say_once(f"bertfast: {reason}: such a call runs the original encoder")
+            _say_once(self, f"bertfast: {reason}: such a call runs the original encoder")
             if bertfast_mask is not None:
                 attention_mask = _original_mask(config, hidden_states, bertfast_mask)
             return super().forward(hidden_states, attention_mask, *args, **kwargs)  # type: ignore[misc]
@@ -382,10 +383,16 @@ def _draw_seed(device: torch.device) -> Tensor:
     return torch.randint(-(2**62), 2**62, (1,), device=device)
 
 
-@functools.cache
-def _say_once(message: str) -> None:
-    if not tracing():
-        warnings.warn(message, stacklevel=6)
+_said: WeakKeyDictionary[nn.Module, set[str]] = WeakKeyDictionary()
+
+
+def _say_once(encoder: nn.Module, message: str) -> None:
+    """Once for each encoder; what is said while tracing, nobody may see."""
+    if tracing() or message in _said.setdefault(encoder, set()):
+        return
+    _said[encoder].add(message)
+    # without a registry, or Python shows one message from one line once, whatever the model
+    warnings.warn_explicit(message, UserWarning, "bertfast", 0)
 
 
 class _Embeddings:

@@ -377,6 +377,20 @@ def test_skip_logits_means_what_it_says():
     assert out.logits is not None and out.hidden_states[-1].shape == (B, S, 64)
 
 
+def test_every_model_says_once_what_runs_as_the_original():
+    with warnings.catch_warnings(record=True) as said, torch.no_grad():
+        warnings.simplefilter("default")
+        for _ in range(2):
+            patched = pair(attn_implementation="eager")[1].requires_grad_(False)
+            first = lambda ids, model=patched: model(ids, output_attentions=True)[0]
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # PyTorch's, of tracing
+                torch.jit.trace(first, (IDS,), check_trace=False)
+            for _ in range(2):
+                patched(**INPUTS, output_attentions=True)
+    assert sum("runs the original encoder" in str(w.message) for w in said) == 2
+
+
 def test_dropout_is_governed_by_the_seed_and_by_each_module():
     _, model = pair(dropout=0.3)
     drawn = []
