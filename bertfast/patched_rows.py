@@ -90,9 +90,14 @@ def arrange(shape: torch.Size, longest: int, mask: Tensor | None, device: torch.
     return rows
 
 
+_MODES = torch._C._TorchDispatchModeKey.FAKE, torch._C._TorchDispatchModeKey.PROXY
+
+
 def tracing() -> bool:
-    """Whether what runs here is recorded, to run later on other values."""
-    return torch.compiler.is_compiling() or torch.jit.is_tracing()
+    """Whether what runs here is recorded, to run later on other values, or has no values (fake tensors)."""
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():
+        return True
+    return any(torch._C._get_dispatch_mode(mode) is not None for mode in _MODES)
 
 
 def padding_mask(mask: Tensor | None, shape: torch.Size) -> tuple[Tensor | None, str | None]:

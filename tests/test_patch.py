@@ -11,8 +11,10 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import BertConfig, DistilBertConfig, ElectraConfig, RobertaConfig, XLMRobertaConfig
@@ -763,6 +765,20 @@ def test_jit_trace_keeps_the_mask():
         warnings.simplefilter("ignore")
         traced = torch.jit.trace(patched, (IDS, torch.ones_like(MASK)), strict=False, check_trace=False)
     torch.testing.assert_close(attended(traced(IDS, MASK)[0]), attended(original(IDS, MASK)[0]), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("mode", ["real", "fake"])
+def test_make_fx_records_for_any_mask(mode):
+    original, patched = (model.eval() for model in pair())
+    recorded = make_fx(lambda ids, mask: patched(ids, mask)[0], tracing_mode=mode, _allow_non_fake_inputs=True)(
+        IDS, torch.ones_like(MASK))
+    torch.testing.assert_close(attended(recorded(IDS, MASK)), attended(original(**INPUTS)[0]), rtol=1e-4, atol=1e-5)
+
+
+def test_fake_tensors_run():
+    _, patched = pair(modeling_bert.BertForSequenceClassification)
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        assert patched(*map(mode.from_tensor, INPUTS.values())).logits.shape == (B, 3)
 
 
 def test_what_is_left_alone_is_said():
