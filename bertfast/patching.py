@@ -63,10 +63,10 @@ def patch(model: nn.Module) -> Report:
 
     Nothing else changes: the classes of models, the parameters (the same objects), state_dict, signatures, outputs;
     rows at padding are zeros. BertForMaskedLM and BertForPreTraining, in training with labels, compute the loss
-    without the logits and return None for them; skip_logits=False or a hook forces them, True skips them in eval too.
-    A batch with no masked word has loss 0 for them then. Attentions, masks that are not padding masks, and layers with
-    hooks inside run as the original. Decoders are left alone, with a warning. Patching twice does nothing more.
-    Returns a Report. Raises UserError where there is nothing to patch.
+    without the logits and return None for them; skip_logits=False, return_dict=False or a hook forces them, and
+    skip_logits=True skips them in eval too. A batch with no masked word has loss 0 for them then. Attentions, masks
+    that are not padding masks, and layers with hooks inside run as the original. Decoders are left alone, with a
+    warning. Patching twice does nothing more. Returns a Report. Raises UserError where there is nothing to patch.
     """
     report = Report()
     for name, module in model.named_modules():
@@ -234,7 +234,9 @@ def _before_head(model: Any, args: tuple, kwargs: dict):
         return args, {**kwargs, "bertfast_reads": Reads(first_only=not whole and _takes_first(model))}
     labels = _argument(model, args, kwargs, "labels")
     reads = Reads(labels)
-    skip = model.training if skip is None else skip
+    if skip is None:
+        named = kwargs.get("return_dict")  # else a tuple, which is taken apart by position
+        skip = model.training and (config.return_dict if named is None else named)
     if labels is not None and skip and not whole and not watched(model) and _fusable_head(model):
         if _home(model).__name__ == "BertForMaskedLM":
             reads.head = model.cls.predictions

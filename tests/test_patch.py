@@ -368,9 +368,15 @@ def test_skip_logits_means_what_it_says():
         assert (out.logits is not None) == has_logits
         torch.testing.assert_close(out.loss, expected.loss)
     assert patched.train()(**INPUTS).logits.shape == (B, S, 99)
-    loss, *rest = patched(IDS, MASK, None, None, None, None, None, LABELS, return_dict=False)  # labels by position
+    by_position = (IDS, MASK, None, None, None, None, None, LABELS)
+    loss, logits = patched(*by_position, return_dict=False)  # a tuple has its logits, or [1] were something else
     torch.testing.assert_close(loss, expected.loss)
-    assert not rest
+    torch.testing.assert_close(attended(logits), attended(expected.logits), rtol=1e-4, atol=1e-5)
+    (loss,) = patched(*by_position, return_dict=False, skip_logits=True)
+    torch.testing.assert_close(loss, expected.loss)
+    patched.config.return_dict = False
+    assert len(patched(**given)) == 2 and patched(**given, return_dict=True).logits is None
+    patched.config.return_dict = True
     assert patched(**{**given, "labels": torch.full((B, S), -100)}).loss == 0
     causal = torch.ones(S, S).tril().bool()[None, None].expand(B, 1, S, S)  # runs the original encoder
     out = patched(IDS, causal, labels=LABELS)
