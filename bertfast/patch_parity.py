@@ -28,8 +28,9 @@ def parity(model: nn.Module, batch: Mapping[str, Any]) -> "Parity":
     """Compare `model`, patched or not, as the original and as patched, on model(**batch) in fp32 and in bf16.
 
     Of a SentenceTransformer, give it the model of transformers within, `model[0].auto_model`.
-    Works on copies, dropout off. What is compared: every floating-point output (of (batch, sequence, ...) tensors the
-    attended rows), and the gradient of every parameter, of the loss, or without one of a fixed mixture of the outputs.
+    Works on copies, dropout off. What is compared: every floating-point output (of those with a row or a number for each
+    token, the attended ones), and the gradient of every parameter, of the loss, or without one of a fixed mixture of the
+    outputs.
     Returns a Parity: deviations by name, which print as a table. Raises ValueError if there is nothing to compare.
     """
     runs = {}
@@ -88,7 +89,11 @@ def _run(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Tensor]:
     tensors = dict(_tensors(model(**inputs)))
     mask = batch.get("attention_mask")
     if isinstance(mask, Tensor) and mask.dim() == 2:
-        tensors = {k: v[mask.bool()] if v.shape[:2] == mask.shape else v for k, v in tensors.items()}
+        classes = {cls.__name__ for module in model.modules() for cls in type(module).__mro__}
+        flat = "ElectraForPreTraining" in classes  # one number for each token; elsewhere (B, S) may be S classes
+        for name, t in tensors.items():
+            if t.shape[:2] == mask.shape and (t.dim() == 3 or flat or name in ("start_logits", "end_logits")):
+                tensors[name] = t[mask.bool()]
     found = {name: tensor.detach().float() for name, tensor in tensors.items()}
     goal: Any = tensors.get("loss")
     if goal is None:

@@ -948,6 +948,14 @@ def test_parity_reads_tuples(changes, name):
     assert name in found and found.worst()[1].patched < 1e-5
 
 
+def test_parity_takes_as_many_classes_as_columns_for_no_rows():
+    model = build(modeling_bert.BertForSequenceClassification)
+    model.classifier = nn.Linear(64, S)
+    assert patch_parity._run(model, INPUTS)["logits"].shape == (B, S)
+    model = build(modeling_electra.ElectraForPreTraining)
+    assert patch_parity._run(model, INPUTS)["logits"].shape == (MASK.sum(),)
+
+
 def test_parity_hides_no_nan():
     found = patch_parity.Parity(a=patch_parity.Deviation(1e-7, 0, 0), b=patch_parity.Deviation(float("nan"), 0, 0))
     assert found.worst()[0] == "b"
