@@ -2,14 +2,14 @@
 
 import copy
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .patching import patch, unpatch
+from .patching import patch, projects, unpatch
 
 
 @dataclass
@@ -28,9 +28,10 @@ def parity(model: nn.Module, batch: Mapping[str, Any]) -> "Parity":
     """Compare `model`, patched or not, as the original and as patched, on model(**batch) in fp32 and in bf16.
 
     Of a SentenceTransformer, give it the model of transformers within, `model[0].auto_model`.
-    Works on copies, dropout off. What is compared: every floating-point output (of those with a row or a number for each
-    token, the attended ones), and the gradient of every parameter, of the loss, or without one of a fixed mixture of the
-    outputs.
+    Works on copies, dropout off. What is compared: every floating-point output (of those with a row or a number for
+    each token, the attended ones), and the gradient of every parameter, of the loss, or without one of a fixed mixture
+    of the outputs. BertForMaskedLM and BertForPreTraining with labels run again as in training, for "loss without
+    logits" and the gradients.
     Returns a Parity: deviations by name, which print as a table. Raises ValueError if there is nothing to compare.
     """
     runs = {}
@@ -39,7 +40,15 @@ def parity(model: nn.Module, batch: Mapping[str, Any]) -> "Parity":
             one = unpatch(copy.deepcopy(model)).to(dtype).eval()
             if patched:
                 patch(one)
-            runs[patched, dtype] = _run(one, batch)
+            found = runs[patched, dtype] = _run(one, batch)
+            heads = [module for module in one.modules() if projects(module)]
+            if heads and "loss" in found:
+                for head in heads:
+                    head.training = True  # alone: inside, dropout stays off
+                one.zero_grad()
+                again = _run(one, batch)
+                found["loss without logits"] = again["loss"]
+                found |= {name: t for name, t in again.items() if name.startswith("grad of ")}
     truth = runs[False, torch.float32]
     if not truth:
         raise ValueError(f"{type(model).__name__} gives no floating-point output on this batch")
@@ -48,13 +57,21 @@ def parity(model: nn.Module, batch: Mapping[str, Any]) -> "Parity":
     least = 1e-3 * max((s for name, s in scale.items() if name.startswith("grad of ")), default=0.0)
     result = Parity()
     for name, t in truth.items():
+        if not all(name in other for other in others):
+            continue
         size = max(scale[name], least if name.startswith("grad of ") else 0.0, 1e-30)
         result[name] = Deviation(*(float((other[name] - t).abs().max()) / size for other in others))
+    result.not_given = sorted({name for run in runs.values() for name in run} - result.keys())
     return result
 
 
 class Parity(dict[str, Deviation]):
-    """Deviations by name: outputs as the model names them, gradients as "grad of <parameter>"."""
+    """Deviations by name: outputs as the model names them, gradients as "grad of <parameter>".
+
+    not_given: names of what not every one of the compared models gave.
+    """
+
+    not_given: Sequence[str] = ()
 
     def worst(self) -> tuple[str, Deviation]:
         """The output or gradient where patching deviates most in fp32."""
@@ -67,6 +84,7 @@ class Parity(dict[str, Deviation]):
         shown += sorted(gradients.items(), key=_size, reverse=True)[:5]  # the worst of many
         for name, d in shown:
             lines.append(f"{name[-42:]:42s} {d.patched:9.1e} {d.original_bf16:9.1e} {d.patched_bf16:13.1e}")
+        lines += [f"not given by all: {name}" for name in self.not_given]
         return "\n".join(lines)
 
 

@@ -96,7 +96,7 @@ def patch(model: nn.Module) -> Report:
             _hook(module, _before_base)
         elif _kind(module) and _is_base(module.base_model):
             if _kind(module) != "padding":
-                _hook(module, _before_head, _after_head if _projects(module) else None)
+                _hook(module, _before_head, _after_head if projects(module) else None)
             _encoder(module.base_model).reads_padding |= _kind(module) != "first column"
     if not report.replaced and not report.left:
         known = ", ".join([*FAMILIES, "distilbert"])
@@ -176,9 +176,9 @@ def _kind(module: nn.Module) -> str | None:
     return READS.get("For" + cls.__name__.partition("For")[2])
 
 
-def _projects(module: nn.Module) -> bool:
-    """Whether the masked-language-model head is BERT's, whose loss we compute without logits."""
-    return _home(module).__name__ in ("BertForMaskedLM", "BertForPreTraining")
+def projects(module: nn.Module) -> bool:
+    """Whether the module has BERT's masked-language-model head, whose loss we compute without logits."""
+    return getattr(_home(module), "__name__", None) in ("BertForMaskedLM", "BertForPreTraining")
 
 
 def _hook(module: nn.Module, before, after=None) -> None:
@@ -225,7 +225,7 @@ def _before_head(model: Any, args: tuple, kwargs: dict):
     config, base = model.config, model.base_model
     if not runs(model, _home(model)) or not _as_written(base):
         return None
-    skip = kwargs.pop("skip_logits", None) if _projects(model) else False
+    skip = kwargs.pop("skip_logits", None) if projects(model) else False
     whole = (
         any(kwargs.get(f"output_{k}", getattr(config, f"output_{k}")) for k in ("hidden_states", "attentions"))
         or hooked(base) or hooked(_encoder(base))

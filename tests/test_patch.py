@@ -30,6 +30,7 @@ from transformers.models.xlm_roberta import modeling_xlm_roberta
 
 import bertfast
 from bertfast import ops, patch_parity
+from bertfast import patched as patched_module
 from bertfast.files import UserError
 from bertfast.patched import ORIGINALS
 
@@ -939,6 +940,19 @@ def test_parity_reports_both_sides():
     assert not any(m._forward_pre_hooks or type(m) in ORIGINALS for m in model.modules())  # it worked on copies
     with pytest.raises(ValueError, match="no floating-point output"):
         bertfast.parity(_Silent(), {"x": torch.ones(2)})
+
+
+def test_parity_sees_the_loss_without_logits(monkeypatch):
+    model = build(modeling_bert.BertForMaskedLM, dropout=0.1)
+    batch = {**INPUTS, "labels": LABELS}
+    skipped = bertfast.parity(model, {**batch, "skip_logits": True})
+    assert skipped.worst()[1].patched < 1e-5 and skipped.not_given == ["logits"] and "all: logits" in str(skipped)
+    project = patched_module._project
+    monkeypatch.setattr(patched_module, "_project", lambda head, x, labels: 1.5 * project(head, x, labels))
+    found = bertfast.parity(model, batch)
+    assert found["loss"].patched < 1e-5 and not found.not_given
+    for name in ("loss without logits", "grad of bert.encoder.layer.0.output.dense.weight"):
+        assert 0.4 < found[name].patched < 0.6
 
 
 @pytest.mark.parametrize("changes, name", [({"output_hidden_states": True}, "hidden_states.3"),
