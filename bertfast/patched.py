@@ -2,8 +2,9 @@
 
 An encoder unpads once, hands packed rows (T, H) from layer to layer, and pads back (unpadding: Portes et al. 2023,
 Warner et al. 2024); its last layer computes only the rows that a head reads. A layer takes the parameters of its
-submodules as they are; a projection that was replaced (LoRA) is called, and a layer with a hook inside runs as the
-original. Whoever watches a layer's calls (hooks, hidden_states) sees padded tensors.
+submodules as they are; a projection that was replaced is called if it is known to act row by row (LoRA), and a layer
+with any other or with a hook inside runs as the original. Whoever watches a layer's calls (hooks, hidden_states) sees
+padded tensors.
 """
 
 import functools
@@ -17,6 +18,7 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
@@ -138,15 +140,40 @@ def _parts(layer: Any) -> Parts | None:
     except AttributeError:  # something else stands there, without the leaves
         return None
     leaves = (parts.query, parts.key, parts.value, parts.out, parts.up, parts.down, parts.out_norm, parts.down_norm)
-    norms = (parts.out_norm, parts.down_norm)
     if (
         all(type(m).__module__ == layer.home or type(m) is nn.Dropout for m in between)
-        and all(map(plain_norm, norms))
+        and plain_norm(parts.out_norm) and plain_norm(parts.down_norm)
+        and all(map(projects_rows, leaves[:6])) and elementwise(parts.activation)
         and not any(map(hooked, (*between, *leaves)))
         and not (isinstance(parts.activation, nn.Module) and hooked(parts.activation))
     ):
         return parts
     return None
+
+
+def projects_rows(module: Any) -> bool:
+    """Whether the projection is known to act row by row, so that packed rows, or some of them, may stand for all."""
+    if isinstance(module, nn.Linear):
+        return True
+    home = type(module).__module__
+    if home.startswith("peft.tuners.") and ".lily." not in home:  # whose router takes a mean over all rows
+        return projects_rows(getattr(module, "base_layer", None))
+    return home.startswith("torch.ao.nn.quantized.") and home.endswith(".linear")
+
+
+_ELEMENTWISE = (
+    nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.PReLU, nn.ELU, nn.SELU, nn.CELU, nn.GELU, nn.SiLU, nn.Mish, nn.Tanh, nn.Sigmoid,
+    nn.LogSigmoid, nn.Softplus, nn.Softsign, nn.Hardtanh, nn.Hardswish, nn.Hardsigmoid, nn.Identity,
+    F.relu, F.relu6, F.leaky_relu, F.elu, F.selu, F.celu, F.gelu, F.silu, F.mish, F.tanh, F.sigmoid, F.logsigmoid,
+    F.softplus, F.softsign, F.hardtanh, F.hardswish, F.hardsigmoid, torch.relu, torch.tanh, torch.sigmoid,
+)
+
+
+def elementwise(activation: Any) -> bool:
+    """Whether it is an activation of transformers or PyTorch, which see one number at a time."""
+    if type(activation).__module__ == "transformers.activations":
+        return True
+    return (type(activation) if isinstance(activation, nn.Module) else activation) in _ELEMENTWISE
 
 
 def past_cache(kwargs: dict) -> Any:
@@ -301,11 +328,13 @@ class Encoder:
         """`args` and `kwargs` go to the layers that run as the original."""
         shape, device = hidden_states.shape[:2], hidden_states.device
         longest = config.max_position_embeddings if tracing() else shape[1]
-        every_row = tracing() or (self.reads_padding and reads is None)
+        layers = [_parts(layer) for layer in self.layer]
+        read = self.reads_padding if reads is None else reads.padding
+        foreign = any(parts is None for parts in layers)  # which may read any row
+        every_row = tracing() or read or foreign
         reads = reads or Reads()
         labels = None if reads.labels is None else reads.labels.to(device).reshape(shape)
         rows = arrange(shape, longest, mask, device, labels, every_row)
-        layers = [_parts(layer) for layer in self.layer]
         if any(p > 0.0 for parts in layers if parts for p in (parts.p_attention, parts.p_out, parts.p_down)):
             rows.seed, rows.row_key = _draw_seed(device), row_keys(shape, rows.indices, device)
         collecting = kwargs.get("output_hidden_states", config.output_hidden_states) not in (None, False)

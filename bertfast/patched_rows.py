@@ -14,12 +14,13 @@ from .ops.masked_vocab_projection import IGNORE_INDEX
 class Reads:
     """What a head reads of the encoder's output, besides the attended rows.
 
-    labels: (B, S); a labelled row is computed even where it is padding, as the original does. first_only: nothing but
-    column 0 is read. head: a BertLMPredictionHead to turn the labelled rows into `loss` within the encoder, where the
-    other rows need not exist; `n_first` columns are returned for the pooler then.
+    labels: (B, S); a labelled row is computed even where it is padding, as the original does. padding: any row may be
+    read. first_only: nothing but column 0 is read. head: a BertLMPredictionHead to turn the labelled rows into `loss`
+    within the encoder, where the other rows need not exist; `n_first` columns are returned for the pooler then.
     """
 
     labels: Tensor | None = None
+    padding: bool = False
     first_only: bool = False
     head: Any = None
     n_first: int = 0
@@ -66,7 +67,7 @@ def arrange(shape: torch.Size, longest: int, mask: Tensor | None, device: torch.
     """Rows for a padding mask (B, S), nonzero = attended; None = no padding.
 
     every_row keeps padding rows as queries, with static shapes (the keys are sorted to the front): what tracing and
-    heads that read padding need. Otherwise the attended rows are kept, column 0, and those with a label.
+    whatever may read padding need. Otherwise the attended rows are kept, column 0, and those with a label.
     """
     n_sequences, length = shape
     if mask is not None and not every_row and bool(mask.all()):

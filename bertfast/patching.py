@@ -25,10 +25,12 @@ from .patched import (
     STAND_INS,
     Encoder,
     config_of,
+    elementwise,
     hooked,
     past_cache,
     plain,
     plain_norm,
+    projects_rows,
     runs,
     watched,
 )
@@ -62,11 +64,12 @@ def patch(model: nn.Module) -> Report:
     """Run every BERT, RoBERTa, XLM-RoBERTa, ELECTRA and DistilBERT encoder in `model` on the fused ops, in place.
 
     Nothing else changes: the classes of models, the parameters (the same objects), state_dict, signatures, outputs;
-    rows at padding are zeros. BertForMaskedLM and BertForPreTraining, in training with labels, compute the loss
-    without the logits and return None for them; skip_logits=False, return_dict=False or a hook forces them, and
-    skip_logits=True skips them in eval too. A batch with no masked word has loss 0 for them then. Attentions, masks
-    that are not padding masks, and layers with hooks inside run as the original. Decoders are left alone, with a
-    warning. Patching twice does nothing more. Returns a Report. Raises UserError where there is nothing to patch.
+    rows at padding are zeros, unless a head or a replaced part may read them. BertForMaskedLM and BertForPreTraining,
+    in training with labels, compute the loss without the logits and return None for them; skip_logits=False,
+    return_dict=False or a hook forces them, and skip_logits=True skips them in eval too. A batch with no masked word
+    has loss 0 for them then. Attentions, masks that are not padding masks, and layers with hooks inside, or with parts
+    not known to act row by row, run as the original. Decoders are left alone, with a warning. Patching twice does
+    nothing more. Returns a Report. Raises UserError where there is nothing to patch.
     """
     report = Report()
     for name, module in model.named_modules():
@@ -231,21 +234,21 @@ def _before_head(model: Any, args: tuple, kwargs: dict):
         or hooked(base) or hooked(_encoder(base))
     )
     if _kind(model) == "first column":
-        return args, {**kwargs, "bertfast_reads": Reads(first_only=not whole and _takes_first(model))}
+        first = _takes_first(model)
+        return args, {**kwargs, "bertfast_reads": Reads(padding=not first, first_only=first and not whole)}
     labels = _argument(model, args, kwargs, "labels")
-    reads = Reads(labels)
+    heads = [child for child in model.children() if child is not base]
+    pooled = _home(model).__name__ == "BertForPreTraining"
+    reads = Reads(labels, padding=not all(map(_acts_on_rows, heads)) or (pooled and not _takes_first(model)))
     if skip is None:
         named = kwargs.get("return_dict")  # else a tuple, which is taken apart by position
         skip = model.training and (config.return_dict if named is None else named)
-    if labels is not None and skip and not whole and not watched(model) and _fusable_head(model):
-        if _home(model).__name__ == "BertForMaskedLM":
-            reads.head = model.cls.predictions
-        elif (
-            _argument(model, args, kwargs, "next_sentence_label") is not None  # the original wants both, or no loss
-            and _takes_first(model)
-        ):
-            reads.head, reads.n_first = model.cls.predictions, 1
-    if reads.head is not None:
+    if (
+        labels is not None and skip and not whole and not reads.padding and not watched(model) and _fusable_head(model)
+        # the original wants both labels, or no loss
+        and (not pooled or _argument(model, args, kwargs, "next_sentence_label") is not None)
+    ):
+        reads.head, reads.n_first = model.cls.predictions, int(pooled)
         args, kwargs = _without(args, kwargs, _POSITIONS[_home(model), "labels"], "labels")
     return args, {**kwargs, "bertfast_reads": reads}
 
@@ -257,6 +260,15 @@ def _takes_first(model: Any) -> bool:
     taker = getattr(model.base_model, "pooler", None) or model.classifier
     # peft trains a copy of the classifier, beside the original
     return type(getattr(taker, "original_module", taker)).__module__ in _HOMES and not hooked(taker)
+
+
+def _acts_on_rows(module: Any) -> bool:
+    """Whether this part of a head is known to act row by row, and so reads no padding."""
+    module = module._modules.get("original_module", module)  # of which peft trains a copy
+    if type(module).__module__ in _HOMES:
+        return all(map(_acts_on_rows, module.children()))
+    known = type(module) in (nn.LayerNorm, nn.Dropout, nn.CrossEntropyLoss)
+    return known or projects_rows(module) or elementwise(module)
 
 
 def _fusable_head(model: Any) -> bool:

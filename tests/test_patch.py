@@ -564,7 +564,71 @@ def test_a_hooked_or_replaced_pooler_sees_every_column(name):
     torch.testing.assert_close(seen[1], seen[0], rtol=1e-4, atol=1e-5)
     for model in (original, patched):
         model.bert.pooler = _Replacement(model.bert.pooler.dense, torch.mean)
-    assert_equal_training(original, patched, given)
+    assert_equal_training(original, patched, inputs_of(cls))  # padding too
+
+
+class _Shifted(nn.Module):
+    """Reads its left neighbour too: another row, and at the left of a sequence, padding."""
+
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x):
+        return self.inner(x + x.roll(1, -2))
+
+
+@pytest.mark.parametrize("first", ["replaced", "patched"])
+@pytest.mark.parametrize("cls, path", [
+    (modeling_bert.BertForMaskedLM, "bert.encoder.layer.1.attention.self.query"),
+    (modeling_bert.BertForSequenceClassification, "bert.encoder.layer.2.output.dense"),
+    (modeling_roberta.RobertaForMaskedLM, "roberta.encoder.layer.1.intermediate.intermediate_act_fn"),
+    (modeling_distilbert.DistilBertForTokenClassification, "distilbert.transformer.layer.1.attention.v_lin"),
+    (modeling_bert.BertForMaskedLM, "cls.predictions.transform.dense"),
+    (modeling_bert.BertForPreTraining, "cls.predictions.transform.transform_act_fn"),
+    (modeling_electra.ElectraForTokenClassification, "classifier"),
+], ids=lambda p: p if isinstance(p, str) else p.__name__)
+def test_a_part_that_reads_other_rows_sees_what_it_would(cls, path, first):
+    original, patched = build(cls), build(cls)
+    for model in (original, patched):
+        if model is patched and first == "patched":
+            bertfast.patch(patched)
+        model.set_submodule(path, _Shifted(model.get_submodule(path)))
+    bertfast.patch(patched)
+    assert_equal_training(original, patched, inputs_of(cls))
+    for model in (original, patched):
+        model.eval()
+    for name, found in patched(**INPUTS).items():
+        torch.testing.assert_close(attended(found), attended(original(**INPUTS)[name]), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name, fused", {"Lora": 3, "IA3": 3, "Lily": 2}.items())
+def test_adapters_that_act_row_by_row_are_fused(name, fused, monkeypatch):
+    peft = pytest.importorskip("peft")
+    settings = {"feedforward_modules": []} if name == "IA3" else {}
+    config = getattr(peft, f"{name}Config")(target_modules=["layer.1.attention.self.query"], **settings)
+    original = peft.get_peft_model(build(modeling_bert.BertModel), config).eval()
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for p in original.parameters():
+            if p.requires_grad:
+                p.add_(torch.randn_like(p) / 4)
+    patched = copy.deepcopy(original)
+    bertfast.patch(patched)
+    count, attend = [], patched_module._attend
+    monkeypatch.setattr(patched_module, "_attend", lambda *args: (count.append(1), attend(*args))[1])
+    torch.testing.assert_close(*(attended(m(**INPUTS)[0]) for m in (patched, original)), rtol=1e-4, atol=1e-5)
+    assert len(count) == fused
+
+
+@pytest.mark.filterwarnings("ignore")  # PyTorch's: it will be removed
+def test_a_dynamically_quantised_model_is_fused(monkeypatch):
+    patched = pytest.importorskip("torch.ao.quantization").quantize_dynamic(pair()[1].eval(), {nn.Linear})
+    count, attend = [], patched_module._attend
+    monkeypatch.setattr(patched_module, "_attend", lambda *args: (count.append(1), attend(*args))[1])
+    with torch.no_grad():
+        patched(**INPUTS)
+    assert len(count) == 3
 
 
 def _inputs_seen(model, path, with_kwargs, before):
