@@ -64,8 +64,10 @@ def replaced(module: Any) -> bool:
 
 def replaced_in_class(cls: type) -> bool:
     """Whether the class of transformers, or the one behind a stand-in, has another `forward` than it came with."""
-    original: Any = next((c for c in cls.__mro__ if c in FORWARDS), None)
-    return original is not None and original.forward is not FORWARDS[original]
+    for original in cls.__mro__:
+        if original in FORWARDS:
+            return original.forward is not FORWARDS[original]  # type: ignore[attr-defined]
+    return False
 
 
 def hooked(module: nn.Module, transparent: tuple[str, ...] = _TRANSPARENT) -> bool:
@@ -131,24 +133,30 @@ def _distilbert_parts(layer: Any) -> tuple[Parts, tuple[nn.Module, ...]]:
     return parts, (own, ffn, own.dropout, ffn.dropout)
 
 
-def _parts(layer: Any) -> Parts | None:
-    """The layer's parts, or None where it must run as the original: a module is replaced or hooked."""
-    if not isinstance(layer, _Layer) or replaced(layer) or "feed_forward_chunk" in layer.__dict__:
-        return None
+def parts_of(layer: Any) -> Parts | str:
+    """The layer's parts, or why it must run as the original."""
+    if not isinstance(layer, _Layer):
+        return f"a {type(layer).__name__}"
+    if replaced(layer) or "feed_forward_chunk" in layer.__dict__:
+        return "its forward was replaced"
     try:
         parts, between = layer.find_parts(layer)
     except AttributeError:  # something else stands there, without the leaves
-        return None
-    leaves = (parts.query, parts.key, parts.value, parts.out, parts.up, parts.down, parts.out_norm, parts.down_norm)
-    if (
-        all(type(m).__module__ == layer.home or type(m) is nn.Dropout for m in between)
-        and plain_norm(parts.out_norm) and plain_norm(parts.down_norm)
-        and all(map(projects_rows, leaves[:6])) and elementwise(parts.activation)
-        and not any(map(hooked, (*between, *leaves)))
-        and not (isinstance(parts.activation, nn.Module) and hooked(parts.activation))
+        return "a part was replaced by one without its leaves"
+    norms = (parts.out_norm, parts.down_norm)
+    projections = (parts.query, parts.key, parts.value, parts.out, parts.up, parts.down)
+    others = [m for m in between if type(m).__module__ != layer.home and type(m) is not nn.Dropout]
+    others += [m for m in norms if not plain_norm(m)]
+    others += [m for m in projections if not projects_rows(m)]
+    if not elementwise(parts.activation):
+        others.append(parts.activation)
+    if others:
+        return f"a {type(others[0]).__name__} inside, which the fused ops do not know"
+    if any(map(hooked, (*between, *projections, *norms))) or (
+        isinstance(parts.activation, nn.Module) and hooked(parts.activation)
     ):
-        return parts
-    return None
+        return "a hook or a replaced forward inside"
+    return parts
 
 
 def projects_rows(module: Any) -> bool:
@@ -284,7 +292,7 @@ class Encoder:
                 bertfast_reads: Reads | None = None, **kwargs):
         if kwargs.pop("head_mask", None) is not None:
             raise ValueError("a patched model takes no head_mask; bertfast.unpatch(model) runs the original")
-        config = config_of(self)
+        config, layers = config_of(self), [parts_of(layer) for layer in self.layer]
         mask, reason = bertfast_mask, None
         if bertfast_mask is None:
             mask, reason = padding_mask(attention_mask, hidden_states.shape[:2])
@@ -302,6 +310,8 @@ class Encoder:
             reason = "a transform of torch.func"
         elif replaced_in_class(type(self)):
             reason = "a forward replaced on the class"
+        elif all(isinstance(parts, str) for parts in layers):
+            reason = "hooks or replaced parts in every layer"
         elif reason is None:
             reason = _other_attention(config, hidden_states.shape[0], kwargs)
             additive = isinstance(attention_mask, Tensor) and attention_mask.is_floating_point() and mask is not None
@@ -320,35 +330,35 @@ class Encoder:
             and all(p.dtype == torch.float32 for p in self.parameters())
         ):  # autocast permits a dtype for its speed; here fp32 is the faster one
             with torch.autocast("cpu", enabled=False):
-                return self._run(hidden_states.float(), mask, bertfast_reads, config, args, kwargs)
-        return self._run(hidden_states, mask, bertfast_reads, config, args, kwargs)
+                return self._run(hidden_states.float(), mask, bertfast_reads, layers, config, args, kwargs)
+        return self._run(hidden_states, mask, bertfast_reads, layers, config, args, kwargs)
 
-    def _run(self: Any, hidden_states: Tensor, mask: Tensor | None, reads: Reads | None, config: Any, args: tuple,
-             kwargs: dict):
+    def _run(self: Any, hidden_states: Tensor, mask: Tensor | None, reads: Reads | None, layers: list[Parts | str],
+             config: Any, args: tuple, kwargs: dict):
         """`args` and `kwargs` go to the layers that run as the original."""
         shape, device = hidden_states.shape[:2], hidden_states.device
         longest = config.max_position_embeddings if tracing() else shape[1]
-        layers = [_parts(layer) for layer in self.layer]
         read = self.reads_padding if reads is None else reads.padding
-        foreign = any(parts is None for parts in layers)  # which may read any row
+        foreign = any(isinstance(parts, str) for parts in layers)  # which may read any row
         every_row = tracing() or read or foreign
         reads = reads or Reads()
         labels = None if reads.labels is None else reads.labels.to(device).reshape(shape)
         rows = arrange(shape, longest, mask, device, labels, every_row)
-        if any(p > 0.0 for parts in layers if parts for p in (parts.p_attention, parts.p_out, parts.p_down)):
+        ours = [parts for parts in layers if isinstance(parts, Parts)]
+        if any(p > 0.0 for parts in ours for p in (parts.p_attention, parts.p_out, parts.p_down)):
             rows.seed, rows.row_key = _draw_seed(device), row_keys(shape, rows.indices, device)
         collecting = kwargs.get("output_hidden_states", config.output_hidden_states) not in (None, False)
         transparent = _OURS if collecting else _TRANSPARENT
 
         x, is_padded, final = hidden_states, True, rows
         for i, (layer, parts) in enumerate(zip(self.layer, layers, strict=True)):
-            pad = parts is None or hooked(layer, transparent)  # whoever looks at a layer sees padded tensors
+            pad = isinstance(parts, str) or hooked(layer, transparent)  # whoever looks at a layer sees padded tensors
             if pad != is_padded:
                 x, is_padded = (rows.restore(x) if pad else rows.pack(x)), pad
             given: tuple = ()
-            if parts is None or hooked(layer):  # hooks may read what the original is given
+            if isinstance(parts, str) or hooked(layer):  # hooks may read what the original is given
                 given = (_original_mask(config, hidden_states, mask), *args)
-            if parts is None:
+            if isinstance(parts, str):
                 x = layer(x, *given, **kwargs)
                 continue
             index = None
@@ -429,9 +439,8 @@ class _Embeddings:
 
     def forward(self: Any, input_ids=None, token_type_ids=None, position_ids=None, inputs_embeds=None, *args, **kwargs):
         # args, kwargs: the length of a decoder's cache, whose name differs between versions of transformers
-        tables = self.word_embeddings, self.position_embeddings, self.token_type_embeddings
         cached = any(args) or any(kwargs.values())
-        if input_ids is None or inputs_embeds is not None or cached or _transformed() or not self._fusable(tables):
+        if input_ids is None or inputs_embeds is not None or cached or _transformed() or not self.fusable():
             return super().forward(  # type: ignore[misc]
                 input_ids, token_type_ids, position_ids, inputs_embeds, *args, **kwargs
             )
@@ -447,14 +456,16 @@ class _Embeddings:
         seed = row_key = None
         if p > 0.0:
             seed, row_key = _draw_seed(input_ids.device), row_keys(input_ids.shape, None, input_ids.device)
+        tables = self.word_embeddings, self.position_embeddings, self.token_type_embeddings
         word, position, token_type = (t.weight for t in tables)
         norm, padding_idx = self.LayerNorm, self.word_embeddings.padding_idx
         x = ops.embedding_sum(ids, positions, types, word, position, token_type, norm.weight, norm.bias, norm.eps,
                               padding_idx, p, seed, row_key)
         return x.view(*input_ids.shape, -1)
 
-    def _fusable(self: Any, tables: tuple[nn.Embedding, ...]) -> bool:
+    def fusable(self: Any) -> bool:
         """Whether nothing here was replaced, hooked or set to what the op does not compute."""
+        tables = self.word_embeddings, self.position_embeddings, self.token_type_embeddings
         if any(type(t) is not nn.Embedding for t in tables) or replaced_in_class(type(self)):
             return False
         trained = torch.is_grad_enabled()

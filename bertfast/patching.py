@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from types import MethodType
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -27,6 +28,7 @@ from .patched import (
     config_of,
     elementwise,
     hooked,
+    parts_of,
     past_cache,
     plain,
     plain_norm,
@@ -68,8 +70,8 @@ def patch(model: nn.Module) -> Report:
     in training with labels, compute the loss without the logits and return None for them; skip_logits=False,
     return_dict=False or a hook forces them, and skip_logits=True skips them in eval too. A batch with no masked word
     has loss 0 for them then. Attentions, masks that are not padding masks, and layers with hooks inside, or with parts
-    not known to act row by row, run as the original. Decoders are left alone, with a warning. Patching twice does
-    nothing more. Returns a Report. Raises UserError where there is nothing to patch.
+    not known to act row by row, run as the original. Decoders are left alone. Patching twice does nothing more. Returns
+    a Report, and warns of everything that it says is left alone. Raises UserError where there is nothing to patch.
     """
     report = Report()
     for name, module in model.named_modules():
@@ -83,19 +85,27 @@ def patch(model: nn.Module) -> Report:
         if getattr(config, "is_decoder", False) or getattr(config, "add_cross_attention", False):
             report.left[own_name] = "a decoder or with cross-attention; bertfast runs encoders"
             continue
-        for inner_name, inner in [("", module), *module.layer.named_children()]:  # type: ignore[union-attr]
+        _become(module, STAND_INS.get(type(module), type(module)))
+        fused = []
+        for inner_name, inner in module.layer.named_children():  # type: ignore[union-attr]
             _become(inner, STAND_INS.get(type(inner), type(inner)))
-            full_name = f"{name}.layer.{inner_name}".lstrip(".") if inner_name else own_name
-            if type(inner) in ORIGINALS:
-                report.replaced.append(full_name)
+            full_name, parts = f"{name}.layer.{inner_name}".lstrip("."), parts_of(inner)
+            if isinstance(parts, str):
+                report.left[full_name] = parts
             else:
-                report.left[full_name] = f"a {type(inner).__name__}"
+                fused.append(full_name)
+        report.replaced += [own_name, *fused] if fused else []
     for name, module in model.named_modules():
         if _is_base(module):
             embeddings: Any = module.embeddings
             _become(embeddings, STAND_INS.get(type(embeddings), type(embeddings)))
             if type(embeddings) in ORIGINALS:
-                report.replaced.append(f"{name}.embeddings".lstrip("."))
+                full_name = f"{name}.embeddings".lstrip(".")
+                with torch.no_grad():  # RoBERTa's positions are trained as the original, whatever else is there
+                    if embeddings.fusable():
+                        report.replaced.append(full_name)
+                    else:
+                        report.left[full_name] = "a hook or a part that the fused op does not know inside"
             _hook(module, _before_base)
         elif _kind(module) and _is_base(module.base_model):
             if _kind(module) != "padding":

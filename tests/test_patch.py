@@ -867,6 +867,19 @@ def test_what_is_left_alone_is_said():
     torch.testing.assert_close(model(**given).logits, expected, rtol=1e-4, atol=1e-5)
     report = bertfast.patch(build(modeling_bert.BertModel).encoder)
     assert report.replaced == ["BertEncoder", "layer.0", "layer.1", "layer.2"]
+    hooked = build(modeling_bert.BertModel)
+    for module in (hooked.embeddings.LayerNorm, hooked.encoder.layer[1].output.dense):
+        module.register_forward_hook(lambda *_: None)
+    hooked.encoder.layer[2].output.dense = _Replacement(hooked.encoder.layer[2].output.dense)
+    with pytest.warns(UserWarning, match=r"encoder\.layer\.2 left alone: a _Replacement inside"):
+        report = bertfast.patch(hooked)
+    assert report.replaced == ["encoder", "encoder.layer.0"]
+    assert list(report.left) == ["encoder.layer.1", "encoder.layer.2", "embeddings"]
+    hooked.encoder.layer[0].output.LayerNorm = nn.RMSNorm(64)
+    with pytest.warns(UserWarning, match="in every layer: such a call runs the original encoder"):
+        hooked(**INPUTS)
+    with pytest.warns(UserWarning, match="left alone"):
+        assert not bertfast.patch(hooked).replaced
     empty = build(modeling_distilbert.DistilBertModel)
     empty.transformer.layer = nn.ModuleList()
     with pytest.warns(UserWarning, match="transformer left alone: an encoder without layers"):
