@@ -91,14 +91,14 @@ def arrange(shape: torch.Size, longest: int, mask: Tensor | None, device: torch.
     return rows
 
 
-_MODES = torch._C._TorchDispatchModeKey.FAKE, torch._C._TorchDispatchModeKey.PROXY
+_mode, _kinds = torch._C._get_dispatch_mode, torch._C._TorchDispatchModeKey
 
 
 def tracing() -> bool:
     """Whether what runs here is recorded, to run later on other values, or has no values (fake tensors)."""
     if torch.compiler.is_compiling() or torch.jit.is_tracing():
         return True
-    return any(torch._C._get_dispatch_mode(mode) is not None for mode in _MODES)
+    return _mode(_kinds.FAKE) is not None or _mode(_kinds.PROXY) is not None
 
 
 def padding_mask(mask: Tensor | None, shape: torch.Size) -> tuple[Tensor | None, str | None]:
