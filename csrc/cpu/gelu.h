@@ -124,7 +124,7 @@ struct Gelu<float> {
   }
   struct Below {
     F32 size, bell, cdf;  // |z|, at most 12, where all is 0; exp(-z^2 / 2); Phi(-|z|)
-    explicit Below(F32 z) : size(min(F32(12.0f), abs(z))) {  // a NaN is passed on
+    C10_ALWAYS_INLINE explicit Below(F32 z) : size(min(F32(12.0f), abs(z))) {  // a NaN is passed on
       constexpr float round_to_whole = 0x1.8p23f, minus_half_log2e = -0.72134752f;
       const F32 square = size * size;
       const F32 power = square * F32(minus_half_log2e), shifted = power + F32(round_to_whole);
@@ -146,9 +146,9 @@ struct Gelu<float> {
     return select(Mask{z.lo, z.hi}, below, F32(1.0f) - below);  // by the sign
   }
 
-  F32 value(F32 z) const { return value(z, Below(z)); }
-  F32 derivative(F32 z) const { return derivative(z, Below(z)); }
-  GeluPair<float> both(F32 z) const {
+  C10_ALWAYS_INLINE F32 value(F32 z) const { return value(z, Below(z)); }
+  C10_ALWAYS_INLINE F32 derivative(F32 z) const { return derivative(z, Below(z)); }
+  C10_ALWAYS_INLINE GeluPair<float> both(F32 z) const {
     const Below at(z);
     return {value(z, at), derivative(z, at)};
   }
