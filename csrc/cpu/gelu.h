@@ -5,7 +5,7 @@
 // rows of nothing else are judged, is no larger than |z| times that. With AVX-512 both are looked up: 32 segments, a
 // polynomial of degree 4 in each, whose coefficients lie in registers (two a power, one permutation each); no exp and
 // no division. AVX2 has no such permutation: there exp(-z^2 / 2) / Phi(-|z|) is a polynomial of degree 7, minimax for the
-// absolute error. Measured over |z| <= 12: both nearer to the truth than torch's, below -3 and above.
+// absolute error. Measured over |z| <= 12: both as near to the truth as torch's or nearer, below -3 and above.
 #pragma once
 
 #include "common.h"
