@@ -108,6 +108,8 @@ def export(source: str | Path, out: Path, dtype: str = "fp32") -> None:
     if broken := [n for n, t in tensors.items() if not torch.isfinite(t).all()]:
         raise UserError(f"{folder}: {broken[0]} has values that are not finite in {dtype}")
     config = read_json(folder / "config.json")
+    if not isinstance(config, dict):
+        raise UserError(f"{folder / 'config.json'} is not a model's configuration")
     config.pop("torch_dtype", None)  # as an older transformers calls it
     with atomic_folder(out) as new:
         save_file(tensors, new / "model.safetensors", metadata={"format": "pt"})

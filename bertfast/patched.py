@@ -64,9 +64,10 @@ def replaced(module: Any) -> bool:
 
 def replaced_in_class(cls: type) -> bool:
     """Whether the class of transformers, or the one behind a stand-in, has another `forward` than it came with."""
+    original: Any
     for original in cls.__mro__:
         if original in FORWARDS:
-            return original.forward is not FORWARDS[original]  # type: ignore[attr-defined]
+            return original.forward is not FORWARDS[original]
     return False
 
 

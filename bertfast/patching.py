@@ -86,8 +86,8 @@ def patch(model: nn.Module) -> Report:
             report.left[own_name] = "a decoder or with cross-attention; bertfast runs encoders"
             continue
         _become(module, STAND_INS.get(type(module), type(module)))
-        fused = []
-        for inner_name, inner in module.layer.named_children():  # type: ignore[union-attr]
+        fused, layers = [], module.get_submodule("layer")
+        for inner_name, inner in layers.named_children():
             _become(inner, STAND_INS.get(type(inner), type(inner)))
             full_name, parts = f"{name}.layer.{inner_name}".lstrip("."), parts_of(inner)
             if isinstance(parts, str):

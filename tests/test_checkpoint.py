@@ -105,6 +105,9 @@ def test_what_is_not_exported(folder, tmp_path):
                             (("new", "int4"), "--dtype int4 is unknown; known: fp32, bf16, fp16")):
         with pytest.raises(UserError, match=said):
             export(folder, tmp_path / arguments[0], *arguments[1:])
+    (folder / "config.json").write_text("[]")
+    with pytest.raises(UserError, match="config.json is not a model's configuration"):
+        export(folder, tmp_path / "new")
     assert [path.name for path in (tmp_path / "mine").iterdir()] == ["thesis.txt"] and not (tmp_path / "new").exists()
 
 
