@@ -100,17 +100,20 @@ def forward_mode() -> bool:
 
 @functools.cache
 def _warn_of_reference(dtype: torch.dtype, device: str) -> None:
-    takes = "C++ kernels take fp32, bf16 and fp64" if device == "cpu" else "kernels take fp32, bf16 and fp16"
-    warnings.warn(f"bertfast: {dtype} on {device} runs the slow references, the {takes}", stacklevel=4)
+    takes = "fp32, bf16 and, but in the optimiser, fp64" if device == "cpu" else "fp32, bf16 and fp16"
+    warnings.warn(f"bertfast: {dtype} on {device} runs the slow references, the kernels take {takes}", stacklevel=4)
 
 
 def _without_kernel(args) -> torch.Tensor | None:
     """The first floating-point tensor, where it is of a dtype that its device's kernels do not take: fp16 on a CPU,
-    fp64 elsewhere. The optimiser's tensors come in lists."""
+    fp64 elsewhere, and in the optimiser's ops, whose tensors come in lists, on a CPU too."""
     for a in args:
-        a = a[0] if isinstance(a, list) and a else a
+        listed = isinstance(a, list) and bool(a)
+        a = a[0] if listed else a
         if isinstance(a, torch.Tensor) and a.is_floating_point():
-            return a if a.dtype == (torch.float16 if a.device.type == "cpu" else torch.float64) else None
+            if a.device.type == "cpu" and not listed:
+                return a if a.dtype == torch.float16 else None
+            return a if a.dtype == torch.float64 or a.dtype == torch.float16 and a.device.type == "cpu" else None
     return None
 
 
