@@ -58,8 +58,14 @@ class Report:
     left: dict[str, str] = field(default_factory=dict)  # name of module -> reason
 
     def __str__(self) -> str:
-        lines = [f"{len(self.replaced)} modules run on bertfast"]
-        return "\n".join(lines + [f"{name} left alone: {why}" for name, why in self.left.items()])
+        return "\n".join([f"{len(self.replaced)} modules run on bertfast", *self.exceptions()])
+
+    def exceptions(self) -> list[str]:
+        """What was left alone, a line a reason."""
+        names: dict[str, list[str]] = {}
+        for name, why in self.left.items():
+            names.setdefault(why, []).append(name)
+        return [f"{', '.join(those)} left alone: {why}" for why, those in names.items()]
 
 
 def patch(model: nn.Module) -> Report:
@@ -114,8 +120,8 @@ def patch(model: nn.Module) -> Report:
     if not report.replaced and not report.left:
         known = ", ".join([*FAMILIES, "distilbert"])
         raise UserError(f"{type(model).__name__} holds no encoder that bertfast knows ({known})")
-    for name, why in report.left.items():
-        warnings.warn(f"bertfast.patch: {name} left alone: {why}", stacklevel=2)
+    for line in report.exceptions():
+        warnings.warn(f"bertfast.patch: {line}", stacklevel=2)
     return report
 
 

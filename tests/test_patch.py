@@ -884,6 +884,14 @@ def test_what_is_left_alone_is_said():
         hooked(**INPUTS)
     with pytest.warns(UserWarning, match="left alone"):
         assert not bertfast.patch(hooked).replaced
+    alike = build(modeling_bert.BertModel)
+    for layer in alike.encoder.layer:
+        layer.output.LayerNorm = nn.RMSNorm(64)
+    with pytest.warns(UserWarning) as told:
+        bertfast.patch(alike)
+    names = ", ".join(f"encoder.layer.{i}" for i in range(3))
+    line = f"{names} left alone: a RMSNorm inside, which the fused ops do not know"
+    assert [str(warning.message) for warning in told] == [f"bertfast.patch: {line}"]
     empty = build(modeling_distilbert.DistilBertModel)
     empty.transformer.layer = nn.ModuleList()
     with pytest.warns(UserWarning, match="transformer left alone: an encoder without layers"):
