@@ -855,6 +855,11 @@ def test_predict_reads_what_training_read(start, tmp_path):
         predict_file(predictor, tmp_path / "test.tsv", out)
     (tmp_path / "test.tsv").write_text("sentence1\tsentence2\na\tb\n\t\nc\td\n \t \n\n")
     assert predict_file(predictor, tmp_path / "test.tsv", out)["rows"] == 4
+    data = tmp_path / "data.jsonl"
+    data.write_text('{"text": "a", "label": "b"}\n')
+    with pytest.raises(UserError, match="no predictions: choose another --out"):
+        predict_file(predictor, tmp_path / "test.tsv", data)
+    assert data.read_text() == '{"text": "a", "label": "b"}\n'
     before = out.read_bytes()
     (tmp_path / "test.tsv").write_text("sentence1\tsentence2\n")
     with pytest.raises(UserError, match="holds no examples"):

@@ -90,7 +90,7 @@ def predict_file(predictor: Predictor, source: Path, out: Path, columns: list[st
     """Predict every row of a file into JSON lines, written as a whole or not at all: {"rows", "seconds", "decisions"}.
 
     columns: names for a file without header, if they differ from the training file's. Raises UserError where `out`
-    lies in the checkpoint's folder, or is a file that does not look like predictions.
+    lies in the checkpoint's folder, or is a file that does not begin as predictions of this task do.
     """
     table = predictor.task.open(source, columns)
     found = predictor.task.as_in_training(table, predictor.task.find_columns(table, labelled=False))
@@ -100,11 +100,15 @@ def predict_file(predictor: Predictor, source: Path, out: Path, columns: list[st
         raise UserError(f"{out} is {'the input' if out.is_file() else 'no file'}: choose another --out")
     if any(path.is_relative_to(predictor.folder) for path in (out.resolve(), out.parent.resolve())):
         raise UserError(f"{out} lies in the model's folder: choose another --out")
-    if out.exists() and not _is_json_lines(out):  # a mistyped name must not cost a file
-        raise UserError(f"{out} is there already, and no predictions: choose another --out")
+    other = UserError(f"{out} is there already, and no predictions: choose another --out")  # a slip must cost no file
+    earlier = _first_object(out) if out.exists() else {}
+    if earlier is None:
+        raise other
     began, n = time.perf_counter(), 0
     with atomic_path(out) as path, open(path, "w", encoding="utf-8") as file, report.counter("predicted") as count:
         for n, prediction in enumerate(predictor.predict(iter(table), found), 1):
+            if earlier and earlier.keys() != prediction.keys():
+                raise other
             file.write(json_line(prediction))
             count(n)
         if n == 0:
@@ -113,13 +117,14 @@ def predict_file(predictor: Predictor, source: Path, out: Path, columns: list[st
     return {"rows": n, "seconds": time.perf_counter() - began, "decisions": dict(predictor.task.counts)}
 
 
-def _is_json_lines(path: Path) -> bool:
-    """Whether a file begins with a JSON object on a line of its own, or is empty."""
+def _first_object(path: Path) -> dict | None:
+    """What a file of JSON lines begins with, {} where it is empty; None for another file."""
     try:
         with open(path, "rb") as file:
-            return isinstance(json.loads(file.readline() or b"{}"), dict)
+            value = json.loads(file.readline() or b"{}")
+        return value if isinstance(value, dict) else None
     except (OSError, ValueError, RecursionError):
-        return False
+        return None
 
 
 def json_line(value: dict) -> str:
