@@ -272,6 +272,9 @@ def launches(
     params, grads, masters, exp_avgs, exp_avg_sqs, lr, step, grad_scale, skip, beta1, beta2, eps, weight_decay
 ):
     """For the tensors of each pair of dtypes: launch(PASS, trust, partial), their first programs, the two counts."""
+    for param, grad, *state in zip(params, grads, exp_avgs, exp_avg_sqs, *([masters] if masters else [])):
+        if any(t.shape != param.shape for t in (grad, *state)) or any(t.dtype != torch.float32 for t in state[:2]):
+            raise ValueError("gradients, moments and masters must have the parameters' shapes, moments be float32")
     grads = [g.contiguous() for g in grads]
     for param_dtype, grad_dtype in sorted({(p.dtype, g.dtype) for p, g in zip(params, grads)}, key=str):
         of_type = [i for i, (p, g) in enumerate(zip(params, grads)) if (p.dtype, g.dtype) == (param_dtype, grad_dtype)]

@@ -218,6 +218,15 @@ def test_optimizer_step_and_grad_norm(kind, dtype):
         assert torch.equal(param, master.to(dtype))
 
 
+def test_a_step_on_tensors_of_other_shapes_is_refused():
+    one = lambda *shape, dtype=torch.float32: [torch.ones(shape, dtype=dtype)]
+    scalars = [torch.ones(())] * 4
+    for state in ((one(5), [], one(4), one(4)), (one(4), [], one(4), one(3)), (one(4), one(1, 4), one(4), one(4)),
+                  (one(4), [], one(4), one(4, dtype=torch.bfloat16))):  # fmt: skip
+        with pytest.raises(ValueError, match="must have the parameters' shapes, moments be float32"):
+            optimizer_kernels.adamw_step(one(4), *state, *scalars, 0.9, 0.999, 1e-6, 0.01)
+
+
 @pytest.mark.parametrize("case", WITH_LAUNCHERS, ids=lambda case: case.name)
 def test_rows_of_any_stride(case):
     """Biases, labels and row keys that are columns of something wider."""
