@@ -135,7 +135,13 @@ def _become(module: Any, cls: Any) -> None:
 
 
 def unpatch(model: nn.Module) -> nn.Module:
-    """Undo bertfast.patch, in place; returns `model`, which runs transformers' own code again."""
+    """Undo bertfast.patch, in place; returns `model`, which runs transformers' own code again.
+
+    Raises UserError, and changes nothing, where a patched module's class was changed since, as FSDP2 does.
+    """
+    for name, module in model.named_modules():
+        if isinstance(module, tuple(ORIGINALS)) and type(module) not in ORIGINALS:
+            raise UserError(f"{name} has become a {type(module).__name__} since it was patched: unpatch it before that")
     for module in model.modules():
         if type(module) in ORIGINALS:
             _become(module, ORIGINALS[type(module)])

@@ -771,6 +771,15 @@ def test_fully_sharded_models(name, first, one_process):
     assert all(isinstance(p, DTensor) for p in patched.parameters())
 
 
+def test_what_was_sharded_since_is_not_half_unpatched(one_process):
+    model = build(modeling_bert.BertModel)
+    bertfast.patch(model)
+    fully_shard(model.encoder.layer[1])
+    with pytest.raises(UserError, match=r"encoder\.layer\.1 has become a FSDP.* since it was patched"):
+        bertfast.unpatch(model)
+    assert type(model.encoder) in ORIGINALS
+
+
 @pytest.mark.parametrize("asked_first", [True, False])
 def test_heads_that_share_an_encoder_each_read_theirs(asked_first):
     asked, other = build(modeling_bert.BertForQuestionAnswering), build(modeling_bert.BertForSequenceClassification)
