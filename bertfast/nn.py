@@ -58,6 +58,10 @@ class Embeddings(nn.Module):
         self.p = p
         self.sink: GradientSink | None = None  # set by bertfast.optim.Optimizer
 
+    def __getstate__(self) -> dict[str, Any]:
+        """For deepcopy and pickle: a copy is not the optimiser's, which alone reads the sink."""
+        return {**self.__dict__, "sink": None}
+
     def forward(self, input_ids: Tensor, token_type_ids: Tensor, position_ids: Tensor, rows: Rows) -> Tensor:
         return ops.embedding_sum(
             input_ids, position_ids, token_type_ids, self.word_embeddings.weight, self.position_embeddings.weight,

@@ -7,6 +7,7 @@ matrix (bertfast.ops.linear). Skipping, clipping and loss scaling are tensors on
 """
 
 import math
+import weakref
 from collections.abc import Callable, Sequence
 
 import torch
@@ -79,6 +80,7 @@ class Optimizer:
         self.sinks = [(e.word_embeddings.weight, e) for e in model.modules() if isinstance(e, Embeddings)]
         for table, embeddings in self.sinks:
             embeddings.sink = GradientSink(torch.empty_like(table)) if sink and table.requires_grad else None
+            weakref.finalize(self, _release, embeddings, embeddings.sink)
         scalar = lambda value: torch.full((), value, dtype=torch.float32, device=device)
         self.loss_scale = scalar(2.0**16 if compute_dtype == torch.float16 else 1.0)
         self.dynamic = compute_dtype == torch.float16
@@ -174,6 +176,12 @@ class Optimizer:
         """The first parameter whose value is not finite, for the message that stops a run; "" if all are."""
         bad = (n for n, t in self.master_state().items() if not bool(torch.isfinite(t).all()))
         return next((f"parameter {name}" for name in bad), "")
+
+
+def _release(embeddings: Embeddings, sink: GradientSink | None) -> None:
+    """An optimiser is gone: without it the word table's gradient goes the ordinary way again."""
+    if embeddings.sink is sink:
+        embeddings.sink = None
 
 
 _COUNTERS = ("step_count", "loss_scale", "good_steps", "n_skipped", "skipped_in_a_row")

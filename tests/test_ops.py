@@ -439,10 +439,20 @@ def test_autograd_nodes_in_cpp_and_in_python(dtype, laid_out, monkeypatch):
         assert in_cpp is None or torch.equal(in_cpp, in_python)
 
 
-@needs_extension
-def test_a_second_derivative_is_refused():
-    x = torch.randn(4, 64, requires_grad=True)
-    y = ops.add_layer_norm(x, None, x, torch.ones(64), torch.zeros(64))
+@pytest.mark.parametrize("nodes", ["as loaded", "in Python"])
+@pytest.mark.parametrize("name", [*CASES, "joined_linear", "gelu_linear"])
+def test_a_second_derivative_is_refused(name, nodes, monkeypatch):
+    """Also where the incoming gradient is a constant, as a loss's is: a penalty would be left out in silence."""
+    if nodes == "in Python":
+        monkeypatch.setattr(_define, "_nodes", {})
+    if name in CASES:
+        case = CASES[name]
+        tensors = case.inputs(case.shapes[0], torch.float32)
+        x = tensors[case.differentiable[0]].requires_grad_()
+        y = case.fused(tensors, 0.1 if case.dropout else 0.0)
+    else:
+        x, module = torch.randn(8, 64, requires_grad=True), torch.nn.Linear(64, 32)
+        y = joined_linear(x, module) if name == "joined_linear" else linear(x, module, torch.zeros(64))
     with pytest.raises(RuntimeError, match="no second derivative"):
         torch.autograd.grad(y.sum(), x, create_graph=True)
 

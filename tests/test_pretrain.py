@@ -904,6 +904,21 @@ def test_a_step_given_up_leaves_nothing_in_the_sink(corpus):
     assert norms[0] == norms[1] == norms[2]
 
 
+def test_the_sink_is_the_optimisers_alone(corpus):
+    """A copy of the model, a saved one, and the model itself when its optimiser is gone train their word table."""
+    model = bertfast.BertForMaskedLM(bertfast.BertConfig.from_file(corpus / "model.json"))
+    optimizer = Optimizer(model, sink=True)
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    others = [copy.deepcopy(model), torch.load(file, weights_only=False), model]
+    del optimizer
+    ids = torch.arange(24).view(3, 8) + 5
+    for other in others:
+        other.eval()(ids, labels=ids).loss.backward()
+        assert other.bert.embeddings.word_embeddings.weight.grad.any()
+
+
 def test_a_model_with_nothing_to_train_is_refused():
     with pytest.raises(UserError, match="nothing to train"):
         Optimizer(torch.nn.Linear(2, 2).requires_grad_(False))

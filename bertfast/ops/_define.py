@@ -86,6 +86,18 @@ def node(name: str, in_python: Callable) -> Callable:
     return call
 
 
+def once_differentiable(backward: Callable) -> Callable:
+    """A backward that refuses create_graph=True. PyTorch's decorator of the name fails only where the incoming gradient
+    has one itself, which a loss's has not: a penalty on gradients would be left out in silence."""
+    @functools.wraps(backward)
+    def call(ctx, *grads):
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # a compiled backward refuses by itself
+            raise RuntimeError("bertfast's ops have no second derivative: create_graph=True is not for them")
+        return backward(ctx, *grads)
+
+    return call
+
+
 def distinct(*tensors: torch.Tensor):
     """The tensors, what comes twice as a view of itself: the compiler refuses one tensor as two inputs of a node."""
     if not torch.compiler.is_compiling():

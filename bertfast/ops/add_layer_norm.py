@@ -11,7 +11,7 @@ backward (c1, c2 are row means):
 import torch
 from torch import Tensor
 
-from ._define import define, distinct, node
+from ._define import define, distinct, node, once_differentiable
 from .bias_gelu import accumulate_dtype
 from .dropout import dropout_scale
 
@@ -73,7 +73,7 @@ class _AddLayerNorm(torch.autograd.Function):
         return y
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @once_differentiable
     def backward(ctx, dy):
         z, mean, rstd, weight, seed, row_key = ctx.saved_tensors
         dz, dx, dbias, dweight, dln_bias = _bwd(dy, z, mean, rstd, weight, ctx.p, seed, row_key, ctx.stream)

@@ -18,7 +18,7 @@ import math
 import torch
 from torch import Tensor
 
-from ._define import define, distinct, node
+from ._define import define, distinct, node, once_differentiable
 from .bias_gelu import accumulate_dtype
 from .dropout import keep_mask, keep_scale, require_seed
 
@@ -148,7 +148,7 @@ class _Attention(torch.autograd.Function):
         return out
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @once_differentiable
     def backward(ctx, dout):
         q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, prefix_lens, seed, q_row_key = ctx.saved_tensors
         max_q, max_k, scale, mask_mode, p, stream = ctx.constants
@@ -169,7 +169,7 @@ class _AttentionPacked(torch.autograd.Function):
         return out
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @once_differentiable
     def backward(ctx, dout):
         qkv, out, lse, cu_seqlens, prefix_lens, seed, row_key = ctx.saved_tensors
         max_seqlen, scale, mask_mode, p, stream = ctx.constants

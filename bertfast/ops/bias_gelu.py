@@ -9,7 +9,7 @@ import math
 import torch
 from torch import Tensor
 
-from ._define import define
+from ._define import define, once_differentiable
 
 
 def accumulate_dtype(x: Tensor) -> torch.dtype:
@@ -49,7 +49,7 @@ class _BiasGelu(torch.autograd.Function):
         return bias_gelu_fwd(x, bias)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @once_differentiable
     def backward(ctx, dy):
         return bias_gelu_bwd(dy, *ctx.saved_tensors)
 

@@ -17,7 +17,7 @@ The fused ops draw it themselves; `dropout` is for where there is nothing to fus
 import torch
 from torch import Tensor
 
-from ._define import define
+from ._define import define, once_differentiable
 from .bias_gelu import accumulate_dtype
 
 MULTIPLIERS = 0xD2511F53, 0xCD9E8D57
@@ -104,7 +104,7 @@ class _Dropout(torch.autograd.Function):
         return _op(x, p, seed, row_key, stream)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @once_differentiable
     def backward(ctx, dy):
         seed, row_key = ctx.saved_tensors
         return _op(dy, ctx.p, seed, row_key, ctx.stream), None, None, None, None

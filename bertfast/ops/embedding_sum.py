@@ -9,7 +9,7 @@ are segment sums, in a fixed order, so that a step is reproducible; the row of `
 import torch
 from torch import Tensor
 
-from ._define import define
+from ._define import define, once_differentiable
 from .add_layer_norm import layer_norm, layer_norm_backward
 from .bias_gelu import accumulate_dtype
 from .dropout import dropout_scale
@@ -100,7 +100,7 @@ class _EmbeddingSum(torch.autograd.Function):
         return y
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @once_differentiable
     def backward(ctx, dy):
         *saved, seed, row_key = ctx.saved_tensors
         args = (dy, *saved, ctx.padding_idx, ctx.p, seed, row_key, ctx.stream)

@@ -7,7 +7,7 @@ The backward is LayerNorm's into dg, then GELU's: dx = dg * GELU'(x + bias), dbi
 import torch
 from torch import Tensor
 
-from ._define import define
+from ._define import define, once_differentiable
 from .add_layer_norm import layer_norm, layer_norm_backward
 from .bias_gelu import accumulate_dtype, gelu, gelu_derivative
 
@@ -48,7 +48,7 @@ class _GeluLayerNorm(torch.autograd.Function):
         return y
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @once_differentiable
     def backward(ctx, dy):
         return *_bwd(dy, *ctx.saved_tensors), None
 

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ._define import node
+from ._define import node, once_differentiable
 from .bias_gelu import bias_gelu, bias_gelu_bwd, bias_gelu_fwd
 from .few_rows_linear import few_rows_linear, takes
 from .gemm import gemm, gemm_of_pytorch, suits
@@ -58,7 +58,7 @@ class _Linear(torch.autograd.Function):
         return _gemm(ctx.own)(x, _joined(weights), _joined(biases) if biases else None, False, True)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @once_differentiable
     def backward(ctx, dy):
         x, *weights = ctx.saved_tensors
         multiply, dy = _gemm(ctx.own), dy.contiguous() if ctx.own else dy  # once for both products
@@ -82,7 +82,7 @@ class _GeluLinear(torch.autograd.Function):
         return _gemm(ctx.own)(bias_gelu_fwd(x, bias), weight, None, False, True)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @once_differentiable
     def backward(ctx, dy):
         x, bias, weight = ctx.saved_tensors
         multiply, dy = _gemm(ctx.own), dy.contiguous() if ctx.own else dy

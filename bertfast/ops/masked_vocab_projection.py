@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ._define import define, forward_mode
+from ._define import define, forward_mode, once_differentiable
 from .bias_gelu import accumulate_dtype
 
 IGNORE_INDEX = -100
@@ -106,7 +106,7 @@ class _MaskedVocabProjection(torch.autograd.Function):
         return loss_sum * scale, n_masked, n_correct
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @once_differentiable
     def backward(ctx, dloss, *_):
         if ctx.sink is not None and not torch.compiler.is_compiling():
             ctx.sink.awaited -= 1
