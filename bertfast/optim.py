@@ -88,7 +88,8 @@ class Optimizer:
         self.good_steps, self.n_skipped, self.skipped_in_a_row = scalar(0.0), scalar(0.0), scalar(0.0)
 
     def accumulate(self) -> None:
-        """Add this micro-batch's gradients to fp32 sums; call after each backward of a step of several."""
+        """Add this micro-batch's gradients to fp32 sums; call after each backward of a step of several (`step` does
+        it for the last)."""
         self._collect_sinks()
         for group in self.groups:
             group.accumulate()
@@ -115,6 +116,8 @@ class Optimizer:
         Where the norm is not finite nothing changes but the counters (and the loss scale, which halves).
         """
         self._collect_sinks()
+        for group in self.groups:
+            group.take_up()
         if self.all_reduce:
             for group in self.groups:
                 self.all_reduce(group.sums())
@@ -130,6 +133,7 @@ class Optimizer:
             update(group.params, group.gradients(), group.masters, group.exp_avgs, group.exp_avg_sqs, self.lr,
                    self.step_count, grad_scale, self.skip, beta1=self.betas[0], beta2=self.betas[1], eps=self.eps,
                    weight_decay=group.weight_decay)
+            group.written = group.versions()
             group.drop_gradients()
         self._count(2000)
         return norm
@@ -200,6 +204,7 @@ class _Group:
             p.data = view
         kept = {torch.float16: torch.float32, torch.bfloat16: torch.int16}  # the rest of a bf16's bits
         self.masters = flat(kept[compute_dtype]) if compute_dtype in kept else []
+        self.written: list[int] = []  # each parameter's version when it was last written here
         self.set_values(values)
         self.exp_avgs, self.exp_avg_sqs = flat(torch.float32), flat(torch.float32)
         self._sums: list[Tensor] | None = None
@@ -217,6 +222,18 @@ class _Group:
         for p in self.params:
             p.grad = None
 
+    def versions(self) -> list[int]:
+        return [p._version for p in self.params]
+
+    @torch.no_grad()
+    def take_up(self) -> None:
+        """Parameters that somebody else has written (load_state_dict, say): what they hold is their masters' value."""
+        others = [i for i, version in enumerate(self.versions()) if version != self.written[i]]
+        if others and self.masters:
+            params, masters = [self.params[i] for i in others], [self.masters[i] for i in others]
+            ops.optimizer_step.set_values(params, masters, params)
+            self.written = self.versions()
+
     def sums(self) -> Tensor:
         """The fp32 sums as one buffer."""
         if not self._accumulating or self._sums is None:
@@ -225,6 +242,8 @@ class _Group:
         return first.as_strided((first.untyped_storage().nbytes() // first.itemsize,), (1,))
 
     def gradients(self) -> list[Tensor]:
+        if self._accumulating and any(p.grad is not None for p in self.params):  # the last batch's
+            self.accumulate()
         return self._sums if self._accumulating and self._sums is not None else self._raw_gradients()
 
     def _raw_gradients(self) -> list[Tensor]:
@@ -238,11 +257,13 @@ class _Group:
     @torch.no_grad()
     def values(self) -> list[Tensor]:
         """The parameters in fp32, to read."""
+        self.take_up()
         return ops.optimizer_step.values(self.params, self.masters)
 
     @torch.no_grad()
     def set_values(self, values: list[Tensor]) -> None:
         ops.optimizer_step.set_values(self.params, self.masters, values)
+        self.written = self.versions()
 
 
 def _flat_views(like: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:

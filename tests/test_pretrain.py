@@ -561,6 +561,38 @@ def test_fp16_loss_scaling_halves_and_recovers():
     assert not torch.equal(optimizer.master_state()["weight"], weight)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_the_optimiser_heeds_weights_loaded_since(dtype):
+    model = torch.nn.Linear(4, 4)
+    optimizer = Optimizer(model, dtype)
+    loaded = {"weight": torch.full((4, 4), 0.5), "bias": torch.full((4,), 1 + 2**-12)}
+    model.load_state_dict(loaded)
+    rounded = loaded["bias"].to(dtype).float()
+    for _ in range(2):
+        assert torch.equal(optimizer.master_state()["weight"], loaded["weight"])
+        assert torch.equal(optimizer.master_state()["bias"], rounded)
+        for p in model.parameters():
+            p.grad = torch.ones_like(p)
+        optimizer.step(0.0)
+    optimizer.load_state_dict(loaded, optimizer.state_dict())
+    assert torch.equal(optimizer.master_state()["bias"], loaded["bias"])  # the masters' own digits are not lost
+    assert torch.equal(model.bias.float(), rounded)
+
+
+def test_a_last_batch_that_was_not_accumulated_counts():
+    norms = []
+    for accumulated in (2, 1):
+        model = torch.nn.Linear(4, 4)
+        optimizer = Optimizer(model)
+        for batch in range(2):
+            for p in model.parameters():
+                p.grad = torch.full_like(p, 1.0 + batch)
+            if batch < accumulated:
+                optimizer.accumulate()
+        norms.append(float(optimizer.step(1e-3)))
+    assert norms[0] == norms[1] == pytest.approx(3 * 20**0.5)
+
+
 def test_the_optimiser_equals_torch_and_joins_query_key_value(corpus):
     torch.manual_seed(0)
     config = bertfast.BertConfig.from_file(corpus / "model.json")
