@@ -504,6 +504,13 @@ def test_masks_are_drawn_anew_each_epoch(dataset: Dataset) -> None:
     assert not torch.equal(one.input_ids, two.input_ids)
 
 
+def test_each_epoch_has_pairs_of_its_own(dataset):
+    loader = Loader(dataset, 5, 64, 2048)
+    one, two = loader._epoch(0).samples, loader._epoch(1).samples
+    assert not np.array_equal(one[:50], two[:50])
+    assert np.array_equal(one, Plan(dataset, 5, 0, 64, short_seq_prob=0.1).samples)
+
+
 def test_packing_fills_the_budget(dataset: Dataset) -> None:
     for budget in (2048, 8192):
         loader = Loader(dataset, 0, 128, budget)

@@ -590,6 +590,43 @@ def test_decisions_are_counted_and_told(start, tmp_path, capsys):
     assert summary["best"]["accuracy"] <= 0.5
 
 
+def test_the_label_separator_parts_labels():
+    task = TASKS["classification"](Settings("classification", "", "", multi_label=True, label_separator=";"), None, 64)
+    assert task.label_of(SimpleNamespace(values={"label": "b;a"}, where="here"), "label") == ["a", "b"]
+
+
+def test_training_goes_on_with_dropout_after_an_evaluation(start, tmp_path):
+    work = FineTuning(tmp_path, settings("classification", start, tmp_path))
+    model = work.model_for(1)
+    work.evaluate(model)
+    assert model.training and all(m.training for m in model.modules())
+
+
+def test_every_epoch_has_an_order_of_its_own(start, tmp_path):
+    batches = FineTuning(tmp_path, settings("classification", start, tmp_path))._batches(1)
+    one, two = ([item.example for _ in range(10) for item in next(batches)] for _ in range(2))
+    assert sorted(one) == sorted(two) == list(range(160)) and one != two
+
+
+def test_the_optimiser_is_what_the_settings_say(start, tmp_path):
+    work = FineTuning(tmp_path, settings("classification", start, tmp_path, weight_decay=0.3, max_grad_norm=0.7))
+    optimizer = work.optimizer_for(work.model_for(1))
+    assert optimizer.max_grad_norm == 0.7 and {group.weight_decay for group in optimizer.groups} == {0.3, 0.0}
+
+
+@pytest.mark.parametrize("patience", [0, 2])
+def test_the_best_of_all_seeds_is_kept_and_patience_ends_a_seed(patience, start, tmp_path):
+    work = FineTuning(tmp_path, settings("classification", start, tmp_path, steps=5, eval_every=1, seeds=2,
+                                         patience=patience))
+    found, saved = iter([0.6, 0.9, 0.9, 0.7] + [0.8] * 5), []
+    work.evaluate = lambda model: (dict.fromkeys(work.task.metrics, next(found, 0.1)), [])
+    work.save = lambda model, optimizer, predictions, best: saved.append((best["seed"], best["accuracy"]))
+    summary = work.train()
+    assert saved == [(1, 0.6), (1, 0.9)] and summary["best"]["accuracy"] == 0.9
+    steps = [row["step"] for row in work.rows if "dev_accuracy" in row]
+    assert steps == ([1, 2, 3, 4, 1, 2, 3] if patience else [1, 2, 3, 4, 5] * 2)
+
+
 def test_questions_may_have_fewer_options_than_there_are_columns(start, tmp_path):
     write_rows(tmp_path / "train.jsonl", [
         {"text": "where is it", "choice1": "yes", "choice2": "no", "choice3": "good" if i % 2 else "", "label": i % 2}
@@ -660,6 +697,51 @@ def test_answers_are_scored_as_squad_does():
     scores = metrics.answers([["the Cat."], [], ["a dog", "red dog"], []], ["cat", "", "big red dog", "no"])
     assert scores["exact_match"] == 0.5
     assert scores["f1"] == pytest.approx((1 + 1 + 0.8 + 0) / 4)
+
+
+def test_metrics_by_hand():
+    found = metrics.classification([0, 0, 0, 0, 1, 2], [0, 0, 0, 1, 1, 3], 4)  # 3 is not in gold: left out of the mean
+    assert found["accuracy"] == pytest.approx(4 / 6) and found["f1"] == pytest.approx((6 / 7 + 2 / 3 + 0) / 3)
+    assert metrics.classification([0, 0, 1, 1], [0, 1, 1, 1], 2)["f1"] == pytest.approx(0.8)
+    assert metrics.classification([0, 0, 1, 1], [0, 1, 1, 1], 2)["mcc"] == pytest.approx(1 / 3**0.5)
+    gold, guess = np.array([[1, 0], [1, 0], [1, 1], [0, 0]]), np.array([[1, 0], [1, 1], [0, 0], [0, 0]])
+    found = metrics.multi_label(gold, guess)
+    assert found == pytest.approx({"f1": 4 / 7, "macro_f1": (0.8 + 0) / 2, "accuracy": 0.5})
+    found = metrics.correlation([1.0, 2.0, 3.0, 4.0], [1.0, 2.0, 3.0, 100.0])
+    assert found["spearman"] == pytest.approx(1) and found["pearson"] < 0.9
+    several = metrics.texts([["x y z w v", "a b c d e"], ["f g h i j"]], ["a b c d e", "f g h i j"])
+    assert several == pytest.approx({"bleu": 1, "rouge_l": 1})
+
+
+def qa_task(start, **changes):
+    task = TASKS["qa"](Settings("qa", str(start), "train", **changes), Tokenizer.load(start), 64)
+    row = {"id": "1", "context": "one two three four five", "question": "where is it"}
+    return task, task.example(SimpleNamespace(values=row, where="here"), {"context": "context", "question": "question"},
+                              labelled=False)
+
+
+@pytest.mark.parametrize(("may_have_none", "null", "answer"), [
+    (True, (11, 2), "four five"), (True, (11, 12), ""), (False, (11, 12), "four five")])
+def test_the_best_span_of_all_windows(may_have_none, null, answer, start):
+    """Of two words at most; no answer scores as [CLS] does, at its lowest over the windows."""
+    task, example = qa_task(start, max_answer_length=2)
+    task.labels = ["answers"] + ["no answer"] * may_have_none
+    (item,) = task.items([example])
+    _, begin, end = item.extra
+    windows = [np.zeros((end + 1, 2), np.float32) for _ in null]
+    windows[0][begin, 0], windows[0][begin + 3, 0], windows[0][begin + 4, 1] = 5, 1, 9
+    for window, score in zip(windows, null):
+        window[0, 0] = score
+    (found,) = task.predictions([example], [item, item], windows)
+    assert found["answer"] == answer
+
+
+def test_a_question_may_have_no_answer(start):
+    task = TASKS["qa"](Settings("qa", str(start), "train"), Tokenizer.load(start), 64)
+    values = {"context": "one two", "question": "it", "answers": {"text": ["one"], "answer_start": [0]},
+              "is_impossible": True}
+    columns = {"context": "context", "question": "question", "answers": "answers"}
+    assert task.example(SimpleNamespace(values=values, where="here"), columns).label == []
 
 
 def test_a_missing_metric_library_is_told(monkeypatch):

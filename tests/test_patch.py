@@ -412,8 +412,10 @@ def test_dropout_is_governed_by_the_seed_and_by_each_module():
     rest = model.eval()(**INPUTS).last_hidden_state
     state = torch.get_rng_state()
     assert torch.equal(model(**INPUTS).last_hidden_state, rest) and torch.equal(torch.get_rng_state(), state)
-    model.encoder.layer[1].output.dropout.train()  # Monte Carlo dropout
-    assert not torch.equal(model(**INPUTS).last_hidden_state, rest)
+    for alone in (model.encoder.layer[1].output.dropout, model.encoder.layer[0].attention.self):  # Monte Carlo dropout
+        alone.train()
+        assert not torch.equal(model(**INPUTS).last_hidden_state, rest)
+        alone.eval()
 
 
 @pytest.mark.parametrize("cls", [modeling_bert.BertModel, modeling_bert.BertForSequenceClassification])

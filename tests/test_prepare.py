@@ -505,6 +505,34 @@ def test_the_command_line(tmp_path: Path, vocab: Path) -> None:
     assert (done.returncode, done.stderr) == (2, "bertfast: there is no file absent.txt\n")
 
 
+def test_what_is_renamed_is_on_the_disk_first(tmp_path, monkeypatch):
+    done, replace = [], os.replace
+    monkeypatch.setattr(files, "_sync", lambda path: done.append(path.name))
+    monkeypatch.setattr(os, "replace", lambda a, b: (done.append(f"-> {os.path.basename(b)}"), replace(a, b))[1])
+    files.write_bytes(tmp_path / "a", b"1")
+    assert done == [f".a.{os.getpid()}.tmp", "-> a", tmp_path.name]
+    done.clear()
+    with files.atomic_folder(tmp_path / "set") as folder:
+        (folder / "b").write_text("2")
+    assert done == ["b", ".set.tmp", "-> set", tmp_path.name]
+
+
+def test_a_set_stays_where_its_successor_cannot_be_renamed(tmp_path, monkeypatch):
+    (tmp_path / "set").mkdir()
+    (tmp_path / "set" / "old").write_text("1")
+    replace = os.replace
+
+    def refused(a, b):
+        if os.path.basename(a) == ".set.tmp":
+            raise OSError(5, "Input/output error")
+        replace(a, b)
+
+    monkeypatch.setattr(os, "replace", refused)
+    with pytest.raises(files.UserError, match="Input/output error"), files.atomic_folder(tmp_path / "set") as folder:
+        (folder / "new").write_text("2")
+    assert [path.name for path in (tmp_path / "set").iterdir()] == ["old"]
+
+
 def test_files_are_whole_or_absent(tmp_path: Path) -> None:
     files.write_json(tmp_path / "a.json", {"é": 1})
     with pytest.raises(ZeroDivisionError), files.atomic_path(tmp_path / "a.json") as temporary:

@@ -12,6 +12,7 @@ import socket
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -500,6 +501,9 @@ def test_a_run_is_what_its_settings_say(corpus, tmp_path):
     assert (optimizer.kind, optimizer.max_grad_norm) == ("lamb", 0.7)
     assert [group.weight_decay for group in optimizer.groups] == [0.3, 0.0]
     assert not loader.nsp and masking.items() <= vars(loader).items()
+    run = start(tmp_path / "by default", settings(corpus), resume=False)
+    assert run.optimizer.betas == (0.9, 0.98) and run._loader(run.train_data, 32).short_seq_prob == 0.1
+    assert run.config.hidden_dropout_prob == run.config.attention_probs_dropout_prob == 0.1
 
 
 def test_steps_that_are_not_finite_are_skipped_and_counted(corpus, tmp_path, monkeypatch):
@@ -547,10 +551,13 @@ def test_fp16_loss_scaling_halves_and_recovers():
     optimizer = Optimizer(model, torch.float16)
     assert optimizer.loss_scale == 2**16
     weight = optimizer.master_state()["weight"].clone()
+    optimizer.good_steps.fill_(1500)
+    assert optimizer.state_dict()["good_steps"] == 1500
     for p in model.parameters():
         p.grad = torch.full_like(p, torch.inf)
     optimizer.step(0.1)
     assert optimizer.loss_scale == 2**15 and optimizer.n_skipped == 1 and optimizer.step_count == 0
+    assert optimizer.good_steps == 0
     assert torch.equal(optimizer.master_state()["weight"], weight)
     for p in model.parameters():
         p.grad = torch.ones_like(p)
@@ -617,12 +624,29 @@ def test_the_optimiser_equals_torch_and_joins_query_key_value(corpus):
             assert x.data_ptr() + x.numel() * 4 == y.data_ptr() or x.numel() * 4 % 64  # neighbours, up to alignment
 
 
+def test_tables_of_a_run_that_goes_on_keep_their_size(corpus, tmp_path):
+    first = start(tmp_path / "first", settings(corpus, steps=1), resume=False).train()[1]
+    run = start(tmp_path / "second", settings(corpus, steps=1, lr=1e-9, model_config=None, init_from=str(first)),
+                resume=False)
+    last = run.train()[1]
+    name = "bert.embeddings.word_embeddings.weight"
+    a, b = (load_file(folder / "model.safetensors")[name] for folder in (first, last))
+    torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-6)
+
+
+def test_validation_draws_no_dropout_and_training_goes_on_with_it(corpus, tmp_path):
+    run = start(tmp_path, settings(corpus), resume=False)
+    assert run.evaluate(32) == run.evaluate(32)
+    assert run.model.training and all(m.training for m in run.model.modules())
+
+
 def test_schedule_and_seeds():
     s = Settings(data="", steps=100, warmup=0.1, lr=1.0)
     rates = [learning_rate(s, step) for step in range(100)]
     assert rates[0] == pytest.approx(0.1) and max(rates) == rates[9] == rates[10] == 1.0
     assert rates[99] == pytest.approx(1 / 90) and all(a > b for a, b in zip(rates[10:], rates[11:]))
     seeds = {step_seed(1, step, micro) for step in range(100) for micro in range(2)}
+    assert step_seed(2, 0) not in seeds
     assert len(seeds) == 200 and all(-(2**63) <= x < 2**63 for x in seeds)
 
 
@@ -634,9 +658,12 @@ def test_useful_flops_count_what_is_computed(corpus, tmp_path):
     expected = 2 * batch.n_tokens * (4 * H * H + 2 * H * I)  # first layer
     expected += 2 * batch.n_tokens * 2 * H * H + 2 * reads * (2 * H * H + 2 * H * I)  # last layer
     expected += 2 * batch.n_masked * (H * H + V * H)
-    expected += sum(4 * n * n * H + 4 * n * r * H for n, r in zip(lengths, read))
+    scores = sum(4 * n * n * H + 4 * n * r * H for n, r in zip(lengths, read))
+    expected += scores
     assert useful_flops(run.config, batch, backward=False) == expected
     assert useful_flops(run.config, batch) == 3 * expected
+    causal = replace(run.config, is_decoder=True)  # half of the scores
+    assert useful_flops(causal, batch, backward=False) == expected - scores / 2
 
 
 # ---- as a user types it

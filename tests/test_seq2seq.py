@@ -8,6 +8,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 import bertfast
+from bertfast import seq2seq
 from bertfast.files import UserError
 from bertfast.finetune.batches import Sequence, pack
 from bertfast.seq2seq import BertForPrefixLM, BertForSeq2Seq, generate
@@ -208,6 +209,17 @@ def test_halves_that_compute_otherwise_are_refused(change, tmp_path):
                                      decoder=transformers.BertLMHeadModel(halves[1])).save_pretrained(tmp_path)
     with pytest.raises(UserError, match=f"encoder and decoder differ in {next(iter(change))}"):
         BertForSeq2Seq.from_pretrained(tmp_path)
+
+
+def test_dropout_of_the_decoder_is_its_own(pair, monkeypatch):
+    """Streams of its own for each site of each layer, and other bits in them than the encoder draws."""
+    model = pair[1]
+    streams = [module.stream for module in model.decoder.modules() if hasattr(module, "stream")]
+    assert len(set(streams)) == len(streams) == 5 * SIZES["num_hidden_layers"]
+    seeds, rows = [], seq2seq.Rows
+    monkeypatch.setattr(seq2seq, "Rows", lambda *given: seeds.extend(map(int, given[3:])) or rows(*given))
+    model.train()(packed(arguments()[0]), **arguments()[2], seed=torch.tensor([5]))
+    assert seeds and 5 not in seeds
 
 
 def test_both_halves_drop_without_a_seed(pair):

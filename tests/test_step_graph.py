@@ -67,6 +67,14 @@ def test_a_step_and_its_preparation(n_micro):
         assert torch.equal(a, b)
 
 
+def test_losses_carry_the_loss_scale():
+    model, optimizer = model_and_optimizer()
+    optimizer.loss_scale.fill_(8.0)
+    graph = StepGraph(model, optimizer)
+    graph([(micro_batch(0), {})], [1], 0.0, (6, 3))
+    assert graph.scale == 8
+
+
 def test_batches_of_other_shapes_are_refused():
     graph = Replayed(*model_and_optimizer(), captured=[(micro_batch(0), {})])
     with pytest.raises(ValueError, match="made for batches"):
