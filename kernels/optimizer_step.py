@@ -271,18 +271,24 @@ def lamb_step(
 def launches(
     params, grads, masters, exp_avgs, exp_avg_sqs, lr, step, grad_scale, skip, beta1, beta2, eps, weight_decay
 ):
-    """For the tensors of each pair of dtypes: launch(PASS, trust, partial), their first programs, the two counts."""
-    for param, grad, *state in zip(params, grads, exp_avgs, exp_avg_sqs, *([masters] if masters else [])):
-        if any(t.shape != param.shape for t in (grad, *state)) or any(t.dtype != torch.float32 for t in state[:2]):
-            raise ValueError("gradients, moments and masters must have the parameters' shapes, moments be float32")
+    """For the tensors of each set of dtypes: launch(PASS, trust, partial), their first programs, the two counts."""
+    owners = masters or params
+    for param, grad, owner, *moments in zip(params, grads, owners, exp_avgs, exp_avg_sqs):
+        split = param.dtype == torch.bfloat16 and owner.dtype == torch.int16
+        if not split and owner.dtype != torch.float32 or any(t.dtype != torch.float32 for t in moments):
+            raise ValueError("moments and masters must be float32 (masters of bfloat16 may be int16), and so must "
+                             "parameters without masters")
+        if any(t.shape != param.shape for t in (grad, owner, *moments)):
+            raise ValueError("gradients, moments and masters must have the parameters' shapes")
     grads = [g.contiguous() for g in grads]
-    for param_dtype, grad_dtype in sorted({(p.dtype, g.dtype) for p, g in zip(params, grads)}, key=str):
-        of_type = [i for i, (p, g) in enumerate(zip(params, grads)) if (p.dtype, g.dtype) == (param_dtype, grad_dtype)]
-        lists = [[group[i] for i in of_type] for group in (params, grads, masters or params, exp_avgs, exp_avg_sqs)]
+    dtypes = [tuple(t.dtype for t in of_one) for of_one in zip(params, grads, owners)]
+    for kind in sorted(set(dtypes), key=str):
+        of_kind = [i for i, of_one in enumerate(dtypes) if of_one == kind]
+        lists = [[group[i] for i in of_kind] for group in (params, grads, owners, exp_avgs, exp_avg_sqs)]
         on_device, n_tensors, programs, options = table(*lists)
-        split = bool(masters) and masters[0].dtype == torch.int16
+        split = kind[2] == torch.int16
         options |= {
-            "PARAM": tl.int16 if split else triton_dtype(param_dtype), "GRAD": triton_dtype(grad_dtype),
+            "PARAM": tl.int16 if split else triton_dtype(kind[0]), "GRAD": triton_dtype(kind[1]),
             "MASTER": tl.int16 if split else tl.float32, "HAS_MASTER": bool(masters),
         }  # fmt: skip
 

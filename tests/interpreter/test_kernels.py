@@ -218,13 +218,23 @@ def test_optimizer_step_and_grad_norm(kind, dtype):
         assert torch.equal(param, master.to(dtype))
 
 
-def test_a_step_on_tensors_of_other_shapes_is_refused():
-    one = lambda *shape, dtype=torch.float32: [torch.ones(shape, dtype=dtype)]
-    scalars = [torch.ones(())] * 4
-    for state in ((one(5), [], one(4), one(4)), (one(4), [], one(4), one(3)), (one(4), one(1, 4), one(4), one(4)),
-                  (one(4), [], one(4), one(4, dtype=torch.bfloat16))):  # fmt: skip
-        with pytest.raises(ValueError, match="must have the parameters' shapes, moments be float32"):
-            optimizer_kernels.adamw_step(one(4), *state, *scalars, 0.9, 0.999, 1e-6, 0.01)
+@pytest.mark.parametrize(("param", "state", "message"), [
+    ((4,), [(5,), None, (4,), (4,)], "shapes"),
+    ((4,), [(4,), None, (4,), (3,)], "shapes"),
+    ((4,), [(4,), (1, 4), (4,), (4,)], "shapes"),
+    ((4,), [(4,), None, (4,), (4, torch.bfloat16)], "moments and masters must be float32"),
+    ((4, torch.bfloat16), [(4,), None, (4,), (4,)], "parameters without masters"),
+    ((4,), [(4,), (4, torch.int16), (4,), (4,)], "masters of bfloat16 may be int16"),
+    ((4, torch.bfloat16), [(4,), (4, torch.bfloat16), (4,), (4,)], "masters must be float32"),
+])  # fmt: skip
+def test_a_step_on_tensors_that_do_not_fit_is_refused(param, state, message):
+    def made(given):
+        dtype = given[-1] if isinstance(given[-1], torch.dtype) else torch.float32
+        return [torch.ones([n for n in given if n is not dtype], dtype=dtype)]
+
+    lists = [[] if given is None else made(given) for given in (param, *state)]
+    with pytest.raises(ValueError, match=message):
+        optimizer_kernels.adamw_step(*lists, *[torch.ones(())] * 4, 0.9, 0.999, 1e-6, 0.01)
 
 
 @pytest.mark.parametrize("case", WITH_LAUNCHERS, ids=lambda case: case.name)
