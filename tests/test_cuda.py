@@ -150,6 +150,10 @@ MUTANTS = [  # file, code, what it becomes
 PLANTED_SEE = ((37, 128), 1.0), ((37, 128), SMALL), ((300, 64), 1.0), ((9, 2056), 1.0), ((4200, 8), 1.0)
 
 
+def test_planted_bugs_fit_the_code():
+    assert not [(file, code) for file, code, _ in MUTANTS if code not in (KERNELS / file).read_text()]
+
+
 @pytest.mark.full
 def test_planted_bugs_are_noticed(tmp_path):
     survivors = []
@@ -157,7 +161,6 @@ def test_planted_bugs_are_noticed(tmp_path):
         folder = tmp_path / str(number)
         shutil.copytree(KERNELS, folder / "kernels")
         source = (folder / "kernels" / file).read_text()
-        assert code in source, f"{file} no longer contains: {code}"
         (folder / "kernels" / file).write_text(source.replace(code, mutated))
         program = build(torch.bfloat16, folder / "kernels", "-O0")  # half the time of -O1
         try:

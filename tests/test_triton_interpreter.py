@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -29,6 +30,12 @@ def run_pytest(marker: str) -> None:
 class TestInterpreter:
     def test_core(self):
         run_pytest("not full")
+
+    def test_planted_bugs_fit_the_code(self):
+        planted = runpy.run_path(str(HERE / "interpreter" / "mutants.py"))
+        gone = [(file, code) for file, code, _ in planted["MUTANTS"]
+                if code not in (planted["KERNELS"] / f"{file}.py").read_text()]
+        assert not gone
 
     @pytest.mark.full
     def test_full(self):
