@@ -697,6 +697,8 @@ def test_answers_are_scored_as_squad_does():
     scores = metrics.answers([["the Cat."], [], ["a dog", "red dog"], []], ["cat", "", "big red dog", "no"])
     assert scores["exact_match"] == 0.5
     assert scores["f1"] == pytest.approx((1 + 1 + 0.8 + 0) / 4)
+    # an answer without words is none, beside others or alone
+    assert metrics.answers([["The", "a cat"], ["The"], ["..."]], ["", "", "dog"])["exact_match"] == pytest.approx(1 / 3)
 
 
 def test_metrics_by_hand():

@@ -84,13 +84,13 @@ def normalised(answer: str) -> list[str]:
 
 
 def answers(gold: list[list[str]], guess: list[str]) -> dict[str, float]:
-    """Exact match and word F1, each against the gold answer it fits best; no gold answer: "" is right."""
+    """Exact match and word F1, each against the gold answer it fits best; none that has words: "" is right."""
     exact, f1 = [], []
     for references, text in zip(gold, guess):
         words = normalised(text)
-        scores = [_overlap(normalised(reference), words) for reference in references or [""]]
-        exact.append(any(normalised(reference) == words for reference in references or [""]))
-        f1.append(max(scores))
+        golds = [found for found in map(normalised, references) if found] or [[]]
+        exact.append(words in golds)
+        f1.append(max(_overlap(found, words) for found in golds))
     return {"f1": float(np.mean(f1)), "exact_match": float(np.mean(exact))}
 
 
