@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from rouge_score import rouge_scorer
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
@@ -1175,6 +1176,19 @@ def test_spans_in_bilou_and_words_of_any_alphabet():
     assert metrics.spans([["B", "I", "O", "B"]], [["B", "O", "O", "B"]])["f1"] == 0.5  # one of two spans, no kinds
     assert metrics.texts([["\u6211\u4eec\u53bb"]], ["\u6211\u4eec\u53bb"])["rouge_l"] == 1
     assert metrics.texts([["The cat's hat"]], ["the cat s HAT!"])["rouge_l"] == 1
+    for word, other in [("\u0915\u0940", "\u0915\u093e"), ("\u0e01\u0e34\u0e19", "\u0e01\u0e31\u0e19"),
+                        ("\u0bae\u0ba3\u0bbf", "\u0bae\u0ba3"), ("\u05e9\u05b8\u05dd", "\u05e9\u05b4\u05dd")]:
+        assert metrics.texts([[f"{word} cat"]], [f"{other} cat"])["rouge_l"] == 0.5  # Hindi, Thai, Tamil, Hebrew
+        assert metrics.texts([[word]], [f"{word}!"])["rouge_l"] == 1
+    assert metrics.texts([["\u2764\ufe0f"]], ["\u2600\ufe0f"])["rouge_l"] == 0  # a mark alone is no word
+
+
+def test_english_is_scored_as_rouge_score_does():
+    rng, scorer = random.Random(4), rouge_scorer.RougeScorer(["rougeL"])
+    words = ["the", "The", "cat's", "U.S.", "1,000", "old_hat", "-", "5%"]
+    for _ in range(50):
+        gold, text = " ".join(rng.choices(words, k=6)), " ".join(rng.choices(words, k=6))
+        assert metrics.texts([[gold]], [text])["rouge_l"] == scorer.score(gold, text)["rougeL"].fmeasure
 
 
 def test_a_correlation_with_what_is_no_number_is_told():

@@ -7,6 +7,7 @@ follow the official evaluation script's rules (Rajpurkar et al. 2016).
 import importlib
 import re
 import string
+import unicodedata
 import warnings
 from collections import Counter
 from collections.abc import Sequence
@@ -106,8 +107,12 @@ def texts(references: list[list[str]], guess: list[str]) -> dict[str, float]:
 
 
 def _words(text: str) -> list[str]:
-    """rouge_score's words, in lower case and without punctuation, but of any alphabet; an ideograph is one."""
-    return re.findall(r"[\u3400-\u9fff]|(?:(?![\u3400-\u9fff])[^\W_])+", text.lower())
+    """rouge_score's words, in lower case and without punctuation, but of any alphabet; an ideograph is one.
+
+    Combining marks (most vowels of Hindi) continue a word: two that differ in them are two, though `re` parts them.
+    """
+    kept = "".join(c if c.isalnum() or unicodedata.category(c)[0] == "M" else " " for c in text.lower())
+    return re.findall(r"[\u3400-\u9fff]|\w[^\s\u3400-\u9fff]*", kept)
 
 
 def _overlap(gold: list[str], guess: list[str]) -> float:
