@@ -747,6 +747,20 @@ def test_a_question_may_have_no_answer(start):
     assert task.example(SimpleNamespace(values=values, where="here"), columns).label == []
 
 
+def test_words_that_the_vocabulary_lacks_are_missed_in_what_is_written(start):
+    task = TASKS["seq2seq"](Settings("seq2seq", "model", "train"), Tokenizer.load(start), 64)
+    texts = ["the \u732b cat walked \u00a35 house \u00a35", "the old cat walked"]
+    examples = task.gathered([Example("here", (text,), [text]) for text in texts])
+    ids = [np.array(task.tokenizer.encode(text)) for text in texts]
+    assert list(ids[0]).count(task.tokenizer.unk_id) == 3
+    predictions = task.predictions(examples, task.items(examples), ids)
+    assert [p["text"] for p in predictions] == ["the cat walked house", texts[1]]
+    scores = task.score(examples, predictions)
+    assert scores == metrics.texts([[text] for text in texts], [p["text"] for p in predictions])
+    assert scores["rouge_l"] == pytest.approx((8 / 11 + 1) / 2)
+    assert task.counts["dev references with words that the vocabulary lacks, which no prediction writes"] == 1
+
+
 def test_a_missing_metric_library_is_told(monkeypatch):
     monkeypatch.setitem(sys.modules, "seqeval.metrics", None)
     with pytest.raises(UserError, match=r"seqeval, which is not installed: pip install 'bertfast\[metrics\]'"):

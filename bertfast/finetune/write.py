@@ -1,7 +1,8 @@
 """Text to text: a source is read, a target written, piece by piece; the two styles are those of bertfast.seq2seq.
 
 Judged by what it writes: BLEU and ROUGE-L of the decoded text against all references of a source, both spelled as the
-tokenizer spells them (an uncased model cannot know capitals, nor whether a hyphen stood between spaces).
+tokenizer spells them (an uncased model cannot know capitals, nor whether a hyphen stood between spaces). Words that the
+vocabulary lacks stay in a reference: a model that cannot write them is charged for it.
 """
 
 from typing import Any
@@ -61,14 +62,19 @@ class Writing(Task):
             self.counts["dev rows whose source occurred before: further references of it"] = (
                 len(examples) - len(by_source)
             )
+        unknown = sum(self.tokenizer.unk_id in ids for ids in self._ids([e.label[0] for e in examples]))
+        if unknown:
+            self.counts["dev references with words that the vocabulary lacks, which no prediction writes"] = unknown
         return list(by_source.values())
 
     def items(self, examples: list[Example]) -> list[Item]:
         sources = self.encode_texts([e.inputs[0] for e in examples])
         targets = [e.label[0] if e.label else "" for e in examples]
-        ids = [encoding.ids for encoding in self.tokenizer.backend.encode_batch(targets, add_special_tokens=False)]
         return [Item(i, *self._joined(source, e, target))
-                for i, (source, e, target) in enumerate(zip(sources, examples, ids))]
+                for i, (source, e, target) in enumerate(zip(sources, examples, self._ids(targets)))]
+
+    def _ids(self, targets: list[str]) -> list[list[int]]:
+        return [encoding.ids for encoding in self.tokenizer.backend.encode_batch(targets, add_special_tokens=False)]
 
     def _joined(self, source: Sequence, example: Example, target: list[int]) -> tuple[list[Sequence], Any]:
         """The sequences the head reads, and what it is to write ((n,) ids with [SEP]), None where it isn't known."""
@@ -115,9 +121,18 @@ class Writing(Task):
         return [{"text": self.tokenizer.decode(ids.tolist())} for ids in outputs]
 
     def score(self, examples: list[Example], predictions: list[dict]) -> dict[str, float]:
-        spelled = lambda text: self.tokenizer.decode(self.tokenizer.encode(text))
-        references = [[spelled(text) for text in e.label] for e in examples]
+        references = [[self._spelled(text) for text in e.label] for e in examples]
         return metrics.texts(references, [p["text"] for p in predictions])
+
+    def _spelled(self, text: str) -> str:
+        """A reference as a prediction would spell it; decoding drops [UNK], so the words it stands for are kept."""
+        encoding = self.tokenizer.backend.encode(text, add_special_tokens=False)
+        parts, begin = [], 0
+        for i, (token, (first, last)) in enumerate(zip(encoding.ids, encoding.offsets)):
+            if token == self.tokenizer.unk_id:
+                parts += [self.tokenizer.decode(encoding.ids[begin:i]), text[first:last]]
+                begin = i + 1
+        return " ".join([*parts, self.tokenizer.decode(encoding.ids[begin:])])
 
     def configure(self, config: BertConfig) -> None:
         super().configure(config)
