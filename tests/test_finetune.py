@@ -30,7 +30,7 @@ from bertfast.files import UserError, locked
 from bertfast.finetune import metrics, show, train, write
 from bertfast.finetune.batches import by_budget, epoch_batches, pack
 from bertfast.finetune.predict import Predictor, predict_file, run
-from bertfast.finetune.read import open_table
+from bertfast.finetune.read import Row, open_table
 from bertfast.finetune.tag import Tagging
 from bertfast.finetune.task import Example, Settings
 from bertfast.finetune.train import TASKS, FineTuning, Window, finetune, freeze, layer_scale
@@ -923,6 +923,28 @@ def test_answers_of_characters_that_normalisation_changes(context, answer, first
     logits[[0, 1], item.target] = 9
     if first > 0:
         assert task.predictions([example], [item], [logits.T])[0]["answer"] == answer.lstrip("\u200b ")
+
+
+def test_answers_end_where_tokens_do(start):
+    """Of an invisible character at a context's end no window has a row; an answer that no window holds is told."""
+    task = TASKS["qa"](Settings("qa", str(start), "train", max_length=32), Tokenizer.load(start), 64)
+    columns = {"context": "context", "question": "question", "answers": "answers"}
+
+    def item_of(context, answer):
+        values = {"context": context, "question": "where", "answers": {
+            "text": [answer], "answer_start": [context.index(answer)]}}
+        example = task.example(Row(values, "here"), columns)
+        return example.label, task.items([example])[0]
+
+    for context, answer in [("it is Paris\u200b", "Paris\u200b"), ("\ufeffParis is near", "\ufeffParis"),
+                            ("it is Paris \u200e\xad", " Paris \u200e\xad"), ("it is Paris\ufffd", "Paris\ufffd")]:
+        label, item = item_of(context, answer)
+        begin = context.index("Paris")
+        assert label == [(begin, "Paris")]
+        assert (item.extra[0][item.target[0], 0], item.extra[0][item.target[1], 1]) == (begin, begin + len("Paris"))
+    assert not task.counts
+    item_of("the cat " * 40, "the cat " * 20)
+    assert task.counts["answers that no window of 32 tokens holds: training takes them for none"] == 1
 
 
 def test_a_label_of_dollars_is_drawn_as_it_is(tmp_path):

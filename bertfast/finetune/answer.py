@@ -46,8 +46,7 @@ class Answering(Task):
         if not (isinstance(starts, list) and isinstance(texts, list) and len(starts) == len(texts)
                 and all(isinstance(s, int) for s in starts) and all(isinstance(t, str) for t in texts)):
             raise UserError(f"{row.where}: answers needs a list of texts and as many whole numbers, got {answers!r}")
-        # without the spaces at a text's ends, which belong to no token
-        spans = [(s + len(t) - len(t.lstrip()), t.strip()) for s, t in zip(starts, texts) if t.strip()]
+        spans = [(s, t) for s, t in map(_bare, starts, texts) if t]
         for start, text in spans[:1]:
             if context[start : start + len(text)] != text:
                 raise UserError(f"{row.where}: the answer {text[:40]!r} is not at character {start} of its context")
@@ -89,6 +88,8 @@ class Answering(Task):
                     start, text = example.label[0]
                     target = _rows_of(offsets, begin, end, start, start + len(text))
             items.append(Item(index, [one], target, (offsets, begin, end)))
+        if example.label and all(item.target == (0, 0) for item in items):
+            self.counts[f"answers that no window of {self.max_length} tokens holds: training takes them for none"] += 1
         if len(items) > 1:
             self.counts[f"contexts of more than {self.max_length} tokens, read in windows"] += 1
         return items
@@ -146,6 +147,13 @@ class Answering(Task):
         _, question, context = example.inputs
         return {"question": question, "context": context,
                 "answer": " | ".join(dict.fromkeys(text for _, text in example.label)) or "(none)"}
+
+
+def _bare(start: int, text: str) -> tuple[int, str]:
+    """An answer without the spaces and invisible characters at its ends, which belong to no token."""
+    seen = [i for i, c in enumerate(text)
+            if not c.isspace() and c != "\ufffd" and unicodedata.category(c) not in ("Cc", "Cf", "Co")]
+    return (start + seen[0], text[seen[0] : seen[-1] + 1]) if seen else (start, "")
 
 
 def _rows_of(offsets: np.ndarray, begin: int, end: int, first: int, last: int) -> tuple[int, int]:
