@@ -213,7 +213,7 @@ def finetune(
     symmetric: Annotated[bool, typer.Option("--symmetric", help="Regression: average both orders of a pair.")] = False,
     characters: Annotated[bool, typer.Option("--characters", help="Tagging: learn word boundaries (Chinese).")] = False,
     max_length: Annotated[int | None, typer.Option(help="Tokens of a sequence or window (512; qa 384).")] = None,
-    stride: Annotated[int, typer.Option(min=0, help="Tokens that windows of a long text share.")] = 128,
+    stride: Annotated[int, typer.Option(min=0, help="Tokens that windows of a long text share (tagging, qa).")] = 128,
     max_answer_length: Annotated[int, typer.Option(min=1, help="Tokens of an answer (qa).")] = 30,
     epochs: Annotated[float, typer.Option(min=0, help="How often each example is seen.")] = 3.0,
     steps: Annotated[int | None, typer.Option(min=1, help="Optimiser steps, instead of epochs.")] = None,

@@ -560,7 +560,10 @@ FAULTS = {  # name: (task, content of train.tsv or .jsonl, options, what the one
         ("epochs", 0.0, "--epochs"), ("epochs", float("inf"), "--epochs"), ("max_length", 0, "--max-length 0"),
         ("dropout", 1.0, "a dropout of 1.0"), ("seed", 2**64, "does not fit"), ("weight_decay", -1.0, "--weight-decay"),
         ("label_separator", "", "--label-separator is empty"), ("choices", ["a"], "--choices is for"),
-        ("beams", 4, "--beams are for"), ("freeze", "\u00b2", "--freeze"))},
+        ("beams", 4, "--beams is for seq2seq"), ("max_answer_length", 5, "--max-answer-length is for qa"),
+        ("max_target_length", 5, "--max-target-length is for"), ("length_penalty", 0.0, "--length-penalty is for"),
+        ("stride", 4, "--stride is for tagging and qa"), ("label_separator", ";", "it goes with --multi-label"),
+        ("freeze", "\u00b2", "--freeze"))},
 }
 
 

@@ -43,6 +43,11 @@ TASKS: dict[str, type[Task]] = {
     "classification": Classification, "regression": Regression, "tagging": Tagging, "qa": Answering,
     "multiple-choice": MultipleChoice, "seq2seq": Writing,
 }
+READERS = {  # the tasks that read a setting, where not all do
+    "multi_label": ("classification",), "symmetric": ("regression",), "characters": ("tagging",),
+    "choices": ("multiple-choice",), "stride": ("tagging", "qa"), "max_answer_length": ("qa",), "style": ("seq2seq",),
+    "max_target_length": ("seq2seq",), "beams": ("seq2seq",), "length_penalty": ("seq2seq",),
+}
 SCALES = ("scale",)  # what a head calls the factor of its loss
 GRAPHS = 64  # CUDA graphs at most; steps of yet other shapes are launched
 HELD_OUT = 10  # without a dev file, one example in so many is kept for evaluation
@@ -335,24 +340,20 @@ def check(settings: Settings) -> None:
     """Raises UserError for settings no fine-tuning can have."""
     if settings.task not in TASKS:
         raise UserError(f"task {settings.task!r} is unknown; known: {', '.join(TASKS)}")
-    if settings.symmetric and settings.task != "regression":
-        raise UserError("--symmetric is for regression")
-    if settings.multi_label and settings.task != "classification":
-        raise UserError("--multi-label is for classification")
-    if settings.characters and settings.task != "tagging":
-        raise UserError("--characters is for tagging")
+    usual = Settings(settings.task, settings.model, settings.train)
+    for name, tasks in READERS.items():
+        if settings.task not in tasks and getattr(settings, name) != getattr(usual, name):
+            raise UserError(f"--{name.replace('_', '-')} is for {' and '.join(tasks)}")
     if settings.style not in ("encoder-decoder", "prefix-lm"):
         raise UserError(f"--style {settings.style}: say encoder-decoder or prefix-lm")
-    if settings.choices and settings.task != "multiple-choice":
-        raise UserError("--choices is for multiple-choice")
-    if settings.task != "seq2seq" and (settings.style, settings.beams) != ("encoder-decoder", 1):
-        raise UserError("--style and --beams are for seq2seq")
     if settings.features and (settings.freeze != "none" or settings.layer_decay != 1):
         raise UserError("--features trains no part of the encoder: leave --freeze and --layer-decay out")
     if settings.static and not settings.features:
         raise UserError("--static says which features: it goes with --features")
     if not settings.label_separator:
         raise UserError("--label-separator is empty")
+    if settings.label_separator != usual.label_separator and not settings.multi_label:
+        raise UserError("--label-separator stands between the labels of a row: it goes with --multi-label")
     if not (0 < settings.epochs < math.inf and (settings.steps is None or settings.steps > 0)):
         raise UserError("--epochs and --steps must be more than 0")
     if settings.max_length is not None and settings.max_length < 8:
