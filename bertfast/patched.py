@@ -165,7 +165,9 @@ def projects_rows(module: Any) -> bool:
     if isinstance(module, nn.Linear):
         return True
     home = type(module).__module__
-    if home.startswith("peft.tuners.") and ".lily." not in home:  # whose router takes a mean over all rows
+    if ".lily." in home or hasattr(module, "lora_velora_embed"):  # Lily's router, VeLoRA's projection: means of rows
+        return False
+    if home.startswith("peft.tuners."):
         return projects_rows(getattr(module, "base_layer", None))
     return home.startswith("torch.ao.nn.quantized.") and home.endswith(".linear")
 
