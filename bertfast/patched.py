@@ -296,9 +296,10 @@ class Encoder:
         if kwargs.pop("head_mask", None) is not None:
             raise ValueError("a patched model takes no head_mask; bertfast.unpatch(model) runs the original")
         config, layers = config_of(self), [parts_of(layer) for layer in self.layer]
+        attention = config._attn_implementation or "eager"
         mask, reason = bertfast_mask, None
         if bertfast_mask is None:
-            mask, reason = padding_mask(attention_mask, hidden_states.shape[:2])
+            mask, reason = padding_mask(attention_mask, hidden_states.shape[:2], attention)
         if kwargs.get("output_attentions", config.output_attentions):
             reason = "output_attentions"
         elif past_cache(kwargs) is not None:
@@ -317,9 +318,9 @@ class Encoder:
             reason = "hooks or replaced parts in every layer"
         elif reason is None:
             reason = _other_attention(config, hidden_states.shape[0], kwargs)
-            additive = isinstance(attention_mask, Tensor) and attention_mask.is_floating_point() and mask is not None
-            eager = ALL_ATTENTION_FUNCTIONS.get(config._attn_implementation) is None
-            if mask is not None and (eager or additive) and not tracing() and not bool((mask != 0).any(1).all()):
+            floating = isinstance(attention_mask, Tensor) and attention_mask.is_floating_point()
+            adds = floating or attention == "eager"
+            if mask is not None and adds and not tracing() and not bool((mask != 0).any(1).all()):
                 reason = "a sequence of padding alone, of which such attention makes a mean"
         if reason is not None:
             _say_once(self, f"bertfast: {reason}: such a call runs the original encoder")

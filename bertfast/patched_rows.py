@@ -101,12 +101,17 @@ def tracing() -> bool:
     return _mode(_kinds.FAKE) is not None or _mode(_kinds.PROXY) is not None
 
 
-def padding_mask(mask: Tensor | None, shape: torch.Size) -> tuple[Tensor | None, str | None]:
-    """(the (B, S) padding mask behind what the model made of it, None) or (None, why it is not a padding mask)."""
+def padding_mask(mask: Tensor | None, shape: torch.Size, attention: str) -> tuple[Tensor | None, str | None]:
+    """(the (B, S) padding mask behind what the model made of it, None) or (None, why it is not a padding mask).
+
+    `attention` is the implementation by which the original would read it.
+    """
     if mask is None:
         return None, None
     if not isinstance(mask, Tensor) or mask.dim() not in (2, 4) or mask.shape[-1] != shape[1]:
         return None, f"an attention mask of another form, {getattr(mask, 'shape', type(mask))}"
+    if mask.dim() == 2 and "flash" not in attention:
+        mask = mask[None, None]  # (queries, keys)
     mask = mask.expand(shape[0], *mask.shape[1:])  # one for all sequences broadcasts
     if mask.dim() == 2:
         return mask, None
@@ -115,9 +120,9 @@ def padding_mask(mask: Tensor | None, shape: torch.Size) -> tuple[Tensor | None,
     row = mask[:, 0, 0]
     if mask.shape[2] != 1 and not torch.equal(mask, row[:, None, None].expand_as(mask)):
         return None, "an attention mask that differs between queries"
-    if mask.dtype == torch.bool:
+    if mask.dtype == torch.bool and attention != "eager":
         return row, None
-    attended = row == 0  # additive
+    attended = row == 0  # additive; so eager attention takes booleans too, True for 1
     if not bool((attended | (row <= -1e4)).all()):
         return None, "an attention mask that adds to the scores"
     return attended, None

@@ -333,9 +333,16 @@ def test_other_masks_run_right_or_are_refused():
         mask = mask[:, None, None].expand(B, 1, S, S)
         found, expected = (attended(model(IDS, mask)[0]) for model in (patched, original))
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    embedded = original.embeddings(IDS)
     for mask in (MASK[1:2].bool(), (MASK[1:2] - 1.0) * 1e4):  # one for all sequences
         found, expected = (model(IDS, mask[:, None, None])[0][:, :9] for model in (patched, original))
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+        found, expected = (m.encoder(embedded, attention_mask=mask)[0][:, :9] for m in (patched, original))
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    for model in (original, patched):
+        model.set_attn_implementation("eager")  # which adds booleans as numbers
+    mask = MASK.bool()[:, None, None]
+    torch.testing.assert_close(patched(IDS, mask)[0], original(IDS, mask)[0], rtol=1e-4, atol=1e-5)
     with pytest.raises(ValueError, match=r"attention_mask has shape \(5, 17, 17\)"):
         patched(IDS, causal[:, 0])
     with pytest.raises(ValueError, match="head_mask"):
