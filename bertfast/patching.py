@@ -117,6 +117,8 @@ def patch(model: nn.Module) -> Report:
             if _kind(module) != "padding":
                 _hook(module, _before_head, _after_head if projects(module) else None)
             _encoder(module.base_model).reads_padding |= _kind(module) != "first column"
+        elif type(module).__name__ == "DPRSpanPredictor" and _is_base(module.encoder.base_model):
+            _encoder(module.encoder.base_model).reads_padding = True  # as in question answering
     if not report.replaced and not report.left:
         known = ", ".join([*FAMILIES, "distilbert"])
         raise UserError(f"{type(model).__name__} holds no encoder that bertfast knows ({known})")

@@ -148,6 +148,18 @@ def test_heads_of_causal_models_that_are_no_decoders(cls):
         assert_equal_training(original, patched, {**INPUTS, "labels": labels})
 
 
+def test_the_reader_of_dpr_reads_padding():
+    from transformers import DPRConfig, DPRReader
+
+    torch.manual_seed(0)
+    original = DPRReader(DPRConfig(vocab_size=99, hidden_size=64, num_hidden_layers=2, num_attention_heads=4,
+                                   intermediate_size=96, max_position_embeddings=64)).eval()
+    patched = copy.deepcopy(original)
+    bertfast.patch(patched)
+    for found, expected in zip(patched(**INPUTS).values(), original(**INPUTS).values(), strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
 class Adapter(torch.nn.Module):
     """Houlsby's: around a module, whose leaves it does not have."""
 
