@@ -35,7 +35,7 @@ try:
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
     from transformers.masking_utils import create_bidirectional_mask
     from transformers.modeling_outputs import BaseModelOutput, BaseModelOutputWithPastAndCrossAttentions
-    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
     from transformers.models.distilbert import modeling_distilbert
 except ImportError as error:
     raise UserError(f"bertfast.patch needs transformers (pip install 'bertfast[hf]'): {error}") from error
@@ -513,3 +513,8 @@ _stand_in(modeling_distilbert, "TransformerBlock", _Layer, find_parts=staticmeth
           home=modeling_distilbert.__name__)
 ORIGINALS = {ours: original for original, ours in STAND_INS.items()}
 ENCODERS = {cls for both in STAND_INS.items() if issubclass(both[1], Encoder) for cls in both}
+
+
+def unknown(module: nn.Module) -> bool:
+    """Whether it is a model of transformers without any encoder that we know."""
+    return isinstance(module, PreTrainedModel) and not any(type(m) in ENCODERS for m in module.modules())

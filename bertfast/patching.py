@@ -34,6 +34,7 @@ from .patched import (
     plain_norm,
     projects_rows,
     runs,
+    unknown,
     watched,
 )
 from .patched_rows import Reads
@@ -76,8 +77,9 @@ def patch(model: nn.Module) -> Report:
     in training with labels, compute the loss without the logits and return None for them; skip_logits=False,
     return_dict=False or a hook forces them, and skip_logits=True skips them in eval too. A batch with no masked word
     has loss 0 for them then. Attentions, masks that are not padding masks, and layers with hooks inside, or with parts
-    not known to act row by row, run as the original. Decoders are left alone. Patching twice does nothing more. Returns
-    a Report, and warns of everything that it says is left alone. Raises UserError where there is nothing to patch.
+    not known to act row by row, run as the original. Decoders and models of other families are left alone. Patching
+    twice does nothing more. Returns a Report, and warns of everything that it says is left alone. Raises UserError
+    where there is nothing to patch.
     """
     report = Report()
     for name, module in model.named_modules():
@@ -122,6 +124,11 @@ def patch(model: nn.Module) -> Report:
     if not report.replaced and not report.left:
         known = ", ".join([*FAMILIES, "distilbert"])
         raise UserError(f"{type(model).__name__} holds no encoder that bertfast knows ({known})")
+    named: set[nn.Module] = set()  # with all that is in them
+    for name, module in model.named_modules():
+        if module not in named and unknown(module):
+            report.left[name] = f"a {type(module).__name__} holds no encoder that bertfast knows"
+            named.update(module.modules())
     for line in report.exceptions():
         warnings.warn(f"bertfast.patch: {line}", stacklevel=2)
     return report

@@ -890,7 +890,7 @@ def test_fake_tensors_run():
 
 
 def test_what_is_left_alone_is_said():
-    from transformers import EncoderDecoderModel
+    from transformers import CamembertForMaskedLM, EncoderDecoderModel
 
     model = EncoderDecoderModel(
         encoder=build(modeling_bert.BertModel),
@@ -925,6 +925,13 @@ def test_what_is_left_alone_is_said():
     names = ", ".join(f"encoder.layer.{i}" for i in range(3))
     line = f"{names} left alone: a RMSNorm inside, which the fused ops do not know"
     assert [str(warning.message) for warning in told] == [f"bertfast.patch: {line}"]
+    mixed = nn.ModuleDict({"ours": build(modeling_bert.BertModel), "other": CamembertForMaskedLM(RobertaConfig(
+        vocab_size=99, hidden_size=64, num_hidden_layers=1, num_attention_heads=4, intermediate_size=96))})
+    with pytest.warns(UserWarning, match="other left alone: a CamembertForMaskedLM holds no encoder that"):
+        report = bertfast.patch(mixed)
+    assert len(report.replaced) == 5 and list(report.left) == ["other"]
+    with pytest.raises(UserError, match="CamembertForMaskedLM holds no encoder that bertfast knows"):
+        bertfast.patch(mixed["other"])
     empty = build(modeling_distilbert.DistilBertModel)
     empty.transformer.layer = nn.ModuleList()
     with pytest.warns(UserWarning, match="transformer left alone: an encoder without layers"):
