@@ -2,6 +2,7 @@
 
 import errno
 import gzip
+import io
 import json
 import os
 import re
@@ -11,6 +12,7 @@ import sys
 import time
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -90,7 +92,13 @@ def test_folders_globs_and_a_mixture(tmp_path: Path, vocab: Path) -> None:
     prepare([str(tmp_path / "in")], tmp_path / "one", vocab=vocab, workers=1)
     inputs = [str(tmp_path / "in" / name) for name in ("*.txt", "b.jsonl.gz", "**/*.parquet")]
     prepare([*inputs, inputs[1]], tmp_path / "two", vocab=vocab, workers=1)
-    assert text_of(tmp_path / "one") == text_of(tmp_path / "two") == EXPECTED
+    (tmp_path / "in" / "notes.md").unlink()
+    (tmp_path / "in" / "deep").rename(tmp_path / "elsewhere")
+    (tmp_path / "in" / "deep").symlink_to(tmp_path / "elsewhere")
+    for out, name in (("three", "in"), ("four", "in/*")):  # with a link, and a folder that a glob matches
+        prepare([str(tmp_path / name)], tmp_path / out, vocab=vocab, workers=1)
+    for out in ("one", "two", "three", "four"):
+        assert text_of(tmp_path / out) == EXPECTED
 
 
 def test_a_file_is_read_once(tmp_path: Path, vocab: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -251,6 +259,27 @@ def test_its_own_output_is_no_input(tmp_path: Path, vocab: Path, monkeypatch: py
             assert text_of(tmp_path / "set") == EXPECTED
 
 
+def test_vocabularies_and_links_to_nowhere_are_left_out_and_named(
+    tmp_path: Path, vocab: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write(tmp_path / "a.txt", DOCUMENTS)
+    (tmp_path / "unmounted").symlink_to("nowhere")
+    monkeypatch.chdir(tmp_path)
+    prepare(["a.txt"], "model", vocab=vocab, workers=1)
+    console = Console(file=io.StringIO())
+    for inputs in (["."], ["*"]):
+        prepare(inputs, "set", vocab=vocab, workers=1, console=console)
+        assert text_of(tmp_path / "set") == EXPECTED
+        told = console.file.getvalue().splitlines()[0]
+        assert told == "left out: model/vocab.txt (a model's vocabulary), unmounted (a link to nowhere)"
+    prepare([".", "model/vocab.txt"], "set", vocab=vocab, workers=1)  # named, it is read
+    assert len(text_of(tmp_path / "set")) == len(EXPECTED) + 1
+    (tmp_path / "words").mkdir()
+    (tmp_path / "a.txt").rename(tmp_path / "words" / "vocab.txt")  # there is no model
+    prepare(["words"], "set", vocab=vocab, workers=1)
+    assert text_of(tmp_path / "set") == EXPECTED
+
+
 # Mistakes, each one line
 
 
@@ -302,6 +331,22 @@ def test_mistakes_in_parquet_and_folders(tmp_path: Path) -> None:
     mistake(tmp_path, "a.parquet", None, "cannot read .* as parquet: 'utf-8' codec")
     (tmp_path / "empty").mkdir()
     mistake(tmp_path, "empty", None, "empty has no .txt .txt.gz .jsonl .jsonl.gz .parquet files")
+    (tmp_path / "empty" / "gone.txt").symlink_to("nowhere")
+    mistake(tmp_path, "empty", None, "cannot read .*gone.txt: No such file")
+
+
+def test_a_folder_that_may_not_be_entered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "in" / "secret").mkdir(parents=True)
+    write(tmp_path / "in" / "a.txt", DOCUMENTS)
+    scandir = os.scandir
+
+    def refuse(path: str) -> Any:
+        if os.path.basename(path) == "secret":
+            raise PermissionError(errno.EACCES, "Permission denied", path)
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)  # root may enter all
+    mistake(tmp_path, "in", None, "cannot read .*secret: Permission denied")
 
 
 def test_mistakes_in_the_output(tmp_path: Path, vocab: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -25,6 +25,7 @@ from bertfast.files import UserError, siblings
 
 KINDS = (".txt", ".txt.gz", ".jsonl", ".jsonl.gz", ".parquet")
 PIECE = 1 << 20  # characters handed to a worker at a time
+_BESIDE_VOCABULARIES = ("tokenizer.json", "tokenizer_config.json", "config.json")  # in a prepared set, a checkpoint
 
 
 class Piece(NamedTuple):
@@ -35,39 +36,67 @@ class Piece(NamedTuple):
     disk_bytes: int  # of the input files, read since the piece before: what a progress bar counts
 
 
-def find_files(inputs: list[str], out: Path) -> list[Path]:
+def find_files(inputs: list[str], out: Path) -> tuple[list[Path], list[str]]:
     """Files, the known kinds under folders, and globs, in the order given (sorted inside a folder or a glob).
 
-    A file that is reached in several ways, as through a link, is read once. What lies in `out`, or in what it is
-    written as, is no input. Raises UserError for what is not there, empty or of an unknown kind.
+    Links to folders are followed, and folders that a glob matches are inputs, too; a file that is reached in several
+    ways is read once. What lies in `out`, or in what it is written as, is no input. Returned besides is what folders
+    and globs led to and is left out, each with the reason: models' vocabularies, and links to nowhere whose name is of
+    no known kind. Raises UserError for what is not there, cannot be read, is empty or of an unknown kind.
     """
     found: dict[str, Path] = {}  # by the path without links
+    left_out: dict[Path, str] = {}
     out = Path(os.path.realpath(out))
     written = (out, *siblings(out))
-    for name in inputs:
-        path = Path(name)
-        try:
-            exists = path.exists()
-        except OSError as error:  # too long a name, a folder that may not be entered
-            raise UserError(f"cannot read {name}: {error.strerror}") from error
-        if path.is_dir():
-            new = [x for x in sorted(path.rglob("*")) if x.is_file() and x.name.lower().endswith(KINDS)]
-        elif exists:
-            new = [path]
-        else:
-            new = [Path(x) for x in sorted(glob.glob(name, recursive=True)) if Path(x).is_file()]
-        if new != [path]:
-            new = [x for x in new if not any(map(x.resolve().is_relative_to, written))]
-        if not new:
-            raise UserError(f"{name} has no {' '.join(KINDS)} files" if path.is_dir() else f"there is no file {name}")
-        for path in new:
-            found.setdefault(os.path.realpath(path), path)
-    for path in found.values():
-        if not path.name.lower().endswith(KINDS):
-            raise UserError(f"{path} is of an unknown kind: known are {' '.join(KINDS)}")
-        if path.stat().st_size == 0:
-            raise UserError(f"{path} is empty")
-    return list(found.values())
+    try:
+        for name in inputs:
+            path = Path(name)
+            reached = [path] if path.exists() else [Path(x) for x in sorted(glob.glob(name, recursive=True))]
+            new = [x for top in reached for x in (_below(top) if top.is_dir() else [top])]
+            if new != [path]:
+                new = [x for x in new if not any(map(Path(os.path.realpath(x)).is_relative_to, written))]
+                left_out |= {x: reason for x in new if (reason := _no_text(x))}
+                new = [x for x in new if x not in left_out]
+            if not new:
+                kinds = " ".join(KINDS)
+                raise UserError(f"{name} has no {kinds} files" if path.is_dir() else f"there is no file {name}")
+            for path in new:
+                found.setdefault(os.path.realpath(path), path)
+        for path in found.values():
+            if not path.name.lower().endswith(KINDS):
+                raise UserError(f"{path} is of an unknown kind: known are {' '.join(KINDS)}")
+            if path.stat().st_size == 0:
+                raise UserError(f"{path} is empty")
+    except OSError as error:  # too long a name, a folder that may not be entered, a link to nowhere
+        raise UserError(f"cannot read {error.filename}: {error.strerror}") from error
+    remarks = [f"{path} ({reason})" for path, reason in left_out.items() if os.path.realpath(path) not in found]
+    return list(found.values()), remarks
+
+
+def _below(folder: Path) -> list[Path]:
+    """What is in a folder and those below it: files of the known kinds, and links to nowhere. Raises OSError."""
+    entered: set[str] = set()
+    found: list[Path] = []
+
+    def refuse(error: OSError) -> None:
+        raise error
+
+    for here, folders, names in os.walk(folder, onerror=refuse, followlinks=True):
+        if (real := os.path.realpath(here)) in entered:  # links can lead back
+            folders.clear()
+            continue
+        entered.add(real)
+        folders.sort()
+        paths = [Path(here, name) for name in names]
+        found += [path for path in paths if path.name.lower().endswith(KINDS) or not os.path.exists(path)]
+    return sorted(found)
+
+
+def _no_text(path: Path) -> str:
+    """Why a file that was not named itself is not read as text; empty if it is."""
+    if path.name == "vocab.txt" and any(path.with_name(name).exists() for name in _BESIDE_VOCABULARIES):
+        return "a model's vocabulary"
+    return "" if path.name.lower().endswith(KINDS) or os.path.exists(path) else "a link to nowhere"
 
 
 def read_files(files: list[Path], field: str = "text") -> Iterator[Piece]:

@@ -64,8 +64,9 @@ def prepare(
     """Prepare text files, folders and globs (None: the documentation on this machine) into the folder `out`.
 
     The vocabulary is `vocab` (a vocab.txt, tokenizer.json or folder of one), or `vocab_size` entries are learned from
-    the text. Returns the manifest. Does nothing where `out` already holds just this. `console` gets the progress bar
-    and a line at the end. Raises UserError for whatever is wrong with the input, the vocabulary or `out`.
+    the text. Returns the manifest. Does nothing where `out` already holds just this. `console` gets what was left
+    out, the progress bar and a line at the end. Raises UserError for whatever is wrong with the input, the vocabulary
+    or `out`.
     """
     console = console or Console(stderr=True)
     out = Path(out)
@@ -77,7 +78,10 @@ def prepare(
         sources = corpus.documentation_sources()
         origin: Any = {"documentation": corpus.documentation_fingerprint(sources), "python": sys.version.split()[0]}
     else:
-        files = corpus.find_files(inputs, out)
+        files, left_out = corpus.find_files(inputs, out)
+        if left_out:
+            more = f" and {len(left_out) - 4:,} more" if len(left_out) > 4 else ""
+            console.print(f"left out: {', '.join(left_out[:4])}{more}", highlight=False, markup=False, soft_wrap=True)
         origin = [[str(path.absolute()), path.stat().st_size, path.stat().st_mtime_ns] for path in files]
     recipe = {
         "text": origin,
