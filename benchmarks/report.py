@@ -35,8 +35,16 @@ def show(result: dict) -> None:
 
 def results(folder: Path) -> dict[str, dict]:
     """All results of a folder by file name without suffix. Raises UserError where there is none, or a damaged one."""
-    found = {path.stem: read_json(path) for path in sorted(folder.glob("*.json"))}
-    found = {name: result for name, result in found.items() if isinstance(result, dict) and "suite" in result}
+    found = {}
+    for path in sorted(folder.glob("*.json")):
+        value = read_json(path)
+        if not isinstance(value, dict) or "suite" not in value:
+            continue
+        found[path.stem] = load(path)
+        try:
+            markdown(value)
+        except (LookupError, TypeError, ValueError, ArithmeticError) as error:
+            raise UserError(f"{path} is damaged or of another version: it gives no table ({error!r})") from error
     if not found:
         raise UserError(f"there is no result in {folder}: run bertfast bench first")
     return found
@@ -65,7 +73,7 @@ def rewrite(text: str, found: dict[str, dict]) -> str:
     """`text` with every `<!-- bench NAME -->` … `<!-- end -->` filled from the result NAME.
 
     A NAME with stars is one table of all the steps that it matches. Raises UserError where a marker names a result
-    that is not there.
+    that is not there. What is filled in has its marker's line ends.
     """
     def fill(match: re.Match) -> str:
         name = match[1]
@@ -78,16 +86,21 @@ def rewrite(text: str, found: dict[str, dict]) -> str:
                 f"\n\n{'; '.join(where)}: {', '.join(f'{n}.json' for n in names)}.")
         else:
             made = markdown(found[name])
-        return f"<!-- bench {name} -->\n{made}\n<!-- end -->"
+        return f"<!-- bench {name} -->\n{made}\n<!-- end -->".replace("\n", match[2])
 
-    return re.sub(r"<!-- bench ([\w.*-]+) -->\n.*?<!-- end -->", fill, text, flags=re.DOTALL)
+    return re.sub(r"<!-- bench ([\w.*-]+) -->(\r?\n).*?<!-- end -->", fill, text, flags=re.DOTALL)
 
 
 def update(readmes: list[Path], found: dict[str, dict]) -> list[Path]:
-    """Fill the markers of these files; returns those that changed."""
+    """Fill the markers of these files; returns those that changed. Raises UserError where one cannot be read."""
     changed = []
     for path in readmes:
-        before = path.read_text(encoding="utf-8")
+        try:
+            before = path.read_bytes().decode()  # not as text: that would turn all line ends into \n
+        except OSError as error:
+            raise UserError(f"cannot read {path}: {error.strerror}") from error
+        except UnicodeDecodeError as error:
+            raise UserError(f"{path} is not UTF-8 text ({error.reason})") from error
         after = rewrite(before, found)
         if after != before:
             write_bytes(path, after.encode())
@@ -141,10 +154,21 @@ def changed_settings(before: dict, after: dict) -> list[tuple[str, Any, Any]]:
 
 
 def load(path: Path) -> dict:
-    """A result file. Raises UserError where it is none."""
+    """A result file. Raises UserError where it is none, or where what every comparison needs is missing."""
     result = read_json(path)
-    if not isinstance(result, dict) or "rows" not in result or "suite" not in result:
+    if not isinstance(result, dict) or "rows" not in result or not isinstance(result.get("suite"), str):
         raise UserError(f"{path} is not a result of bertfast bench")
+    for name, kind in (("rows", list), ("settings", dict), ("hardware", dict), ("versions", dict)):
+        if not isinstance(result.get(name, kind()), kind):
+            raise UserError(f"{path} is damaged: it has no {name}")
+    for number, row in enumerate(result["rows"], 1):
+        row = row if isinstance(row, dict) else {}
+        for name in ("key", "contender", "failed"):
+            if not isinstance(row.get(name), str):
+                raise UserError(f"{path} is damaged: row {number} has no {name}")
+        for name in ("median", "peak_bytes", "share"):
+            if name in row and not (isinstance(row[name], (int, float)) and row[name] > 0):
+                raise UserError(f"{path} is damaged: row {number} has a {name} that is no number above 0")
     return result
 
 

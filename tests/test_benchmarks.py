@@ -499,6 +499,42 @@ def test_a_readme_is_filled_from_results_and_only_there(tmp_path):
         report.results(tmp_path / "none")
 
 
+def test_a_readme_keeps_its_line_ends_and_one_that_is_no_text_is_refused(tmp_path):
+    found = {"step": made([step_row("bertfast fp32", 9000)], "pretrain", settings=STEP_SETTINGS)}
+    readme = tmp_path / "README.md"
+    readme.write_bytes(b"one\r\n<!-- bench step -->\r\nold\r\n<!-- end -->\r\ntwo\nthree\r\n")
+    assert report.update([readme], found) == [readme] and report.update([readme], found) == []
+    text = readme.read_bytes()
+    assert text.startswith(b"one\r\n<!-- bench step -->\r\nPreset mini") and text.endswith(b"-->\r\ntwo\nthree\r\n")
+    assert text.count(b"\n") == text.count(b"\r\n") + 1
+    readme.write_bytes("é".encode("latin-1"))
+    with pytest.raises(UserError, match="README.md is not UTF-8 text"):
+        report.update([readme], found)
+
+
+def test_a_damaged_result_is_named(tmp_path):
+    path = tmp_path / "step.json"
+    good = made([step_row("bertfast fp32", 9000)], "pretrain", settings=STEP_SETTINGS)
+    row, bare = good["rows"][0], {name: value for name, value in good.items() if name != "versions"}
+    for damaged, message in (
+        ({**good, "suite": None}, "is not a result"),
+        ({**good, "rows": None}, "has no rows"),
+        ({**good, "rows": [1]}, "row 1 has no key"),
+        ({**good, "rows": [row, {"key": "k", "contender": "c"}]}, "row 2 has no failed"),
+        *(({**good, "rows": [{**row, "median": value}]}, "row 1 has a median that is no number above 0")
+          for value in (0, None, "1")),
+        *(({**good, name: None}, f"has no {name}") for name in ("settings", "hardware", "versions")),
+    ):
+        path.write_text(json.dumps(damaged))
+        for read in (lambda: report.load(path), lambda: report.results(tmp_path)):
+            with pytest.raises(UserError, match=f"step.json .*{message}"):
+                read()
+    path.write_text(json.dumps(bare))  # enough to be compared, but not to be shown
+    assert report.load(path) == bare
+    with pytest.raises(UserError, match="step.json is damaged or of another version.*versions"):
+        report.results(tmp_path)
+
+
 def test_ops_in_short_have_the_least_and_the_median_of_their_shapes():
     seconds = {"bertfast": (1, 1, 1, 1, 1), "eager": (4, 9, 2, 3, None), "compiled": (9, 1, 9, 9, None)}
     rows = [{"key": f"bias_gelu {shape} fp32 forward", "op": "bias_gelu", "shape": str(shape), "dtype": "fp32",
