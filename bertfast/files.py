@@ -29,7 +29,10 @@ class UserError(Exception):
 def atomic_path(path: str | Path) -> Iterator[Path]:
     """Yields a temporary name for the body to write a file under; afterwards that file is `path`.
 
-    For writers that want a name (safetensors, matplotlib). Raises UserError where the file cannot be written.
+    For writers that want a name (safetensors, matplotlib). A process that is killed outright (SIGKILL, a power cut)
+    leaves what it had written as `.NAME.PID.tmp` beside `path`. It stays until you delete it: on a disk of several
+    machines nobody can tell it from the file of one that is still writing. Raises UserError where the file cannot be
+    written.
     """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
