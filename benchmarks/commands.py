@@ -7,15 +7,22 @@ from typing import Annotated
 
 import typer
 
-from bertfast.files import UserError, create_folder
+from bertfast.files import UserError, atomic_path, create_folder
 
 
 def _writable(out: Path | None) -> Path | None:
-    """A result that cannot be written is told before it is measured."""
+    """A result that cannot be written, or only over a file that is none, is told before it is measured."""
     if out:
         create_folder(out.parent)
         if out.is_dir() or not os.access(out.parent, os.W_OK):
             raise UserError(f"cannot write {out}: {'it is a folder' if out.is_dir() else 'no permission'}")
+        if out.exists():
+            from bertfast.benchmarks import report
+
+            try:
+                report.load(out)
+            except UserError as error:
+                raise UserError(f"{out} is there already, and no result: choose another --out") from error
     return out
 
 
@@ -197,16 +204,20 @@ def quality(data: Annotated[str, typer.Option(help="A prepared set.")], preset: 
 @bench.command()
 def job(run: Annotated[Path, typer.Argument(help="The folder of a finished run of `bertfast pretrain`.")],
         out: Out = None) -> None:
-    """A finished pretraining run as a result: its speed, its losses, and beside OUT its picture.
+    """A finished pretraining run as a result: its speed, its losses, and beside OUT its picture (of job.json: job.png).
 
     Example: bertfast bench job runs/mini --out results/job.json
     """
     from bertfast.benchmarks import job
 
-    _finish(job.run(run), out)
-    picture = run / "loss.png"
+    result, picture = job.run(run), run / "loss.png"
     if out and picture.exists() and out.parent.resolve() != run.resolve():
-        shutil.copyfile(picture, out.with_name("loss.png"))
+        copy = out.with_suffix(".png")
+        if copy.exists() and not out.exists():
+            raise UserError(f"{copy} is there already, and not the picture of {out}: choose another --out")
+        with atomic_path(copy) as temporary:
+            shutil.copyfile(picture, temporary)
+    _finish(result, out)
 
 
 @bench.command()

@@ -33,6 +33,7 @@ from bertfast.benchmarks import (
 from bertfast.benchmarks.cases import CASES
 from bertfast.benchmarks.contest import Contender
 from safetensors.torch import load_file, save_file
+from typer.testing import CliRunner
 
 import bertfast
 from bertfast import cli, machine
@@ -561,12 +562,21 @@ def test_a_finished_run_is_a_result(causal, words, tmp_path):
     found = {"validation_mlm_loss": 5.5, "validation_mlm_accuracy": 0.2}
     rows += [{"step": 20, "validation_length": length, **found} for length in (128, 512)]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    bench_job = lambda out: CliRunner().invoke(cli.app, ["bench", "job", str(tmp_path), "--out", str(out)])
     for out in (tmp_path / "result.json", tmp_path / "results/job.json"):  # beside the picture, and elsewhere
-        for picture in (b"", b"picture"):
+        for picture in (b"", b"picture", b"a later one"):
             (tmp_path / "loss.png").write_bytes(picture) if picture else (tmp_path / "loss.png").unlink(missing_ok=True)
-            commands.job(tmp_path, out)
+            assert bench_job(out).exit_code == 0
             assert report.load(out)["suite"] == "job"
-            assert out.with_name("loss.png").exists() == bool(picture)
+    assert {path.name: path.read_bytes() for path in tmp_path.rglob("*.png")} == dict.fromkeys(
+        ("loss.png", "job.png"), b"a later one")
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "loss.png").write_bytes(b"of another run")
+    ended = bench_job(other / "loss.json")
+    assert isinstance(ended.exception, UserError) and "not the picture of" in str(ended.exception)
+    assert [path.name for path in other.iterdir()] == ["loss.png"]
+    assert (other / "loss.png").read_bytes() == b"of another run"
     (table,) = report.tables(job.run(tmp_path))
     assert table["columns"][3] == f"validation {words} loss"
     assert table["rows"] == [["128", "10", "150", "5.500", "0.500", "20.0%", "–"],
@@ -644,6 +654,7 @@ def test_a_result_that_the_disk_refuses_is_on_the_terminal(op_rows, tmp_path, ca
     (["bench", "trainer", "--model", "nowhere", "--train", "x", "--dev", "x"], "no checkpoint at nowhere"),
     (["bench", "roofline", "--out", "file/x.json"], "cannot create file"),
     (["bench", "roofline", "--out", "folder"], "cannot write folder: it is a folder"),
+    (["bench", "roofline", "--out", "file"], "file is there already, and no result: choose another --out"),
     (["bench", "finetune", "--task", "qa", "--model", "nowhere", "--train", "x"], "nowhere"),
 ])
 def test_mistakes_are_one_line(arguments, message, tmp_path, monkeypatch, capsys):
