@@ -266,9 +266,9 @@ class _Pretraining(Checkpointed):
         heads: Any = self.cls
         out = ModelOutput()
         if self.mlm and (packed_call or labels is not None):
+            table, sink = self.bert.embeddings.tied()
             out.mlm_loss, out.n_masked, out.n_correct = heads["predictions"](
-                x[batch.mask_index], self.bert.embeddings.word_embeddings.weight, batch.labels, mlm_scale,
-                self.bert.embeddings.sink,
+                x[batch.mask_index], table, batch.labels, mlm_scale, sink
             )
         elif self.mlm and not with_labels:
             logits = heads["predictions"].logits(x, self.bert.embeddings.word_embeddings.weight)

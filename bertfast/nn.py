@@ -3,6 +3,8 @@
 All of them work on packed rows (T, H): sequences one after another, no padding. What a block must know about the
 rows besides their values is in `Rows`. Dropout streams are constants of layer and site (see bertfast.ops.dropout):
 0 for the embeddings, 3 i + 1, 3 i + 2, 3 i + 3 for attention, its output and the feed-forward output of layer i.
+Fused ops read the weights of the modules inside; a module that is more than its weights (a subclass, an adapter, one
+with a hook) is called instead.
 """
 
 from collections.abc import Callable
@@ -14,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import ops
-from .ops.linear import joined_linear, linear
+from .ops.linear import is_plain, joined_linear, linear
 from .ops.masked_vocab_projection import GradientSink
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -62,11 +64,25 @@ class Embeddings(nn.Module):
         """For deepcopy and pickle: a copy is not the optimiser's, which alone reads the sink."""
         return {**self.__dict__, "sink": None}
 
+    def _is_plain(self) -> bool:
+        """Whether the tables and the LayerNorm are what the fused op computes."""
+        return is_plain(self.LayerNorm, nn.LayerNorm) and all(
+            is_plain(t, nn.Embedding) and t.max_norm is None and not (t.sparse or t.scale_grad_by_freq)
+            for t in (self.word_embeddings, self.position_embeddings, self.token_type_embeddings)
+        )
+
+    def tied(self) -> tuple[Tensor, GradientSink | None]:
+        """For a tied projection, after `forward`: the word table's weight as it is, its sink if `forward` used it."""
+        return self.word_embeddings.weight, self.sink if self._is_plain() else None
+
     def forward(self, input_ids: Tensor, token_type_ids: Tensor, position_ids: Tensor, rows: Rows) -> Tensor:
+        word, position, token_type = self.word_embeddings, self.position_embeddings, self.token_type_embeddings
+        norm, dropout = self.LayerNorm, rows.dropout(self.p, stream=0)
+        if not self._is_plain():
+            return ops.dropout(norm(word(input_ids) + position(position_ids) + token_type(token_type_ids)), **dropout)
         return ops.embedding_sum(
-            input_ids, position_ids, token_type_ids, self.word_embeddings.weight, self.position_embeddings.weight,
-            self.token_type_embeddings.weight, self.LayerNorm.weight, self.LayerNorm.bias, self.LayerNorm.eps,
-            self.word_embeddings.padding_idx, **rows.dropout(self.p, stream=0), sink=self.sink,
+            input_ids, position_ids, token_type_ids, word.weight, position.weight, token_type.weight, norm.weight,
+            norm.bias, norm.eps, word.padding_idx, **dropout, sink=self.sink,
         )
 
 
@@ -113,10 +129,11 @@ class AddLayerNorm(nn.Module):
         self.p, self.stream = p, stream
 
     def forward(self, x: Tensor, residual: Tensor, rows: Rows, gelu_bias: Tensor | None = None) -> Tensor:
-        return ops.add_layer_norm(
-            linear(x, self.dense, gelu_bias), self.dense.bias, residual, self.LayerNorm.weight, self.LayerNorm.bias,
-            self.LayerNorm.eps, **rows.dropout(self.p, self.stream),
-        )
+        y, bias = linear(x, self.dense, gelu_bias)
+        norm, dropout = self.LayerNorm, rows.dropout(self.p, self.stream)
+        if not is_plain(norm, nn.LayerNorm):
+            return norm(ops.dropout(y + bias, **dropout) + residual)
+        return ops.add_layer_norm(y, bias, residual, norm.weight, norm.bias, norm.eps, **dropout)
 
 
 class FeedForward(nn.Module):
@@ -132,7 +149,7 @@ class FeedForward(nn.Module):
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         if self.activation == "gelu":
-            return linear(x, self.dense), self.dense.bias
+            return linear(x, self.dense)
         return ACTIVATIONS[self.activation](self.dense(x)), None
 
 
@@ -149,9 +166,12 @@ class MLMHead(nn.Module):
     def hidden(self, x: Tensor) -> Tensor:
         dense: Any = self.transform["dense"]
         norm: Any = self.transform["LayerNorm"]
-        if self.activation == "gelu":
-            return ops.gelu_layer_norm(linear(x, dense), dense.bias, norm.weight, norm.bias, norm.eps)
-        return norm(ACTIVATIONS[self.activation](dense(x)))
+        if self.activation != "gelu":
+            return norm(ACTIVATIONS[self.activation](dense(x)))
+        y, bias = linear(x, dense)
+        if not is_plain(norm, nn.LayerNorm):
+            return norm(ops.bias_gelu(y, bias))
+        return ops.gelu_layer_norm(y, bias, norm.weight, norm.bias, norm.eps)
 
     def logits(self, x: Tensor, word_embeddings: Tensor) -> Tensor:
         return F.linear(self.hidden(x), word_embeddings, self.bias)

@@ -207,8 +207,8 @@ def _linear(module: nn.Module, x: Tensor, gelu_bias: Tensor | None = None) -> tu
     """
     if not plain(module):
         return module(x if gelu_bias is None else ops.bias_gelu(x, gelu_bias)), None
-    y = linear(x, module, gelu_bias)  # type: ignore[arg-type]
-    return y, module.bias.to(y.dtype)  # type: ignore[union-attr, return-value]
+    y, bias = linear(x, module, gelu_bias)  # type: ignore[arg-type]
+    return y, bias.to(y.dtype)
 
 
 class _Layer:

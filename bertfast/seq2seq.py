@@ -216,8 +216,8 @@ class BertForSeq2Seq(_Generator):
             context = layer.attention["self"](x, rows, mask_mode="causal")
             keys_values = layer.crossattention["self"].keys_values(memory)
             x = layer.after_attention(context, x, rows, keys_values, source)
-        table = embeddings.word_embeddings.weight
-        return HeadOutput(head(x, table, labels, scale, embeddings.sink)[0])
+        table, sink = embeddings.tied()
+        return HeadOutput(head(x, table, labels, scale, sink)[0])
 
     def begin(self, batch: PackedBatch, start: int, room: int) -> tuple[State, Tensor]:
         """Encode the sources; the logits after [CLS], (B, V). room: tokens to write at most."""
@@ -269,8 +269,8 @@ class BertForPrefixLM(BertForMaskedLM, _Generator):
         """batch reads the rows that write (the source's [SEP], the target), its labels are their next tokens."""
         x = self.bert.encode(batch, seed, mask_mode="prefix", prefix_lens=prefix_lens)
         embeddings, _, head = self.parts()
-        table = embeddings.word_embeddings.weight
-        return HeadOutput(head(x[batch.mask_index], table, batch.labels, scale, embeddings.sink)[0])
+        table, sink = embeddings.tied()
+        return HeadOutput(head(x[batch.mask_index], table, batch.labels, scale, sink)[0])
 
     def begin(self, batch: PackedBatch, start: int, room: int) -> tuple[State, Tensor]:
         """Read the prefixes; the logits after each one's [SEP], (B, V)."""

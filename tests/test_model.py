@@ -1,5 +1,6 @@
 """The model against transformers, and against itself: padded, packed, recomputed, saved and loaded."""
 
+import copy
 import inspect
 import json
 
@@ -8,11 +9,13 @@ import torch
 import torch.nn.functional as F
 import transformers
 from safetensors.torch import load_file, save_file
+from torch.nn.utils import prune
 
 import bertfast
 from bertfast.files import UserError
 from bertfast.model import unpad
 from bertfast.ops.linear import joined_linear
+from bertfast.optim import Optimizer
 
 SIZES = {"vocab_size": 211, "hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4,
          "intermediate_size": 128, "max_position_embeddings": 48}
@@ -179,6 +182,78 @@ def test_recompute_is_bit_equal(batch, tmp_path):
         ours(**batch, seed=torch.tensor([42])).loss.backward()
         gradients.append([p.grad.clone() for p in ours.parameters()])
     assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+
+
+def tables_and_norms(model):
+    return [m for m in model.modules() if isinstance(m, (torch.nn.Embedding, torch.nn.LayerNorm))]
+
+
+@pytest.mark.parametrize("sink", [False, True])
+def test_hooks_on_tables_and_norms_are_called_and_change_no_number(sink, batch, tmp_path):
+    """Dropout and gradients included: of the word table, too, which an optimiser's sink must not gather then."""
+    found, called = [], []
+    for hooked in (False, True):
+        ours = ours_of(original(dropout=0.1), tmp_path)
+        optimizer = Optimizer(ours, sink=sink)
+        for module in tables_and_norms(ours) if hooked else ():
+            module.register_forward_hook(lambda module, args, out: called.append(module))
+        for module in tables_and_norms(ours)[3:] if hooked else ():  # a table's input has no gradient
+            module.register_full_backward_hook(lambda module, *gradients: called.append(module))
+        loss = ours(unpad(**batch)[0], seed=torch.tensor([42])).loss
+        loss.backward()
+        assert sink is False or hooked == (ours.bert.embeddings.word_embeddings.weight.grad is not None)
+        gradients = [p.grad for n, p in ours.named_parameters() if "word_embeddings" not in n]
+        found.append([loss, *gradients, optimizer.step(0.0)])
+    assert set(called) == set(tables_and_norms(ours)) and len(called) == 3 + 2 * len(tables_and_norms(ours)[3:])
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+
+
+def test_a_pruned_table_or_norm_is_read_as_its_hook_leaves_it(batch, tmp_path):
+    ours, pruned = ours_of(original(), tmp_path), ours_of(original(), tmp_path)
+    with torch.no_grad():
+        for i, module in enumerate(tables_and_norms(pruned)):
+            prune.identity(module, "weight")
+            module.weight_orig.mul_(1 + i / 8)
+            tables_and_norms(ours)[i].weight.mul_(1 + i / 8)
+    losses = [model(**batch).loss for model in (ours, pruned)]
+    torch.testing.assert_close(*losses)
+    sum(losses).backward()
+    for module, masked in zip(tables_and_norms(ours), tables_and_norms(pruned), strict=True):
+        torch.testing.assert_close(masked.weight_orig.grad, module.weight.grad, rtol=1e-4, atol=1e-6)
+
+
+class Doubled:
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+@pytest.mark.parametrize(("path", "part"), [
+    ("bert.embeddings.token_type_embeddings", lambda: type("Table", (Doubled, torch.nn.Embedding), {})(2, 64)),
+    ("bert.embeddings.position_embeddings", lambda: torch.nn.Embedding(48, 64, max_norm=1.0)),
+    ("bert.embeddings.LayerNorm", lambda: type("Norm", (Doubled, torch.nn.LayerNorm), {})(64)),
+    ("bert.encoder.layer.1.attention.output.LayerNorm", lambda: torch.nn.RMSNorm(64)),
+    ("bert.encoder.layer.1.output.LayerNorm", lambda: torch.nn.LayerNorm(64, bias=False)),
+    ("cls.predictions.transform.LayerNorm", torch.nn.Identity),
+])
+def test_a_replaced_part_runs_as_in_transformers(path, part, batch, tmp_path):
+    hf = original(transformers.BertForMaskedLM)
+    ours = ours_of(hf, tmp_path, "BertForMaskedLM")
+    replacement = part()
+    for model in (hf, ours):
+        model.eval().set_submodule(path, copy.deepcopy(replacement))
+    inputs = {k: batch[k] for k in ("input_ids", "attention_mask", "token_type_ids")}
+    attended = batch["attention_mask"] == 1
+    torch.testing.assert_close(ours(**inputs).logits[attended], hf(**inputs).logits[attended], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore")  # PyTorch's: it will be removed
+def test_a_model_runs_with_quantised_linear_layers(batch, tmp_path):
+    ours = ours_of(original(dropout=0.1), tmp_path).eval()
+    quantised = pytest.importorskip("torch.ao.quantization").quantize_dynamic(ours, {torch.nn.Linear})
+    inputs = {k: batch[k] for k in ("input_ids", "attention_mask", "token_type_ids")}
+    exact, rounded = ours(**inputs).logits, quantised(**inputs).logits
+    assert 0 < (rounded - exact).norm() < 0.05 * exact.norm()
 
 
 def test_an_all_padding_sequence_gives_no_nan(batch, tmp_path):

@@ -102,34 +102,36 @@ def _forms_again(x: Tensor, module: nn.Linear) -> bool:
     )
 
 
-def _is_plain(module: nn.Module) -> bool:
-    """Whether a module's weight and bias say all: no adapter, parametrisation or hook."""
-    return type(module) is nn.Linear and not (
+def is_plain(module: nn.Module, cls: type[nn.Module] = nn.Linear) -> bool:
+    """Whether a module is a `cls` whose weight and bias say all: no adapter, parametrisation, hook or missing bias."""
+    return type(module) is cls and not (
         module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
-        or "forward" in module.__dict__
+        or "forward" in module.__dict__ or module._parameters.get("bias", module) is None
     )
 
 
-def linear(x: Tensor, module: nn.Linear, gelu_bias: Tensor | None = None) -> Tensor:
-    """`F.linear(x, module.weight)`, or `F.linear(GELU(x + gelu_bias), module.weight)`, without the bias.
+def linear(x: Tensor, module: nn.Linear, gelu_bias: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """`F.linear(x, module.weight)`, or `F.linear(GELU(x + gelu_bias), module.weight)`, and the bias to be added to it.
 
-    x: (M, I), gelu_bias: (I,), same dtype; returns (M, O). What is more than a Linear layer (LoRA, hooks) is called.
+    x: (M, I), gelu_bias: (I,), same dtype; returns (M, O) and (O,). What is not a plain Linear layer (LoRA, hooks,
+    quantised) is called and adds a bias itself: zeros are left to add.
     """
-    if not _is_plain(module):
+    if not is_plain(module):
         y = module(x if gelu_bias is None else bias_gelu(x, gelu_bias))
-        return y if module.bias is None else y - module.bias
+        return y, y.new_zeros(y.shape[-1])
+    weight, bias = module.weight, module.bias
     if gelu_bias is not None:
         if _forms_again(x, module):
-            return _gelu_linear(x, gelu_bias, module.weight, suits(x, module.weight))
+            return _gelu_linear(x, gelu_bias, weight, suits(x, weight)), bias
         x = bias_gelu(x, gelu_bias)
     if takes(x, module):
-        return few_rows_linear(x, [module.weight], [])
-    return _linear(x, [module.weight], [], True) if suits(x, module.weight) else F.linear(x, module.weight)
+        return few_rows_linear(x, [weight], []), bias
+    return _linear(x, [weight], [], True) if suits(x, weight) else F.linear(x, weight), bias
 
 
 def joined_linear(x: Tensor, *linears: nn.Linear) -> Tensor:
     """`torch.cat([linear(x) for linear in linears], -1)` in one GEMM, for Linear layers of one shape, with bias."""
-    if not all(map(_is_plain, linears)):
+    if not all(map(is_plain, linears)):
         return torch.cat([m(x) for m in linears], -1)
     weights, biases = [m.weight for m in linears], [m.bias for m in linears]
     if takes(x, linears[0]):
