@@ -2,7 +2,8 @@
 
 Packed:  model(batch, labels=…) with a PackedBatch: the last layer computes batch.read_rows only, which is [CLS] alone
          for sentences and [CLS] and the first piece of each word for tagging; question answering reads all rows.
-Padded:  model(input_ids, attention_mask, token_type_ids, labels=…), as in transformers, with its losses.
+Padded:  model(input_ids, attention_mask, token_type_ids, labels=…), as in transformers, with its losses, but for the
+         question answering of padded sequences (see BertForQuestionAnswering).
 
 A packed loss is the mean over the labels, or their sum times `scale` (0-dim: one over the count in the whole step's
 batch, times the loss scale). Which loss a sequence head takes is config.extra["problem_type"], as in transformers.
@@ -197,8 +198,8 @@ class BertForTokenClassification(Headed):
 class BertForQuestionAnswering(Headed):
     """Where an answer begins and ends. Packed: start and end logits (T,); padded: (B, S).
 
-    The softmax is over the tokens of a sequence, question included, as in BERT (Devlin et al. 2019); padding, which
-    transformers' class lets take part, does not exist here.
+    The softmax is over the tokens of a sequence, question included, as in BERT (Devlin et al. 2019). In transformers'
+    class padding takes part, so that its loss depends on how much there is: it is ours only where there is none.
     """
 
     head = "qa_outputs"
@@ -208,14 +209,15 @@ class BertForQuestionAnswering(Headed):
 
     def forward(self, input_ids, attention_mask=None, token_type_ids=None, position_ids=None, start_positions=None,
                 end_positions=None, *, seed=None, scale: Tensor | None = None) -> HeadOutput:
-        """start_positions, end_positions: (B,) int64, positions in their sequences (0 = [CLS] = no answer here); one
-        outside its sequence is ignored."""
+        """start_positions, end_positions: (B,) or (B, 1) int64, positions in their sequences (0 = [CLS] = no answer
+        here); one outside its sequence is ignored."""
         batch, padding = _packed(input_ids, attention_mask, token_type_ids, position_ids)
         x = self.bert.encode(batch, self._seed(seed, batch.input_ids.device), read=False)
         logits = self.qa_outputs(x)
         out = HeadOutput(logits=logits)
         if start_positions is not None and end_positions is not None:
-            out.loss = _span_loss(logits, batch.cu_seqlens, batch.max_seqlen, (start_positions, end_positions), scale)
+            span = start_positions.flatten(), end_positions.flatten()
+            out.loss = _span_loss(logits, batch.cu_seqlens, batch.max_seqlen, span, scale)
         if padding is not None:
             logits = padding.restore(logits)
         out.start_logits, out.end_logits = logits.unbind(-1)

@@ -55,7 +55,8 @@ CASES = {  # name: (class, config, inputs, labels)
                 {"labels": token_labels(BATCH["attention_mask"])}),
     # transformers lets padding take part in its softmax: without padding the losses must agree
     "qa": ("BertForQuestionAnswering", {}, inputs((5, 32), (32,) * 5),
-           {"start_positions": torch.tensor([0, 3, 31, 7, 9]), "end_positions": torch.tensor([0, 5, 31, 9, 9])}),
+           {"start_positions": torch.tensor([0, 3, 31, 7, 9]).unsqueeze(1),
+            "end_positions": torch.tensor([0, 5, 31, 9, 9])}),
     "multiple choice": ("BertForMultipleChoice", {}, inputs((2, 3, 16), (16, 5, 9, 3, 16, 12)),
                         {"labels": torch.tensor([2, 0])}),
 }
