@@ -108,7 +108,9 @@ class Optimizer:
                 raise RuntimeError("a loss was computed for training and never backpropagated, but the word table's "
                                    "gradient holds its share: call Optimizer.zero_grad() where a step is given up")
             if embeddings.sink is not None and embeddings.sink.filled:
-                table.grad, embeddings.sink.filled = embeddings.sink.buffer, False
+                buffer, embeddings.sink.filled = embeddings.sink.buffer, False
+                # beside what autograd saw of it: of a batch in which the table had a hook, say
+                table.grad = buffer if table.grad is None else table.grad + buffer
 
     def step(self, lr: float | Tensor) -> Tensor:
         """One update from the gradients, which are dropped; returns their norm before clipping, 0-dim on the device.

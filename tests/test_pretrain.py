@@ -978,6 +978,20 @@ def test_the_sink_is_the_optimisers_alone(corpus):
         assert other.bert.embeddings.word_embeddings.weight.grad.any()
 
 
+def test_a_hook_between_two_batches_costs_no_gradient_of_the_table(corpus):
+    torch.manual_seed(0)
+    model = bertfast.BertForMaskedLM(bertfast.BertConfig.from_file(corpus / "model.json")).eval()
+    ids, norms = torch.arange(24).view(3, 8) + 5, []
+    for sink in (True, False):
+        ours = copy.deepcopy(model)
+        optimizer = Optimizer(ours, sink=sink)
+        ours(ids, labels=ids).loss.backward()
+        ours.bert.embeddings.word_embeddings.register_forward_hook(lambda *_: None)  # no longer fused
+        ours(ids.flip(0), labels=ids).loss.backward()
+        norms.append(float(optimizer.step(1e-3)))
+    assert norms[0] == pytest.approx(norms[1], rel=1e-5)
+
+
 def test_a_model_with_nothing_to_train_is_refused():
     with pytest.raises(UserError, match="nothing to train"):
         Optimizer(torch.nn.Linear(2, 2).requires_grad_(False))
