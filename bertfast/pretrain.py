@@ -7,6 +7,7 @@ random is a function of (seed, step, position): a run that was interrupted and r
 
 import hashlib
 import json
+import math
 import re
 import shutil
 import signal
@@ -344,7 +345,7 @@ class Run:
                                 metrics.write(row)
                             bar.show(self.step, row, window.flops_per_second)
                             window = report.Window()
-                            self._check_health(micro)
+                            self._is_healthy(results)
                     else:
                         began = time.perf_counter()
                         for n, result in self._validate(length).items():
@@ -354,8 +355,9 @@ class Run:
                             bar.note(self.step, n, result)
                         window.paused(time.perf_counter() - began)
                     stopping = self._is_to_stop()
-                    to_save = self.step % settings.save_every == 0 or self.step == settings.steps or stopping
-                    if to_save and self.saved < self.step:
+                    due = self.step // settings.save_every > self.saved // settings.save_every
+                    to_save = due or self.step == settings.steps or stopping
+                    if to_save and self.saved < self.step and self._is_healthy(results):
                         self.loader_state, self.window_state = loader.state_dict(), window.state_dict()
                         began = time.perf_counter()
                         self.save()
@@ -438,27 +440,38 @@ class Run:
     def _to_device(self, batch: PackedBatch) -> PackedBatch:
         return batch if self.device.type == "cpu" else batch.to(self.device, non_blocking=True)
 
-    def _check_health(self, micro: list[PackedBatch]) -> None:
-        """Raises UserError, naming the culprit, when steps are skipped in a row or the loss scale has collapsed."""
-        optimizer = self.optimizer
+    def _is_healthy(self, results: dict[int, dict]) -> bool:
+        """Whether the state is one to save: not while steps are skipped, whose weights may be what is broken and would
+        take a good checkpoint's place. After the last step its validation decides.
+
+        Raises UserError, naming the culprit, when steps are skipped in a row or the loss scale has collapsed.
+        """
+        optimizer, skipped = self.optimizer, int(self.optimizer.skipped_in_a_row)
         collapsed = optimizer.dynamic and float(optimizer.loss_scale) < 1.0
-        if int(optimizer.skipped_in_a_row) < PATIENCE and not collapsed:
-            return
-        culprit = optimizer.culprit() or self._first_bad_gradient(micro[0])
-        why = "the loss scale fell below 1" if collapsed else f"{PATIENCE} steps in a row were not finite"
+        spoilt = self.finished and not all(math.isfinite(r.get("validation_mlm_loss", 0.0)) for r in results.values())
+        if skipped < (1 if spoilt else PATIENCE) and not collapsed:
+            return not skipped or self.finished
+        culprit = optimizer.culprit() or self._first_bad_gradient()
+        why = ("the loss scale fell below 1" if collapsed else "its validation is not finite" if spoilt else
+               f"{skipped} steps in a row were not finite")
         good = latest(self.folder)
         remedy = f"Go on from the last good checkpoint in another --out: --init-from {good} and" if good else "Try"
         raise UserError(f"stopped at step {self.step}: {why}; first not finite: {culprit}. {remedy} a lower --lr")
 
-    def _first_bad_gradient(self, host: PackedBatch) -> str:
-        seed = torch.tensor([step_seed(self.settings.seed, self.step)], device=self.device)
-        out = self.model(self._to_device(host), seed=seed)
-        if not torch.isfinite(out.loss):
-            return "the loss"
-        out.loss.backward()
-        named = [(n, p.grad) for n, p in self.model.named_parameters() if p.grad is not None]
-        bad = [n for n, gradient in named if not torch.isfinite(gradient).all()]
-        return f"the gradient of {bad[-1]}" if bad else "nothing any more"
+    def _first_bad_gradient(self) -> str:
+        """What the last step, which changed no weights, comes to once more."""
+        step = self.step_graph
+        assert step is not None
+        scales = {name: step.scale / count for name, count in step.counts.items()}
+        for (batch, rest), seed in zip(step.micro, step.seeds):
+            out = self.model(batch, **rest, **scales, seed=seed)
+            if not torch.isfinite(out.loss):
+                return "the loss"
+            out.loss.backward()
+            self.optimizer.accumulate()
+        sums = {n: g for group in self.optimizer.groups for n, g in zip(group.names, group.gradients())}
+        bad = [n for n, _ in self.model.named_parameters() if not torch.isfinite(sums[n]).all()]
+        return f"the gradient of {bad[-1]}" if bad else "the norm of all gradients"
 
     # ---- checkpoints
 

@@ -313,7 +313,7 @@ def test_two_processes_do_not_train_one_run(corpus, tmp_path):
 
 
 def test_the_closing_table_of_a_run_without_a_finite_loss(corpus, tmp_path, capsys):
-    results, _ = start(tmp_path, settings(corpus, steps=2, lr=1e11, warmup=0.0), resume=False).train()
+    results, _ = start(tmp_path, settings(corpus, steps=1, lr=1e11, warmup=0.0), resume=False).train()
     (tmp_path / "metrics.jsonl").write_text('{"step": 1, "mlm_loss": null}\n')
     pretrain.report.closing_table(tmp_path, results, 6.0, False)
     assert "below the unigram entropy" in " ".join(capsys.readouterr().out.split())
@@ -506,20 +506,14 @@ def test_a_run_is_what_its_settings_say(corpus, tmp_path):
     assert run.config.hidden_dropout_prob == run.config.attention_probs_dropout_prob == 0.1
 
 
-def test_steps_that_are_not_finite_are_skipped_and_counted(corpus, tmp_path, monkeypatch):
-    run = start(tmp_path, settings(corpus, steps=6), resume=False)
-    step = run._train_step
+def poisoned(run, first, end=10**9):
+    """The run, with steps from `first` to before `end` whose gradient is not finite."""
+    run.model.cls.predictions.bias.register_hook(lambda g: g * float("nan") if first <= run.step < end else g)
+    return run
 
-    def poison(micro, window):
-        bias = run.model.cls.predictions.bias
-        hook = bias.register_hook(lambda g: g * float("nan")) if run.step in (1, 2) else None
-        norm = step(micro, window)
-        if hook:
-            hook.remove()
-        return norm
 
-    monkeypatch.setattr(run, "_train_step", poison)
-    run.train()
+def test_steps_that_are_not_finite_are_skipped_and_counted(corpus, tmp_path):
+    poisoned(start(tmp_path, settings(corpus, steps=6), resume=False), 1, 3).train()
     logged = [r for r in rows(tmp_path) if "loss" in r]
     assert [r["skipped"] for r in logged] == [0, 1, 2, 2, 2, 2]
     assert [r["grad_norm"] is None for r in logged] == [False, True, True, False, False, False]
@@ -531,6 +525,33 @@ def test_a_run_that_stays_broken_stops_with_the_culprit(corpus, tmp_path):
     with torch.no_grad():
         run.model.bert.encoder.layer[0].output.dense.weight[0, 0] = float("inf")
     with pytest.raises(UserError, match=r"10 steps in a row.*bert.encoder.layer.0.output.dense.weight. Try a lower"):
+        run.train()
+
+
+def test_while_steps_are_skipped_nothing_is_saved(corpus, tmp_path):
+    names = lambda folder: sorted(p.name for p in folder.glob("checkpoint-*"))
+    chosen = settings(corpus, steps=40, save_every=2, log_every=1000, micro_batches=2)
+    run, calls = poisoned(start(tmp_path / "broken", chosen, resume=False), 5), []
+    run.model.register_forward_pre_hook(
+        lambda _, args, given: calls.append((int(given["seed"]), float(given["mlm_scale"]))), with_kwargs=True)
+    with pytest.raises(UserError, match=r"step 15: 10 steps in a row .*gradient of .*bias. Go on .*checkpoint-4 and a"):
+        run.train()
+    assert names(tmp_path / "broken") == ["checkpoint-2", "checkpoint-4"]
+    assert calls[-2:] == calls[-4:-2]  # what was looked at for the culprit is the step that failed
+    poisoned(start(tmp_path / "for_a_while", chosen, resume=False), 35, 38).train()
+    assert names(tmp_path / "for_a_while") == ["checkpoint-39", "checkpoint-40"]
+    poisoned(start(tmp_path / "at_the_end", chosen, resume=False), 39).train()
+    assert names(tmp_path / "at_the_end") == ["checkpoint-38", "checkpoint-40"]
+    stopped = poisoned(start(tmp_path / "stopped", chosen, resume=False), 5)
+    stopped._validation_is_due = lambda: setattr(stopped, "stopping", 143 if stopped.step == 7 else 0)
+    with pytest.raises(KeyboardInterrupt, match="143"):
+        stopped.train()
+    assert names(tmp_path / "stopped") == ["checkpoint-2", "checkpoint-4"]
+
+
+def test_a_short_run_that_breaks_ends_as_an_error(corpus, tmp_path):
+    run = start(tmp_path, settings(corpus, lr=1e11, warmup=0.0), resume=False)
+    with pytest.raises(UserError, match="stopped at step 8: its validation is not finite; first not finite: the loss"):
         run.train()
 
 
