@@ -8,6 +8,7 @@ import errno
 import io
 import os
 import re
+import shlex
 import signal
 import sys
 from pathlib import Path
@@ -135,7 +136,7 @@ def pretrain(
     if begun:
         settings = stored_settings(out)
         if not latest(out):
-            report.console.print(f"no checkpoint in {out} yet: beginning this run anew")
+            report.note(f"no checkpoint in {out} yet: beginning this run anew")
         elif own_data.exists() and not Path(settings.data).exists():  # moved with the run, whose checkpoint knows it
             settings.data = str(own_data)
         settings = replace(settings, **{name: given.pop(name) for name in engine.FREE if name in given})
@@ -144,13 +145,13 @@ def pretrain(
             raise UserError(f"{out} cannot be resumed with other settings: {', '.join(changed)}")
     else:
         if resume:
-            report.console.print(f"no run in {out} yet: starting one")
+            report.note(f"no run in {out} yet: starting one")
         new = {"data": str(own_data), "micro_batches": processes.count(), **given}
         settings = replace(Settings(data=""), **new)
         settings.check()
     engine.check_folder(out, resume)  # before a run's own data could be replaced
     if data is None and Path(settings.data).resolve() == own_data.resolve() and not (begun and own_data.exists()):
-        report.console.print("no --data: learning from the documentation on this machine")
+        report.note("no --data: learning from the documentation on this machine")
         if processes.is_first():
             _refuse_own_text(own_data)
             prepare(None, own_data, vocab_size=8192, console=report.console)
@@ -161,20 +162,20 @@ def pretrain(
     if run.finished:
         if processes.is_first() and not (out / "loss.png").exists():  # it was killed before it had drawn it
             report.plot_loss(out, run.train_data.manifest["unigram_entropy"], settings.causal)
-        report.console.print(f"this run is finished: {latest(out)}")
+        report.note(f"this run is finished: {latest(out)}")
         return
     try:
         results, checkpoint = run.train()
     except KeyboardInterrupt as stop:
-        report.console.print(f"stopped; {latest(out) or 'no checkpoint was written'}. "
-                             f"Go on with: bertfast pretrain --out {out} --resume")
+        report.note(f"stopped; {latest(out) or 'no checkpoint was written'}. "
+                    f"Go on with: bertfast pretrain --out {shlex.quote(str(out))} --resume")
         raise typer.Exit(*stop.args or (130,)) from None
     if not processes.is_first():
         return
     report.closing_table(out, results, run.train_data.manifest["unigram_entropy"], settings.causal)
     report.examples(checkpoint, run.validation_data)
-    report.console.print(f"trained in {time.perf_counter() - began:.0f} s; checkpoint: {checkpoint}; "
-                         f"curves: {out / 'loss.png'}; rows: {out / 'metrics.jsonl'}", highlight=False)
+    report.note(f"trained in {time.perf_counter() - began:.0f} s; checkpoint: {checkpoint}; "
+                f"curves: {out / 'loss.png'}; rows: {out / 'metrics.jsonl'}")
 
 
 def _typed(name: str, value: Any, began: Any) -> str:

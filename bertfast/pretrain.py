@@ -9,6 +9,7 @@ import hashlib
 import json
 import math
 import re
+import shlex
 import shutil
 import signal
 import threading
@@ -455,7 +456,8 @@ class Run:
         why = ("the loss scale fell below 1" if collapsed else "its validation is not finite" if spoilt else
                f"{skipped} steps in a row were not finite")
         good = latest(self.folder)
-        remedy = f"Go on from the last good checkpoint in another --out: --init-from {good} and" if good else "Try"
+        remedy = (f"Go on from the last good checkpoint in another --out: --init-from {shlex.quote(str(good))} and"
+                  if good else "Try")
         raise UserError(f"stopped at step {self.step}: {why}; first not finite: {culprit}. {remedy} a lower --lr")
 
     def _first_bad_gradient(self) -> str:

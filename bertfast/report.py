@@ -187,8 +187,13 @@ def header(rows: dict[str, str]) -> None:
     """A two-column table of what is about to run."""
     table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
     for name, value in rows.items():
-        table.add_row(f"[bold]{name}[/bold]", value)
+        table.add_row(f"[bold]{name}[/bold]", Text(value))
     console.print(table)
+
+
+def note(text: str) -> None:
+    """A line as it is: a path in it may hold what looks like markup, and is not to be folded."""
+    console.print(text, highlight=False, markup=False, soft_wrap=True)
 
 
 def kernels_in_use(device: str) -> str:

@@ -218,12 +218,14 @@ def test_learning_a_vocabulary_from_part_of_the_text(tmp_path: Path, monkeypatch
 
 
 def test_a_second_run_does_nothing_and_a_changed_input_is_prepared_anew(tmp_path: Path, vocab: Path) -> None:
-    source, out = write(tmp_path / "a.txt", DOCUMENTS), tmp_path / "set"
+    source, out = write(tmp_path / "a.txt", DOCUMENTS), tmp_path / "set[v2]"
     console = Console(record=True, width=300)
     prepare([str(source)], out, vocab=vocab, workers=1, console=console)
     before = (out / "manifest.json").stat()
     prepare([str(source)], out, vocab=vocab, workers=2, console=console)
-    assert (out / "manifest.json").stat() == before and "nothing to do" in console.export_text()
+    assert (out / "manifest.json").stat() == before
+    shown = console.export_text()
+    assert f"{out}: 3 documents" in shown and f"{out} is up to date" in shown and "nothing to do" in shown
     write(source, DOCUMENTS[:2])
     assert prepare([str(source)], out, vocab=vocab, workers=1)["documents"] == 2
     assert prepare([str(source)], out, vocab=vocab, cased=True, workers=1)["cased"]
@@ -234,7 +236,7 @@ def test_a_second_run_does_nothing_and_a_changed_input_is_prepared_anew(tmp_path
         (out / name).unlink() if content is None else (out / name).write_bytes(content)
         assert prepare([str(source)], out, vocab=vocab, cased=True, workers=1) == manifest
         assert (out / "tokens.bin").read_bytes() == good and Dataset(out).n_tokens
-    assert sorted(x.name for x in tmp_path.iterdir()) == ["a.txt", "set"]
+    assert sorted(x.name for x in tmp_path.iterdir()) == ["a.txt", out.name]
 
 
 def test_the_rules_of_a_vocabulary_count_as_input(tmp_path: Path, vocab: Path) -> None:

@@ -450,6 +450,13 @@ def test_slow_steps_have_an_eta(monkeypatch):
     assert "ETA 48:30:00" in re.sub(r"\x1b\[[0-9;]*m", "", shown.getvalue())  # 970 steps of three minutes
 
 
+def test_what_is_shown_is_no_markup(capsys):
+    pretrain.report.header({"data": "set[v2]"})
+    pretrain.report.note(line := "a long line, of a path that is not to be folded: " * 3 + "run[v2]")
+    first, second = capsys.readouterr().out.splitlines()
+    assert (first.split(), second) == (["data", "set[v2]"], line)
+
+
 def test_resumed_tensorboard_keeps_the_row_of_the_checkpoint(tmp_path, monkeypatch):
     purged = []
     writer = SimpleNamespace(SummaryWriter=lambda folder, purge_step: purged.append(purge_step))
@@ -802,18 +809,20 @@ def test_a_word_table_of_another_size_than_the_vocabulary(more, message, corpus,
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_ctrl_c_and_sigterm_write_a_checkpoint(number, code, corpus, tmp_path):
     small = ["--model-config", corpus / "model.json", "--tokens", "256", "--short-length", "32", "--long-length", "64"]
-    args = [sys.executable, "-c", "from bertfast.cli import main; main()", "pretrain", "--out", tmp_path / "run"]
+    out = tmp_path / "a long name, of a project and a machine, which no line is to be folded in, [v2]"
+    args = [sys.executable, "-c", "from bertfast.cli import main; main()", "pretrain", "--out", out]
     first = subprocess.Popen([*args, "--data", corpus / "data", *small, "--steps", "100000", "--log-every", "1"],
                              stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     deadline = time.monotonic() + 120
-    while not (tmp_path / "run/metrics.jsonl").exists() or len(rows(tmp_path / "run")) < 3:
+    while not (out / "metrics.jsonl").exists() or len(rows(out)) < 3:
         assert first.poll() is None and time.monotonic() < deadline, first.stdout.read()
         time.sleep(0.1)
     first.send_signal(number)
     output, _ = first.communicate(timeout=60)
-    assert first.returncode == code and "Go on with: bertfast pretrain" in " ".join(output.split()), output
-    checkpoint = pretrain.latest(tmp_path / "run")
-    assert checkpoint and rows(tmp_path / "run")[-1]["step"] == pretrain._step_of(checkpoint)
+    checkpoint = pretrain.latest(out)
+    assert checkpoint and rows(out)[-1]["step"] == pretrain._step_of(checkpoint)
+    assert first.returncode == code
+    assert output.endswith(f"\nstopped; {checkpoint}. Go on with: bertfast pretrain --out '{out}' --resume\n")
 
 
 def in_processes(*args, ranks=({}, {}), **options):

@@ -91,7 +91,8 @@ def prepare(
         "sentences": [LONGEST_SENTENCE, PIECE],
     }
     if done := _already(out, recipe):
-        console.print(f"{out} is up to date: {_counts(done)}; nothing to do", soft_wrap=True)
+        console.print(f"{out} is up to date: {_counts(done)}; nothing to do", highlight=False, markup=False,
+                      soft_wrap=True)
         return done
 
     began = time.perf_counter()
@@ -126,7 +127,8 @@ def prepare(
             "recipe": recipe,
         }
         write_json(folder / "manifest.json", manifest)
-    console.print(f"{out}: {_counts(manifest)} in {time.perf_counter() - began:.1f} s", soft_wrap=True)
+    console.print(f"{out}: {_counts(manifest)} in {time.perf_counter() - began:.1f} s", highlight=False, markup=False,
+                  soft_wrap=True)
     return manifest
 
 

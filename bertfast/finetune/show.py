@@ -13,7 +13,7 @@ from bertfast.files import UserError, atomic_path
 from bertfast.finetune.batches import Item
 from bertfast.finetune.read import Table
 from bertfast.finetune.task import Example, Task
-from bertfast.report import console
+from bertfast.report import console, note
 
 MAX_DRAWN = 40  # labels; a larger confusion picture cannot be read
 
@@ -49,10 +49,6 @@ def decisions(task: Task) -> None:
 
 def evaluation(step: int, scores: dict[str, float]) -> None:
     note(f"step {step:>6}  " + "  ".join(f"{name} {value:.4f}" for name, value in scores.items()))
-
-
-def note(text: str) -> None:
-    console.print(text, highlight=False, markup=False, soft_wrap=True)
 
 
 def closing_table(summary: dict) -> None:
