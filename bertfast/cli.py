@@ -366,3 +366,7 @@ def main() -> None:
     except KeyboardInterrupt:
         print("bertfast: interrupted", file=sys.stderr)
         sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()
