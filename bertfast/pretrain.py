@@ -555,16 +555,21 @@ def latest(folder: Path) -> Path | None:
 
 def _trainer_state(checkpoint: Path) -> dict[str, Any]:
     """What a checkpoint says of the run. Raises UserError where any of its files is damaged."""
-    trainer = read_json(checkpoint / "trainer.json")
+    remedy = f"delete {checkpoint}, and --resume goes on from the one before"
+    try:
+        trainer = read_json(checkpoint / "trainer.json")
+    except UserError as error:
+        if isinstance(error.__cause__, OSError):  # it cannot be read, and may be whole
+            raise
+        raise UserError(f"{error}: {remedy}") from error
     if not isinstance(trainer, dict) or {"step", "tokens_seen", "precision", "loader", "data_files"} - set(trainer):
-        raise UserError(f"{checkpoint / 'trainer.json'} is damaged")
+        raise UserError(f"{checkpoint / 'trainer.json'} is damaged: {remedy}")
     checksum = trainer.pop("checksum", None)
     if checksum or "files" in trainer:  # checkpoints of before have neither
         damaged = ["trainer.json"] if checksum != _checksum(trainer) else [
             name for name, expected in trainer["files"].items() if sha256(checkpoint / name) != expected]
         if damaged:
-            raise UserError(f"{checkpoint / damaged[0]} is damaged (its checksum differs): delete {checkpoint}, and "
-                            "--resume goes on from the one before")
+            raise UserError(f"{checkpoint / damaged[0]} is damaged (its checksum differs): {remedy}")
     return trainer
 
 
@@ -595,14 +600,19 @@ def check_folder(folder: Path, resume: bool) -> None:
 
 
 def start(folder: Path, settings: Settings, resume: bool) -> Run:
-    """A run ready to train, new or resumed, with its config.json written."""
-    check_folder(folder, resume)
-    checkpoint = latest(folder)
-    run = Run(folder, settings, checkpoint)
-    if checkpoint:
-        run.resume(checkpoint)
-    run._check_agreement()  # and all have read what the folder held
-    if not processes.is_first():
+    """A run ready to train, new or resumed, with its config.json written.
+
+    Raises UserError for what no run can be made of, and where another process trains it.
+    """
+    first = processes.is_first()
+    with locked(folder, folder) if first and folder.is_dir() else nullcontext():  # one that trains deletes checkpoints
+        check_folder(folder, resume)
+        checkpoint = latest(folder)
+        run = Run(folder, settings, checkpoint)
+        if checkpoint:
+            run.resume(checkpoint)
+        run._check_agreement()  # and all have read what the folder held
+    if not first:
         return run
     with locked(create_folder(folder), folder):
         write_json(folder / "config.json", {

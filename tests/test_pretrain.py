@@ -306,7 +306,9 @@ def test_a_row_of_something_else_is_one_line(corpus, tmp_path, capsys, monkeypat
 def test_two_processes_do_not_train_one_run(corpus, tmp_path):
     run = start(tmp_path, settings(corpus), resume=False)
     with locked(tmp_path, tmp_path):
-        for begin in (run.train, lambda: start(tmp_path, settings(corpus, seed=2), resume=False)):
+        (tmp_path / "checkpoint-4").mkdir()
+        (tmp_path / "checkpoint-4/trainer.json").touch()  # as if the other process were deleting it
+        for begin in (run.train, lambda: start(tmp_path, settings(corpus, seed=2), resume=True)):
             with pytest.raises(UserError, match="is being written by another process"):
                 begin()
     assert pretrain.stored_settings(tmp_path).seed == 1 and not (tmp_path / "metrics.jsonl").exists()
@@ -768,7 +770,8 @@ def test_every_mistake_is_one_line(corpus, tmp_path, capsys, monkeypatch):
                                    (done / "config.json", edited(lr=True), "config.json is damaged: lr must be a num"),
                                    (done / "config.json", edited(preset=3), "preset must be text, got 3"),
                                    (done / "config.json", edited(log_every=0), "--log-every must be between 1"),
-                                   (last / "trainer.json", "{}", "trainer.json is damaged"),
+                                   (last / "trainer.json", "{}", f"trainer.json is damaged: delete {last}, and --resume goes"),
+                                   (last / "trainer.json", "", f"(char 0): delete {last}, and --resume goes on"),
                                    (done / "config.json", "[]", "is not that of a pretraining run"),
                                    (done / "config.json", '{"settings": null}', "is not that of a pretraining run")]:
         (done / "config.json").write_text(untouched)
