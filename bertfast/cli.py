@@ -20,6 +20,8 @@ from bertfast.benchmarks.commands import bench
 from bertfast.files import UserError
 
 LAUNCHED = int(os.environ.get("WORLD_SIZE", 1)) if "RANK" in os.environ else 1  # processes, as torchrun tells them
+IDLE = [("causal", "nsp"), ("causal", "mlm_probability"), ("model_config", "preset"), ("init_from", "preset"),
+        ("init_from", "start")]  # options, of which the second is refused beside the first, whatever it says
 
 app = typer.Typer(
     name="bertfast",
@@ -146,6 +148,10 @@ def pretrain(
     else:
         if resume:
             report.note(f"no run in {out} yet: starting one")
+        for one, other in IDLE:
+            if given.get(one) and given.get(other):
+                one, other = (name.replace("_", "-") for name in (one, other))
+                raise UserError(f"--{other} says nothing beside --{one}: leave it away")
         new = {"data": str(own_data), "micro_batches": processes.count(), **given}
         settings = replace(Settings(data=""), **new)
         settings.check()
