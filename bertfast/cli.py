@@ -11,7 +11,9 @@ import re
 import shlex
 import signal
 import sys
+from contextlib import suppress
 from pathlib import Path
+from types import FrameType
 from typing import Annotated, Any
 
 import typer
@@ -20,6 +22,7 @@ from bertfast.benchmarks.commands import bench
 from bertfast.files import UserError
 
 LAUNCHED = int(os.environ.get("WORLD_SIZE", 1)) if "RANK" in os.environ else 1  # processes, as torchrun tells them
+FIRST_HERE = LAUNCHED == 1 or os.environ.get("LOCAL_RANK", "0") == "0"  # what stderr is told is told once a machine
 IDLE = [("causal", "nsp"), ("causal", "mlm_probability"), ("model_config", "preset"), ("init_from", "preset"),
         ("init_from", "start")]  # options, of which the second is refused beside the first, whatever it says
 
@@ -347,15 +350,31 @@ def doctor() -> None:
     report.header(machine.describe())
 
 
+def _stop(number: int, frame: FrameType | None) -> None:
+    """Ctrl-C or SIGTERM: an exception, so that temporary files are removed, but not within an import, where it may
+    strike inside C++, which aborts, or in code that takes it for a failed import.
+    """
+    if number == signal.SIGINT and FIRST_HERE:
+        with suppress(OSError):
+            os.write(2, b"bertfast: interrupted\n")  # print may be what is interrupted
+    while frame:
+        if frame.f_code.co_filename.startswith("<frozen importlib"):
+            os._exit(128 + number)
+        frame = frame.f_back
+    raise KeyboardInterrupt if number == signal.SIGINT else SystemExit(128 + number)
+
+
 def main() -> None:
     """The console script. Exit codes: 0; 2 for a mistake of the user or too little memory; 130 Ctrl-C; 143 SIGTERM."""
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # as an exception, so that temporary files are removed
+    signal.signal(signal.SIGTERM, _stop)
+    if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:  # as it is in a script's background
+        signal.signal(signal.SIGINT, _stop)
     if isinstance(sys.stdout, io.TextIOWrapper):  # texts and vocabularies have characters that some terminals lack
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
         app()
     except UserError as error:
-        if LAUNCHED == 1 or os.environ.get("LOCAL_RANK", "0") == "0":  # once a machine
+        if FIRST_HERE:
             print(f"bertfast: {error}", file=sys.stderr)
         sys.exit(2)
     except (MemoryError, RuntimeError) as error:
@@ -370,7 +389,6 @@ def main() -> None:
         print(f"bertfast: cannot write the output: {error.strerror}", file=sys.stderr)
         os._exit(2)  # at an ordinary exit Python tries to write the rest once more, and fails again
     except KeyboardInterrupt:
-        print("bertfast: interrupted", file=sys.stderr)
         sys.exit(130)
 
 

@@ -3,6 +3,7 @@
 import inspect
 import io
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -134,3 +135,34 @@ def test_output_that_cannot_be_written_is_one_line() -> None:
     with open("/dev/full", "w") as full:
         done = subprocess.run(program, stdout=full, stderr=subprocess.PIPE, text=True)
     assert (done.returncode, done.stderr) == (2, "bertfast: cannot write the output: No space left on device\n")
+
+
+STOPPED_IN = {
+    "an import": """
+class Finder:
+    def find_spec(name, *_):
+        if name == "bertfast.fill_mask":
+            try:
+                stop()
+            except BaseException:
+                os.abort()  # as C++ does
+sys.meta_path.insert(0, Finder)""",
+    "a call": """
+from bertfast import fill_mask
+fill_mask.FillMask = lambda _: stop()""",
+}
+
+
+@pytest.mark.parametrize("place", STOPPED_IN)
+@pytest.mark.parametrize("number, said", [(signal.SIGINT, "bertfast: interrupted\n"), (signal.SIGTERM, "")])
+def test_a_stop_at_any_time_is_one_line(number: signal.Signals, said: str, place: str) -> None:
+    program = f"""
+import os, signal, sys
+from bertfast import cli
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job of a shell would ignore it
+stop = lambda: signal.raise_signal({int(number)})
+{STOPPED_IN[place]}
+cli.main()"""
+    done = subprocess.run([sys.executable, "-c", program, "fill-mask", "[MASK]", "--model", "m"], capture_output=True,
+                          text=True)
+    assert (done.returncode, done.stderr) == (128 + number, said)

@@ -702,13 +702,14 @@ def test_useful_flops_count_what_is_computed(corpus, tmp_path):
 def command(capsys, monkeypatch, *args):
     """(exit code, the last line on stderr) of a command, in this process."""
     monkeypatch.setattr(sys, "argv", ["bertfast", *map(str, args)])
-    before = signal.getsignal(signal.SIGTERM)
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         with pytest.raises(SystemExit) as exit_info:
             cli.main()
             raise SystemExit(0)
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
     lines = capsys.readouterr().err.strip().splitlines()
     return exit_info.value.code or 0, lines[-1] if lines else ""
 
@@ -749,7 +750,7 @@ def test_every_mistake_is_one_line(corpus, tmp_path, capsys, monkeypatch):
         ((["--data", foreign, *small[2:], "--init-from", last]), "with another vocabulary than that of"),
         ((["--data", data, *small, "--init-from", last]), "one of them says what the model is"),
         ((["--data", data, *small, "--preset", "mini"]), "--preset says nothing beside --model-config: leave it away"),
-        ((["--data", data, *small[2:], "--init-from", last, "--start", "normal"]), "--start says nothing beside --init"),
+        ((["--data", data, *small[2:], "--init-from", last, "--start", "normal"]), "--start says nothing beside"),
         ((["--data", data, *small, "--causal", "--nsp"]), "--nsp says nothing beside --causal"),
         ((["--data", data, *small, "--micro-batches", 1_000_000]), "256,000,000 tokens a step"),
         ((["--data", data, *small, "--tokens", 10**30]), "tokens a step"),
@@ -773,8 +774,8 @@ def test_every_mistake_is_one_line(corpus, tmp_path, capsys, monkeypatch):
                                    (done / "config.json", edited(lr=True), "config.json is damaged: lr must be a num"),
                                    (done / "config.json", edited(preset=3), "preset must be text, got 3"),
                                    (done / "config.json", edited(log_every=0), "--log-every must be between 1"),
-                                   (last / "trainer.json", "{}", f"trainer.json is damaged: delete {last}, and --resume goes"),
-                                   (last / "trainer.json", "", f"(char 0): delete {last}, and --resume goes on"),
+                                   (last / "trainer.json", "{}", f"is damaged: delete {last}, and"),
+                                   (last / "trainer.json", "", f"(char 0): delete {last}, and --resume"),
                                    (done / "config.json", "[]", "is not that of a pretraining run"),
                                    (done / "config.json", '{"settings": null}', "is not that of a pretraining run")]:
         (done / "config.json").write_text(untouched)
