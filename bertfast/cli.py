@@ -365,7 +365,11 @@ def _stop(number: int, frame: FrameType | None) -> None:
 
 
 def main() -> None:
-    """The console script. Exit codes: 0; 2 for a mistake of the user or too little memory; 130 Ctrl-C; 143 SIGTERM."""
+    """The console script.
+
+    Exit codes: 0; 2 for a mistake of the user, too little memory or output that cannot be written; 130 Ctrl-C; 143
+    SIGTERM.
+    """
     signal.signal(signal.SIGTERM, _stop)
     if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:  # as it is in a script's background
         signal.signal(signal.SIGINT, _stop)

@@ -12,10 +12,11 @@ import re
 import shlex
 import shutil
 import signal
+import sys
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -316,7 +317,7 @@ class Run:
         """Run to the end; the result on the validation split (256 batches of it at most) by sequence length, and the
         last checkpoint.
 
-        Raises KeyboardInterrupt, with the exit code, after a Ctrl-C or SIGTERM.
+        Raises KeyboardInterrupt, with the exit code, after a Ctrl-C or SIGTERM, or when the output cannot be written.
         """
         settings, first = self.settings, processes.is_first()
         results: dict[int, dict] = {}
@@ -344,7 +345,7 @@ class Run:
                             row["skipped"] = int(self.optimizer.n_skipped.item())
                             if metrics:
                                 metrics.write(row)
-                            bar.show(self.step, row, window.flops_per_second)
+                            self._tell(bar.show, self.step, row, window.flops_per_second)
                             window = report.Window()
                             self._is_healthy(results)
                     else:
@@ -353,7 +354,7 @@ class Run:
                             results[n] = result
                             if metrics:
                                 metrics.write({"step": self.step, "validation_length": n, **result})
-                            bar.note(self.step, n, result)
+                            self._tell(bar.note, self.step, n, result)
                         window.paused(time.perf_counter() - began)
                     stopping = self._is_to_stop()
                     due = self.step // settings.save_every > self.saved // settings.save_every
@@ -374,6 +375,15 @@ class Run:
     def finished(self) -> bool:
         """Whether all steps are done, and their validation."""
         return self.step >= self.settings.steps and self.validated
+
+    def _tell(self, show: Callable[..., None], *what: Any) -> None:
+        """What cannot be shown (a pipe broke, a disk is full) is a request to stop, and stderr has the rest."""
+        try:
+            show(*what)
+        except OSError as error:
+            self.stopping, sys.stdout = self.stopping or 2, sys.stderr
+            with suppress(OSError):  # it may be the same pipe
+                print(f"bertfast: cannot write the output: {error.strerror}", file=sys.stderr)
 
     def _is_to_stop(self) -> bool:
         """Whether any of the processes was told to."""

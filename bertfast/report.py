@@ -134,7 +134,10 @@ def read_metrics(folder: Path) -> list[dict]:
 
 
 class _Bar:
-    """The live line on a terminal, or a plain line now and then where the output is a file."""
+    """The live line on a terminal, or a plain line now and then where the output is a file.
+
+    Its methods raise OSError where that cannot be written.
+    """
 
     def __init__(self, bar: Progress | None, task, peak: float, steps: int, causal: bool):
         self.bar, self.task, self.peak, self.steps, self.causal = bar, task, peak, steps, causal
@@ -156,7 +159,7 @@ class _Bar:
             parts.append(f"{name} {result['validation_mlm_loss']:.3f} nats ({result['validation_mlm_accuracy']:.1%})")
         if "validation_nsp_loss" in result:
             parts.append(f"NSP {result['validation_nsp_loss']:.3f} ({result['validation_nsp_accuracy']:.1%})")
-        console.print("  ".join(parts), highlight=False)
+        print("  ".join(parts), flush=True)
 
 
 @contextmanager

@@ -832,6 +832,18 @@ def test_ctrl_c_and_sigterm_write_a_checkpoint(number, code, corpus, tmp_path):
     assert output.endswith(f"\nstopped; {checkpoint}. Go on with: bertfast pretrain --out '{out}' --resume\n")
 
 
+def test_output_that_cannot_be_written_stops_with_a_checkpoint(corpus, tmp_path):
+    small = ["--model-config", corpus / "model.json", "--tokens", "256", "--short-length", "32", "--long-length", "64"]
+    args = [sys.executable, "-c", "from bertfast.cli import main; main()", "pretrain", "--out", tmp_path]
+    run = subprocess.Popen([*args, "--data", corpus / "data", *small, "--steps", "100000", "--eval-every", "1"],
+                           stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    run.stdout.readline()
+    run.stdout.close()  # as head does
+    said = run.stderr.read()
+    assert run.wait() == 2 and said == (f"bertfast: cannot write the output: Broken pipe\nstopped; "
+        f"{pretrain.latest(tmp_path)}. Go on with: bertfast pretrain --out {tmp_path} --resume\n")
+
+
 def in_processes(*args, ranks=({}, {}), **options):
     """`bertfast pretrain` in two processes, as torchrun starts them; `ranks`: the options of each alone."""
     program = [sys.executable, "-c", "from bertfast.cli import main; main()"]
