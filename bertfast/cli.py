@@ -11,6 +11,7 @@ import re
 import shlex
 import signal
 import sys
+import threading
 from contextlib import suppress
 from pathlib import Path
 from types import FrameType
@@ -19,7 +20,7 @@ from typing import Annotated, Any
 import typer
 
 from bertfast.benchmarks.commands import bench
-from bertfast.files import UserError
+from bertfast.files import UserError, unfinished
 
 LAUNCHED = int(os.environ.get("WORLD_SIZE", 1)) if "RANK" in os.environ else 1  # processes, as torchrun tells them
 FIRST_HERE = LAUNCHED == 1 or os.environ.get("LOCAL_RANK", "0") == "0"  # what stderr is told is told once a machine
@@ -352,15 +353,21 @@ def doctor() -> None:
 
 def _stop(number: int, frame: FrameType | None) -> None:
     """Ctrl-C or SIGTERM: an exception, so that temporary files are removed, but not within an import, where it may
-    strike inside C++, which aborts, or in code that takes it for a failed import.
+    strike inside C++, which aborts, or in code that takes it for a failed import: there it ends the process, or comes
+    again when a file is being written.
     """
+    importing = False
+    while frame and not importing:
+        importing = frame.f_code.co_filename.startswith("<frozen importlib")
+        frame = frame.f_back
+    if importing and unfinished:
+        threading.Timer(0.05, os.kill, [os.getpid(), number]).start()  # raise_signal wakes no sleep
+        return
     if number == signal.SIGINT and FIRST_HERE:
         with suppress(OSError):
             os.write(2, b"bertfast: interrupted\n")  # print may be what is interrupted
-    while frame:
-        if frame.f_code.co_filename.startswith("<frozen importlib"):
-            os._exit(128 + number)
-        frame = frame.f_back
+    if importing:
+        os._exit(128 + number)
     raise KeyboardInterrupt if number == signal.SIGINT else SystemExit(128 + number)
 
 

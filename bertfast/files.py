@@ -25,6 +25,9 @@ class UserError(Exception):
     """A mistake of the user's, told in one line. The CLI prints it without a traceback and exits with code 2."""
 
 
+unfinished: set[Path] = set()  # temporary names in use, which a stop must not leave behind
+
+
 @contextmanager
 def atomic_path(path: str | Path) -> Iterator[Path]:
     """Yields a temporary name for the body to write a file under; afterwards that file is `path`.
@@ -37,6 +40,7 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
+        unfinished.add(temporary)
         temporary.touch()
         mode = temporary.stat().st_mode  # what the umask allows; safetensors creates files for the owner only
         yield temporary
@@ -49,6 +53,7 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
     finally:
         with suppress(OSError):
             temporary.unlink()
+        unfinished.discard(temporary)
 
 
 @contextmanager
@@ -70,6 +75,7 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
         raise _explained(error, path) from error
     with locked(temporary, path):
         try:
+            unfinished.add(temporary)
             for leftover in temporary.iterdir():
                 shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
             yield temporary
@@ -91,6 +97,7 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
                 os.replace(old, path)
             shutil.rmtree(old, ignore_errors=True)
             shutil.rmtree(temporary, ignore_errors=True)
+            unfinished.discard(temporary)
 
 
 def siblings(path: Path) -> tuple[Path, Path]:

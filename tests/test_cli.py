@@ -150,12 +150,27 @@ sys.meta_path.insert(0, Finder)""",
     "a call": """
 from bertfast import fill_mask
 fill_mask.FillMask = lambda _: stop()""",
+    "an import while a file is written": """
+import time
+from bertfast import files, fill_mask
+class Finder:
+    def find_spec(name, *_):
+        if name == "late":
+            stop()
+sys.meta_path.insert(0, Finder)
+def write(_):
+    with files.atomic_path("file"):
+        try:
+            import late
+        except ImportError:
+            time.sleep(600)
+fill_mask.FillMask = write""",
 }
 
 
 @pytest.mark.parametrize("place", STOPPED_IN)
 @pytest.mark.parametrize("number, said", [(signal.SIGINT, "bertfast: interrupted\n"), (signal.SIGTERM, "")])
-def test_a_stop_at_any_time_is_one_line(number: signal.Signals, said: str, place: str) -> None:
+def test_a_stop_at_any_time_is_one_line(number: signal.Signals, said: str, place: str, tmp_path: Path) -> None:
     program = f"""
 import os, signal, sys
 from bertfast import cli
@@ -164,5 +179,6 @@ stop = lambda: signal.raise_signal({int(number)})
 {STOPPED_IN[place]}
 cli.main()"""
     done = subprocess.run([sys.executable, "-c", program, "fill-mask", "[MASK]", "--model", "m"], capture_output=True,
-                          text=True)
+                          text=True, cwd=tmp_path, timeout=120)
     assert (done.returncode, done.stderr) == (128 + number, said)
+    assert not list(tmp_path.iterdir())
