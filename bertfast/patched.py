@@ -14,7 +14,7 @@ import math
 import time
 import warnings
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeGuard
 from weakref import WeakKeyDictionary
 
 import torch
@@ -192,7 +192,7 @@ def past_cache(kwargs: dict) -> Any:
     return kwargs.get("past_key_values", kwargs.get("cache"))
 
 
-def plain(module: nn.Module) -> bool:
+def plain(module: nn.Module) -> TypeGuard[nn.Linear]:
     return type(module) is nn.Linear and module.bias is not None
 
 
@@ -207,7 +207,7 @@ def _linear(module: nn.Module, x: Tensor, gelu_bias: Tensor | None = None) -> tu
     """
     if not plain(module):
         return module(x if gelu_bias is None else ops.bias_gelu(x, gelu_bias)), None
-    y, bias = linear(x, module, gelu_bias)  # type: ignore[arg-type]
+    y, bias = linear(x, module, gelu_bias)
     return y, bias.to(y.dtype)
 
 
