@@ -276,15 +276,18 @@ def test_few_rows_are_taken_in_inference_only():
 
 
 HAS_GEMM = torch._C._dispatch_has_kernel_for_dispatch_key("bertfast::gemm", "CPU")
-GEMM_SHAPES = [(0, 64, 64), (1, 64, 128), (5, 192, 64), (6, 128, 192), (97, 64, 640), (131, 320, 64), (200, 1024, 192)]
+HAS_BF16_GEMM = HAS_GEMM and torch.ops.bertfast.gemm_multiplies_bf16()
+GEMM_SHAPES = [(0, 64, 64), (1, 64, 128), (5, 192, 64), (6, 128, 192), (97, 64, 640), (131, 320, 64), (200, 1024, 192),
+               (300, 1600, 448)]
 
 
 @pytest.mark.parametrize(("rows", "inputs", "outputs"), GEMM_SHAPES)
-def test_gemm_is_no_further_than_pytorchs_and_the_same_for_any_number_of_threads(rows, inputs, outputs):
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_gemm_is_no_further_than_pytorchs_and_the_same_for_any_number_of_threads(rows, inputs, outputs, dtype):
     torch.manual_seed(rows)
-    bf16 = lambda *shape: torch.randn(*shape).bfloat16()
-    x, dy, weight, bias = bf16(rows, inputs), bf16(rows, outputs), bf16(outputs, inputs), bf16(outputs)
-    strided = bf16(rows, outputs, 2)[..., 0]
+    matrix = lambda *shape: torch.randn(*shape).to(dtype)
+    x, dy, weight, bias = matrix(rows, inputs), matrix(rows, outputs), matrix(outputs, inputs), matrix(outputs)
+    strided = matrix(rows, outputs, 2)[..., 0]
     products = [(x, weight, bias, False, True), (x, weight, None, False, True), (dy, weight, None, False, False),
                 (dy, x, None, True, False), (strided, weight, None, False, False), (strided, x, None, True, False)]
     before = torch.get_num_threads()
@@ -296,19 +299,29 @@ def test_gemm_is_no_further_than_pytorchs_and_the_same_for_any_number_of_threads
             torch.set_num_threads(threads)
             results.append(ops.gemm(a, b, added, transpose_a, transpose_b))
         torch.set_num_threads(before)
-        assert_no_further("C", results[0], exact, exact.bfloat16())
-        if HAS_GEMM:
+        eager = left @ right if added is None else torch.addmm(added, left, right)
+        assert_no_further("C", results[0], exact, exact.bfloat16() if dtype == torch.bfloat16 else eager)
+        if HAS_BF16_GEMM if dtype == torch.bfloat16 else HAS_GEMM and not transpose_a:  # else it is PyTorch's
             assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
 
 
-@pytest.mark.skipif(not HAS_GEMM, reason="gemm is built for CPUs with bf16 instructions; elsewhere it is PyTorch's")
-def test_gemm_refuses_what_does_not_fit():
-    a = torch.randn(64, 128).bfloat16()
-    for b, options, reason in ((a, (False, False), "do not fit"), (a.float(), (False, True), "is Float"),
-                               (torch.randn(63, 128).bfloat16(), (False, True), "multiple of 64"),
-                               (torch.randn(64, 64).bfloat16(), (True, True), "neither a transposed b")):
+@pytest.mark.skipif(not HAS_GEMM, reason="gemm is built for CPUs with AVX-512; elsewhere it is PyTorch's")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_gemm_refuses_what_does_not_fit(dtype):
+    a = torch.randn(64, 128, dtype=dtype)
+    for b, options, reason in ((a, (False, False), "do not fit"), (a.double(), (False, True), "is Double"),
+                               (torch.randn(63, 128, dtype=dtype), (False, True), "multiple of 64"),
+                               (torch.randn(64, 64, dtype=dtype), (True, True), "neither a transposed b")):
         with pytest.raises((RuntimeError, TypeError), match=reason):
             ops.gemm(a, b, None, *options)
+
+
+@pytest.mark.skipif(not HAS_GEMM, reason="gemm is built for CPUs with AVX-512; elsewhere it is PyTorch's")
+def test_which_products_in_fp32_are_gemms():
+    weight = torch.randn(128, 64)
+    assert suits(torch.randn(256, 64), weight)
+    assert not suits(torch.randn(255, 64), weight) and not suits(torch.randn(256, 96), torch.randn(128, 96))
+    assert not suits(torch.randn(256, 64).double(), weight.double())
 
 
 @pytest.mark.parametrize("n", [1, 3])
@@ -318,7 +331,7 @@ def test_linear_layers_have_the_gradients_of_pytorchs(n, frozen):
     layers = [torch.nn.Linear(64, 128).bfloat16().requires_grad_(not frozen) for _ in range(n)]
     x = torch.randn(40, 64).bfloat16().requires_grad_()
     given = torch.randn(40, n * 128).bfloat16()
-    assert suits(x, layers[0].weight) == (HAS_GEMM and not torch.cpu._is_amx_tile_supported())
+    assert suits(x, layers[0].weight) == (HAS_BF16_GEMM and not torch.cpu._is_amx_tile_supported())
 
     def both_ways(cast, ours):
         used = [copy.deepcopy(layer).to(cast) for layer in layers]
@@ -376,6 +389,7 @@ def opcheck_samples():
     yield "gemm", (matrices[0], matrices[2], torch.randn(64).bfloat16(), False, True)
     yield "gemm", (matrices[0], matrices[2], None, False, False)
     yield "gemm", (matrices[0], matrices[1], None, True, False)
+    yield "gemm", (matrices[0].float(), matrices[2].float(), None, False, True)
     yield "dropout", (x, *drop)
     yield "bias_gelu_fwd", (x, b)
     yield "bias_gelu_bwd", (dy, x, b)

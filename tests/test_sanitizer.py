@@ -39,7 +39,8 @@ def test_cpp_touches_no_memory_that_is_not_its_own(isa, tmp_path):
 
     environment = {**os.environ, "PYTHONPATH": str(library), "LD_PRELOAD": runtime, "ASAN_OPTIONS": "detect_leaks=0"}
     where = ("import torch, bertfast, bertfast._C as c; print(bertfast.__file__, c.__file__, bertfast.ops.backends());"
-             "print('bf16', torch._C._dispatch_has_kernel_for_dispatch_key('bertfast::gemm', 'CPU'))")  # fmt: skip
+             "gemm = torch._C._dispatch_has_kernel_for_dispatch_key('bertfast::gemm', 'CPU');"
+             "print('bf16', gemm and torch.ops.bertfast.gemm_multiplies_bf16())")  # fmt: skip
     found = subprocess.run([sys.executable, "-c", where], env=environment, capture_output=True, text=True, cwd=tmp_path)
     said = found.stdout + found.stderr[-4000:]
     has_bf16 = isa in ("avx512_bf16", "amx")

@@ -1,9 +1,10 @@
-"""C = A B in bf16, summed in fp32: the products of a linear layer, forward and backward.
+"""C = A B in bf16, summed in fp32, or in fp32: the products of a linear layer, forward and backward.
 
 a: (M, K), or (K, M) if transpose_a   b: (K, N), or (N, K) if transpose_b   bias: (N,) or None   C: (M, N)
     forward y = x W^T + bias     input's gradient dx = dy W     weight's gradient dW = dy^T x
-The kernel is there for x86-64 CPUs that multiply bf16 by vdpbf16ps; `suits` says where it is the one to take. Blocks
-and packing follow Goto and van de Geijn 2008, "Anatomy of high-performance matrix multiplication".
+The kernel is there for x86-64 CPUs with AVX-512, in bf16 for those of them that multiply it by vdpbf16ps; `suits` says
+where it is the one to take. In fp32 the weight's gradient, whose operands both would have to be packed, is PyTorch's.
+Blocks and packing follow Goto and van de Geijn 2008, "Anatomy of high-performance matrix multiplication".
 """
 
 import functools
@@ -14,6 +15,7 @@ from torch import Tensor
 from ._define import define
 
 MOST_ELEMENTS = 1 << 24  # of x, which the weight's gradient packs as a whole: 32 MiB
+LEAST_ROWS = {torch.bfloat16: 1, torch.float32: 256}  # in fp32 PyTorch's is up to a tenth faster below
 
 
 def gemm_of_pytorch(a, b, bias, transpose_a, transpose_b):
@@ -26,18 +28,21 @@ gemm = define("gemm(Tensor a, Tensor b, Tensor? bias, bool transpose_a, bool tra
 
 
 @functools.cache
-def _has_kernel() -> bool:
-    """Whether the C++ kernel is there; where there is AMX, oneDNN has more to offer."""
+def _has_kernel(dtype: torch.dtype) -> bool:
+    """Whether the C++ kernel is there for this dtype; where there is AMX, oneDNN's bf16 has more to offer."""
     there = torch._C._dispatch_has_kernel_for_dispatch_key("bertfast::gemm", "CPU")
-    return there and not torch.cpu._is_amx_tile_supported()
+    if dtype == torch.bfloat16:
+        return there and torch.ops.bertfast.gemm_multiplies_bf16() and not torch.cpu._is_amx_tile_supported()
+    return there and dtype == torch.float32
 
 
 def suits(x: Tensor, weight: Tensor) -> bool:
     """Whether the kernel computes a linear layer of x (M, I) with weight (O, I), and its gradients."""
     return (
         type(weight) in (torch.nn.Parameter, torch.Tensor)  # a subclass has its own ways
-        and x.dtype == weight.dtype == torch.bfloat16 and x.device.type == "cpu" and x.dim() == 2
-        and not torch.compiler.is_compiling() and _has_kernel()
-        and x.shape[1] % 64 == 0 and weight.shape[0] % 64 == 0 and 0 < x.numel() <= MOST_ELEMENTS
+        and x.dtype == weight.dtype and x.device.type == "cpu" and x.dim() == 2
+        and not torch.compiler.is_compiling() and _has_kernel(x.dtype)
+        and x.shape[1] % 64 == 0 and weight.shape[0] % 64 == 0
+        and len(x) >= LEAST_ROWS[x.dtype] and 0 < x.numel() <= MOST_ELEMENTS
         and not torch.is_autocast_enabled("cpu")
     )
