@@ -42,10 +42,13 @@ def check_precision(wanted: str) -> None:
 
 
 def multiplies_bf16(device: torch.device) -> bool:
-    """Whether products of bf16 are worth a try: on CPUs oneDNN's need AVX-512, and else PyTorch's run on one core."""
+    """Whether products of bf16 are worth a try: on CPUs oneDNN's, which without AVX-512 are not there, when PyTorch's
+    run on one core, and with AVX-512 alone, without its bf16, take five times as long as fp32's."""
     if device.type != "cpu":
         return True
-    return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    if not (torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()):
+        return False
+    return torch.backends.cpu.get_cpu_capability() != "AVX512" or torch.cpu._is_avx512_bf16_supported()
 
 
 def gemm_rate(dtype: torch.dtype, device: torch.device) -> float:

@@ -73,8 +73,8 @@ def test_many_rows_as_few_at_a_time(name, dtype):
     p, pieces = 0.1 if case.dropout else 0.0, []
     ulps = 16 if name == "embedding_sum" and dtype == torch.float32 else 2  # a table's row is summed in one chain
     whole = run(case.fused, case, tensors, p)
-    for first in range(0, rows, 1000):
-        own = {n: t[first : first + 1000] if t.dim() and t.shape[0] == rows else t for n, t in tensors.items()}
+    for first in range(0, rows, 200):
+        own = {n: t[first : first + 200] if t.dim() and t.shape[0] == rows else t for n, t in tensors.items()}
         pieces.append(run(case.fused, case, own, p))
     for n, value in whole.items():
         if value.shape[0] == rows:
