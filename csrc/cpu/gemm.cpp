@@ -12,6 +12,7 @@
 #include <ATen/ops/addmm.h>
 #include <ATen/ops/mm.h>
 #include <torch/library.h>
+#include <unistd.h>
 
 namespace bertfast {
 namespace {
@@ -23,12 +24,22 @@ constexpr bool BF16_BUILT = false;
 #endif
 constexpr int64_t TILE = 6;
 constexpr int64_t WOVEN = 96;  // rows of a transposed A that are woven at a time
-// Steps of A and B that pass at a time, and bytes of a group of packed B. In bf16 all steps, for C is rounded when it is
-// written, and the best of 200 to 640 KiB on an L2 of 1 MiB.
+// Steps of A and B that pass at a time: in bf16 all of them, for C is rounded when it is written.
 template <typename Word>
 constexpr int64_t STRETCH = std::is_same_v<Word, Pair> ? std::numeric_limits<int64_t>::max() : 768;
-template <typename Word>
-constexpr int64_t GROUP_BYTES = std::is_same_v<Word, Pair> ? 400 << 10 : 800 << 10;
+
+// Bytes of a group of packed B: the best of 200 to 640 KiB on an L2 of 1 MiB, of 400 to 800 on one of 2 MiB.
+int64_t group_bytes() {
+  static const int64_t bytes = [] {
+    constexpr int64_t MIB = 1 << 20;
+#if defined(_SC_LEVEL2_CACHE_SIZE)
+    return std::clamp<int64_t>(sysconf(_SC_LEVEL2_CACHE_SIZE), MIB, 2 * MIB) * 2 / 5;
+#else
+    return MIB * 2 / 5;
+#endif
+  }();
+  return bytes;
+}
 
 // Cache lines of a matrix of `rows` rows, to be on their way while something else is multiplied.
 struct Ahead {
@@ -123,7 +134,7 @@ void multiply_group(Product<Word> o, int64_t m, int64_t panels) {
 }
 
 template <typename Word>
-int64_t group_of(int64_t steps) { return std::max<int64_t>(1, GROUP_BYTES<Word> / (steps * PANEL<Word> * 4 + 1)); }
+int64_t group_of(int64_t steps) { return std::max<int64_t>(1, group_bytes() / (steps * PANEL<Word> * 4 + 1)); }
 
 // A as it lies. Threads share out columns and rows; pack(panel, first, steps, out) packs some steps of a panel of B, once
 // for each part of rows.
