@@ -180,10 +180,10 @@ void multiply(element_t<Word>* c, const element_t<Word>* a, const element_t<Word
   using element = element_t<Word>;
   // what the last writer left in the caches that are near need not be asked for; in bf16 C is half, and never was
   constexpr int64_t FAR = std::is_same_v<Word, Pair> ? NEAR : NEAR / 8;
-  const auto is_far = [m](int64_t columns) { return m * columns * static_cast<int64_t>(sizeof(element)) > FAR; };
+  const auto beyond = [m](int64_t columns) { return m * columns * static_cast<int64_t>(sizeof(element)) > FAR; };
   Product<Word> product{reinterpret_cast<const Word*>(a), k / DEPTH<Word>, 1, nullptr, k / DEPTH<Word>, bias, c, n};
-  product.far_a = is_far(k);
-  product.far_c = std::is_same_v<Word, float> && is_far(n);
+  product.far_a = beyond(k);
+  product.far_c = std::is_same_v<Word, float> && beyond(n);
   multiply_rows(product, m, n / PANEL<Word>, [&](int64_t p, int64_t first, int64_t steps, Word* packed) {
     const int64_t from = first * DEPTH<Word>, inner = steps * DEPTH<Word>;
     if (transpose_b) {
