@@ -1,6 +1,8 @@
 """What this machine offers: precision, GEMM rate, allocator; each with its reason in words."""
 
 import ctypes
+import mmap
+import os
 import platform
 import time
 
@@ -77,7 +79,7 @@ def _wait(device: torch.device) -> None:
 
 
 def keep_pages() -> str:
-    """Tell glibc to keep freed memory instead of returning it: a fresh page costs more than the arithmetic on it.
+    """Tell glibc to keep freed memory, in huge pages: a fresh page costs more than the arithmetic on it.
 
     For programs (the CLI, the benchmarks), never on import. Returns what was done, in words.
     """
@@ -85,10 +87,20 @@ def keep_pages() -> str:
         return "default allocator (page keeping is for glibc)"
     M_TRIM_THRESHOLD, M_MMAP_MAX, M_TOP_PAD = -1, -4, -2
     libc = ctypes.CDLL(None)
-    done = libc.mallopt(M_MMAP_MAX, 0) and libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1) and libc.mallopt(
-        M_TOP_PAD, 64 << 20
-    )
-    return "glibc keeps freed pages (mallopt)" if done else "default allocator (mallopt refused)"
+    if not (libc.mallopt(M_MMAP_MAX, 0) and libc.mallopt(M_TRIM_THRESHOLD, -1) and libc.mallopt(M_TOP_PAD, 64 << 20)):
+        return "default allocator (mallopt refused)"
+    # the heap grows at once, by addresses alone, so that all it will hold has been advised
+    huge, room = 2 << 20, min(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2, 16 << 30)
+    libc.malloc.restype, libc.malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
+    libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+    libc.free.argtypes = [ctypes.c_void_p]
+    start = libc.malloc(room)
+    if not start:
+        return "glibc keeps freed pages (mallopt)"
+    first = -(-start // huge) * huge
+    advised = libc.madvise(first, start + room - first, mmap.MADV_HUGEPAGE) == 0
+    libc.free(start)
+    return "glibc keeps freed pages (mallopt)" + (", huge ones where Linux has them (madvise)" if advised else "")
 
 
 def describe() -> dict[str, str]:

@@ -328,6 +328,27 @@ def test_bf16_is_left_out_where_its_products_are_a_fallback(monkeypatch):
     assert precision == "bf16" and "fp32 is many times faster" in reason
 
 
+def test_freed_pages_are_kept_and_huge():
+    thp = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+    if not thp.exists() or "[never]" in thp.read_text():
+        pytest.skip("this Linux gives no huge pages")
+    program = """
+import torch
+from bertfast import machine
+def mib(name):
+    return next(int(line.split()[1]) for line in open("/proc/self/smaps_rollup") if line.startswith(name + ":")) >> 10
+said = machine.keep_pages()
+before = mib("Rss")
+tensors = [torch.ones(16 << 20) for _ in range(4)]
+del tensors
+print(said, mib("Rss") - before, mib("AnonHugePages"), sep="|")
+"""
+    ran = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    said, kept, huge = ran.stdout.strip().split("|")
+    assert said == "glibc keeps freed pages (mallopt), huge ones where Linux has them (madvise)"
+    assert int(kept) >= 250 and int(huge) >= 200  # MiB of 256
+
+
 def test_middle_and_reached():
     assert contest.middle([1.0, 2.0, 3.0, 4.0, 100.0]) == {"median": 3.0, "spread": pytest.approx(2 / 3)}
     assert quality.reached([[0, 0.0, 7.0], [10, 5.0, 6.0], [20, 10.0, 5.0]], 5.5) == 7.5
