@@ -94,7 +94,6 @@ class State:
     longest: int
     keys: list[Tensor] = field(default_factory=list)  # each (n, room, N, D)
     values: list[Tensor] = field(default_factory=list)
-    position: Tensor | None = None  # (n,) int64: of the next token; the length where None
     memory: list[tuple[Tensor, ...]] = field(default_factory=list)  # cross-attention's keys and values, by layer
     source: Rows | None = None
 
