@@ -1,7 +1,7 @@
 """What a task is: rows -> examples -> items (token sequences and a target) -> packed batches -> predictions -> metrics.
 
 `Task` holds what all of them share; each family fills in the rest in a file of its own. A task reads files, so a fault
-in them is a UserError with file and line; what it decides by itself is counted, and printed from `notes`.
+in them is a UserError with file and line; what it decides by itself is counted in `counts`, and printed.
 """
 
 import re
