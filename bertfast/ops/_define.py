@@ -35,7 +35,7 @@ def define(schema: str, reference: Callable, fake: Callable | None = None, kerne
     """Define `bertfast::<op>` and return the function that calls it.
 
     `reference` takes and returns plain tensors and is registered for every device. It is its own fake kernel
-    unless it reads values (cu_seqlens, labels); then `fake` gives the output shapes. `kernels` names the file
+    unless it reads values (cu_seqlens); then `fake` gives the output shapes. `kernels` names the file
     under kernels/ whose function of the op's name is the CUDA launcher. cpu_only: callers give a GPU PyTorch's instead.
     """
     name = schema.partition("(")[0]
