@@ -17,7 +17,6 @@ from bertfast.benchmarks.contest import Contender, timed
 from bertfast.benchmarks.pretrain import LOSS_AGREES, SETUPS, padded
 
 from bertfast.batch import PackedBatch
-from bertfast.config import BertConfig
 from bertfast.data.dataset import Dataset
 from bertfast.pretrain import Run, Settings, learning_rate
 from bertfast.report import Window
@@ -121,7 +120,6 @@ def run(*, data: str, preset: str, steps: int, tokens: int, length: int, lr: flo
     settings = Settings(data=str(Path(data).resolve()), preset=preset, steps=steps, tokens=tokens, lr=lr,
                         dropout=dropout, short_length=length, long_share=0.0, precision=precisions[0], seed=seed)
     settings.check()
-    BertConfig.preset(preset)
     text = Dataset(data)
     entropy = text.manifest["unigram_entropy"]
     with tempfile.TemporaryDirectory() as folder:
