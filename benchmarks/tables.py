@@ -27,8 +27,7 @@ def tables(result: dict) -> list[dict]:
 
 
 def colour(contender: str) -> str:
-    families = (("bertfast", OURS), ("plain", PLAIN), ("HF", THEIRS), ("transformers", THEIRS), ("sentence", THEIRS),
-                ("eager", THEIRS), ("compiled", PLAIN))
+    families = (("bertfast", OURS), ("plain", PLAIN), ("HF", THEIRS), ("transformers", THEIRS), ("sentence", THEIRS))
     return next((shade for name, shade in families if contender.startswith(name)), OTHER)
 
 
