@@ -33,11 +33,11 @@ from bertfast.heads import (
     BertForSequenceClassification,
     BertForTokenClassification,
 )
+from bertfast.machine import DTYPES
 from bertfast.optim import Optimizer
 from bertfast.seq2seq import BertForPrefixLM, BertForSeq2Seq
 from bertfast.step_graph import StepGraph
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 ULPS = {torch.float32: 4, torch.bfloat16: 2, torch.float16: 2}
 LR = 1e-3
 DEVICE = "cuda"
