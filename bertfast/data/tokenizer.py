@@ -211,7 +211,7 @@ class WordCache:
 def _backend(vocab: dict[str, int], cased: bool, strip_accents: bool | None = None,
              tokenize_chinese_chars: bool = True) -> tokenizers.Tokenizer:
     """BERT's pipeline over a vocabulary, but for [CLS] and [SEP]."""
-    backend = tokenizers.Tokenizer(models.WordPiece(vocab, unk_token="[UNK]", max_input_chars_per_word=100))
+    backend = tokenizers.Tokenizer(models.WordPiece(vocab, unk_token="[UNK]", max_input_chars_per_word=LONGEST_WORD))
     backend.normalizer = normalizers.BertNormalizer(
         clean_text=True, handle_chinese_chars=tokenize_chinese_chars, strip_accents=strip_accents, lowercase=not cased
     )
