@@ -248,7 +248,7 @@ def cross_entropy(hidden, weight, bias, labels, scale):
             logits, F.pad(bias.float(), (0, stride_row - n_columns)), labels, scale, loss, correct,
             n_columns, stride_row, BLOCK=block, GRADIENT=scale is not None, num_warps=warps,
         )  # fmt: skip
-    return loss.sum(), (labels != -100).sum(), correct.sum(), logits
+    return loss.sum(), (labels != IGNORE_INDEX.value).sum(), correct.sum(), logits
 
 
 CORRECT = (32, 64, 32, 4, 1)  # of fp32, a correctness path, and of ROCm, for which nothing was chosen
@@ -281,7 +281,7 @@ def statistics(hidden, weight, bias, labels):
     loss = torch.empty(n_rows, dtype=torch.float32, device=hidden.device)
     correct = torch.empty(n_rows, dtype=torch.int32, device=hidden.device)
     combine_kernel[(triton.cdiv(n_rows, 128),)](partial, best, labels, softmax, loss, correct, n_rows, splits, ROWS=128)
-    return loss.sum(), (labels != -100).sum(), correct.sum(), softmax
+    return loss.sum(), (labels != IGNORE_INDEX.value).sum(), correct.sum(), softmax
 
 
 def gradients_without_logits(hidden, weight, bias, labels, scale, softmax, dweight, accumulate):

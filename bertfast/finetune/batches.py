@@ -72,7 +72,7 @@ def pack(sequences: list[Sequence], first: int = 0) -> PackedBatch:
         cls_index=tensor(cls_index),
         mask_index=tensor(np.flatnonzero(is_read)),
         labels=tensor(labels),
-        next_sentence_label=torch.full((len(sequences),), -100),
+        next_sentence_label=torch.full((len(sequences),), IGNORE_INDEX),
         n_tokens=int(bounds[-1]), n_masked=0, n_sequences=len(sequences),
     )
 

@@ -19,8 +19,7 @@ from bertfast.finetune.batches import Item, sequence
 from bertfast.finetune.read import PLAIN, Row, Table, open_table
 from bertfast.finetune.task import Example, Task
 from bertfast.heads import BertForTokenClassification
-
-IGNORE = -100
+from bertfast.ops.masked_vocab_projection import IGNORE_INDEX
 
 
 class Tagging(Task):
@@ -133,7 +132,7 @@ class Tagging(Task):
         items = []
         for number, part in enumerate(whole):
             own = [w for w in sorted(home) if home[w][1] == number]
-            labels = [self.label_ids[example.label[w]] if example.label else IGNORE for w in own]
+            labels = [self.label_ids[example.label[w]] if example.label else IGNORE_INDEX for w in own]
             if own:
                 items.append(Item(index, [sequence(part, [home[w][2] for w in own], labels)], None, own))
         return items
