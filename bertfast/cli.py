@@ -20,7 +20,7 @@ from typing import Annotated, Any
 import typer
 
 from bertfast.benchmarks.commands import bench
-from bertfast.files import UserError, unfinished
+from bertfast.files import UserError, read_json, unfinished
 
 LAUNCHED = int(os.environ.get("WORLD_SIZE", 1)) if "RANK" in os.environ else 1  # processes, as torchrun tells them
 FIRST_HERE = LAUNCHED == 1 or os.environ.get("LOCAL_RANK", "0") == "0"  # what stderr is told is told once a machine
@@ -157,7 +157,7 @@ def pretrain(
                 one, other = (name.replace("_", "-") for name in (one, other))
                 raise UserError(f"--{other} says nothing beside --{one}: leave it away")
         new = {"data": str(own_data), "micro_batches": processes.count(), **given}
-        settings = replace(Settings(data=""), **new)
+        settings = Settings(**new)
         settings.check()
     engine.check_folder(out, resume)  # before a run's own data could be replaced
     if data is None and Path(settings.data).resolve() == own_data.resolve() and not (begun and own_data.exists()):
@@ -198,8 +198,6 @@ def _typed(name: str, value: Any, began: Any) -> str:
 
 def _refuse_own_text(folder: Path) -> None:
     """Raises UserError where it holds a set of the user's text, which the documentation is not to replace."""
-    from bertfast.files import read_json
-
     if (folder / "manifest.json").exists():
         match read_json(folder / "manifest.json"):
             case {"recipe": {"text": list()}}:  # of files; of the documentation it is a dictionary
