@@ -69,6 +69,7 @@ def prepare(
     or `out`.
     """
     console = console or Console(stderr=True)
+    tell = partial(console.print, highlight=False, markup=False, soft_wrap=True)  # a path as it is, not folded
     out = Path(out)
     workers = workers or _cores()
     if vocab is not None and vocab_size is not None:
@@ -81,7 +82,7 @@ def prepare(
         files, left_out = corpus.find_files(inputs, out)
         if left_out:
             more = f" and {len(left_out) - 4:,} more" if len(left_out) > 4 else ""
-            console.print(f"left out: {', '.join(left_out[:4])}{more}", highlight=False, markup=False, soft_wrap=True)
+            tell(f"left out: {', '.join(left_out[:4])}{more}")
         origin = [[str(path.absolute()), path.stat().st_size, path.stat().st_mtime_ns] for path in files]
     recipe = {
         "text": origin,
@@ -91,8 +92,7 @@ def prepare(
         "sentences": [LONGEST_SENTENCE, PIECE],
     }
     if done := _already(out, recipe):
-        console.print(f"{out} is up to date: {_counts(done)}; nothing to do", highlight=False, markup=False,
-                      soft_wrap=True)
+        tell(f"{out} is up to date: {_counts(done)}; nothing to do")
         return done
 
     began = time.perf_counter()
@@ -127,8 +127,7 @@ def prepare(
             "recipe": recipe,
         }
         write_json(folder / "manifest.json", manifest)
-    console.print(f"{out}: {_counts(manifest)} in {time.perf_counter() - began:.1f} s", highlight=False, markup=False,
-                  soft_wrap=True)
+    tell(f"{out}: {_counts(manifest)} in {time.perf_counter() - began:.1f} s")
     return manifest
 
 
