@@ -21,6 +21,7 @@ from .checkpoint import Checkpointed
 from .config import BertConfig
 from .model import BertModel, _first_rows, _initialise, _packed
 from .ops import dropout
+from .ops.dropout import draw_seed
 from .ops.masked_vocab_projection import IGNORE_INDEX
 
 
@@ -104,7 +105,7 @@ class Headed(Checkpointed):
         config = self.config
         if not self.training or max(config.hidden_dropout_prob, config.attention_probs_dropout_prob, self.p) == 0:
             return None
-        return torch.randint(-(2**62), 2**62, (1,), device=device) if seed is None else seed
+        return draw_seed(device) if seed is None else seed
 
     def _classify_cls(self, batch: PackedBatch, seed: Tensor | None) -> Tensor:
         """The head on pooled [CLS]; of a causal encoder on the last token, which alone has seen all (GPT)."""

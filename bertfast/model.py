@@ -18,6 +18,7 @@ from .batch import PackedBatch
 from .checkpoint import Checkpointed
 from .config import BertConfig
 from .nn import AddLayerNorm, Embeddings, FeedForward, MLMHead, Rows, SelfAttention
+from .ops.dropout import draw_seed
 from .ops.masked_vocab_projection import IGNORE_INDEX
 
 
@@ -175,7 +176,7 @@ class BertModel(Checkpointed):
         if not self.training:
             return None
         if seed is None and max(self.config.hidden_dropout_prob, self.config.attention_probs_dropout_prob) > 0:
-            return torch.randint(-(2**62), 2**62, (1,), device=device)
+            return draw_seed(device)
         return seed
 
     def encode(self, batch: PackedBatch, seed: Tensor | None = None, read: bool = True,

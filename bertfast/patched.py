@@ -24,6 +24,7 @@ from torch.nn.modules.module import _has_any_global_hook
 
 from . import ops
 from .files import UserError
+from .ops.dropout import draw_seed
 from .ops.few_rows_linear import takes
 from .ops.linear import joined_linear, linear
 from .patched_rows import Reads, Rows, arrange, last_rows, padding_mask, row_keys, tracing
@@ -350,7 +351,7 @@ class Encoder:
         rows = arrange(shape, longest, mask, device, labels, every_row)
         ours = [parts for parts in layers if isinstance(parts, Parts)]
         if any(p > 0.0 for parts in ours for p in (parts.p_attention, parts.p_out, parts.p_down)):
-            rows.seed, rows.row_key = _draw_seed(device), row_keys(shape, rows.indices, device)
+            rows.seed, rows.row_key = draw_seed(device), row_keys(shape, rows.indices, device)
         collecting = kwargs.get("output_hidden_states", config.output_hidden_states) not in (None, False)
         transparent = _OURS if collecting else _TRANSPARENT
 
@@ -422,10 +423,6 @@ def _transformed() -> bool:
     return not tracing() and torch._C._functorch.peek_interpreter_stack() is not None
 
 
-def _draw_seed(device: torch.device) -> Tensor:
-    return torch.randint(-(2**62), 2**62, (1,), device=device)
-
-
 _said: WeakKeyDictionary[nn.Module, set[str]] = WeakKeyDictionary()
 
 
@@ -459,7 +456,7 @@ class _Embeddings:
         p = _p(self.dropout, self.dropout.training)
         seed = row_key = None
         if p > 0.0:
-            seed, row_key = _draw_seed(input_ids.device), row_keys(input_ids.shape, None, input_ids.device)
+            seed, row_key = draw_seed(input_ids.device), row_keys(input_ids.shape, None, input_ids.device)
         tables = self.word_embeddings, self.position_embeddings, self.token_type_embeddings
         word, position, token_type = (t.weight for t in tables)
         norm, padding_idx = self.LayerNorm, self.word_embeddings.padding_idx

@@ -88,6 +88,11 @@ def require_seed(seed: Tensor | None) -> Tensor:
     return seed
 
 
+def draw_seed(device: torch.device) -> Tensor:
+    """A forward's key, int64 (1,), from torch's generator, which `manual_seed` governs."""
+    return torch.randint(-(2**62), 2**62, (1,), device=device)
+
+
 def _reference(x, p, seed, row_key, stream):
     return dropout_scale(x.to(accumulate_dtype(x)), p, seed, row_key, stream).to(x.dtype)
 
