@@ -49,10 +49,9 @@ def _sequences(q, k, cu_seqlens_q, cu_seqlens_k, mask_mode, prefix_lens, p, seed
         yield rows_q, rows_k, visible, multiplier
 
 
-def _probabilities(q, k, lse, visible, scale):
-    """P and the masked scores in the accumulation dtype; q: (N, Sq, D), k: (N, Sk, D)."""
-    scores = (q @ k.mT * scale).masked_fill(~visible, -math.inf)
-    return scores, None if lse is None else torch.exp(scores - lse.unsqueeze(-1))
+def _scores(q, k, visible, scale):
+    """(N, Sq, Sk), masked, in the accumulation dtype; q: (N, Sq, D), k: (N, Sk, D)."""
+    return (q @ k.mT * scale).masked_fill(~visible, -math.inf)
 
 
 def _attention_fwd(
@@ -65,7 +64,7 @@ def _attention_fwd(
         q, k, cu_seqlens_q, cu_seqlens_k, mask_mode, prefix_lens, p, seed, q_row_key, stream
     ):
         qs, ks, vs = (t.transpose(0, 1).to(acc) for t in (q[rows_q], k[rows_k], v[rows_k]))
-        scores, _ = _probabilities(qs, ks, None, visible, scale)
+        scores = _scores(qs, ks, visible, scale)
         total = torch.logsumexp(scores, -1)
         lse[:, rows_q] = total.masked_fill(total == -math.inf, math.inf)
         probabilities = torch.exp(scores - lse[:, rows_q].unsqueeze(-1))
@@ -87,7 +86,7 @@ def _attention_bwd(
     ):
         tensors = (q[rows_q], k[rows_k], v[rows_k], dout[rows_q], out[rows_q])
         qs, ks, vs, dos, os = (t.transpose(0, 1).to(acc) for t in tensors)
-        _, probabilities = _probabilities(qs, ks, lse[:, rows_q], visible, scale)
+        probabilities = torch.exp(_scores(qs, ks, visible, scale) - lse[:, rows_q].unsqueeze(-1))
         dp = dos @ vs.mT
         dropped = probabilities
         if multiplier is not None:
