@@ -73,13 +73,9 @@ def dropout_scale(x: Tensor, p: float, seed: Tensor | None, row_key: Tensor | No
     """x (rows, columns) times mask / P(kept): what each reference multiplies by; x unchanged at p = 0."""
     if p == 0.0:
         return x
-    rows = default_row_key(x) if row_key is None else row_key
+    rows = torch.arange(x.shape[0], device=x.device) if row_key is None else row_key
     mask = keep_mask(p, require_seed(seed), rows, x.shape[1], stream)[0]
     return torch.where(mask, x * keep_scale(p), torch.zeros((), dtype=x.dtype, device=x.device))
-
-
-def default_row_key(x: Tensor) -> Tensor:
-    return torch.arange(x.shape[0], device=x.device)
 
 
 def require_seed(seed: Tensor | None) -> Tensor:
