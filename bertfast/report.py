@@ -103,17 +103,24 @@ class Metrics:
             self.events = SummaryWriter(folder / "tensorboard", purge_step=step + 1)
 
     def write(self, row: dict) -> None:
-        # JSON has no NaN: a loss that is not a number is null
-        row = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
-        try:
-            with open(self.path, "a") as file:
-                file.write(json.dumps(row) + "\n")
-        except OSError as error:
-            raise UserError(f"cannot write {self.path}: {error.strerror}") from error
+        append_row(self.path, row)
         if self.events:
             for name, value in row.items():
-                if name != "step" and value is not None:
+                if name != "step" and math.isfinite(value):
                     self.events.add_scalar(name, value, row["step"])
+
+
+def append_row(path: Path, row: dict) -> None:
+    """A line of a metrics.jsonl, on disk when written; a number that is none is null, for JSON has no NaN.
+
+    Raises UserError where it cannot be written.
+    """
+    row = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
+    try:
+        with open(path, "a") as file:
+            file.write(json.dumps(row) + "\n")
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror}") from error
 
 
 def read_metrics(folder: Path) -> list[dict]:

@@ -1,6 +1,5 @@
 """What a fine-tuning prints and draws: what was understood, examples, evaluations, curves, the confusion picture."""
 
-import json
 import os
 from collections.abc import Iterable
 from pathlib import Path
@@ -9,7 +8,7 @@ import numpy as np
 from rich.table import Table as Grid
 from rich.text import Text
 
-from bertfast.files import UserError, atomic_path
+from bertfast.files import atomic_path
 from bertfast.finetune.batches import Item
 from bertfast.finetune.read import Table
 from bertfast.finetune.task import Example, Task
@@ -62,15 +61,6 @@ def closing_table(summary: dict) -> None:
     if len(seeds) > 1:
         grid.add_row("mean", "", *(f"{v:.4f} ± {summary['std'][name]:.4f}" for name, v in summary["mean"].items()))
     console.print(grid)
-
-
-def append_row(path: Path, row: dict) -> None:
-    """A line of metrics.jsonl, on disk when written. Raises UserError where it cannot be written."""
-    try:
-        with open(path, "a", encoding="utf-8") as file:
-            file.write(json.dumps({k: None if v != v else v for k, v in row.items()}) + "\n")
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror}") from error
 
 
 def _pyplot():

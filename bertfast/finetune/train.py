@@ -307,7 +307,7 @@ class FineTuning:
 
     def _log(self, row: dict) -> None:
         self.rows.append(row)
-        show.append_row(self.folder / "metrics.jsonl", row)
+        report.append_row(self.folder / "metrics.jsonl", row)
 
     def _summary(self, results: list[dict]) -> dict:
         names = [name for name in self.task.metrics if results and name in results[0]]
