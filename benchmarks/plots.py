@@ -8,7 +8,9 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
-from bertfast.benchmarks import report, tables  # noqa: E402
+from bertfast.benchmarks import tables  # noqa: E402
+
+from bertfast.report import save_figure  # noqa: E402
 
 MARKERS = {"forward": "o", "backward": "s", "both": "D"}
 SHADES = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")  # Okabe and Ito's
@@ -22,8 +24,7 @@ def draw(found: dict[str, dict], folder: Path) -> list[Path]:
     for name, result in found.items():
         if result["suite"] in drawers and any(not row["failed"] for row in result["rows"]):
             figure = drawers[result["suite"]](result)
-            report.save_plot(figure, folder / f"{name}.png")
-            plt.close(figure)
+            save_figure(figure, folder / f"{name}.png")
             written.append(folder / f"{name}.png")
     return written
 

@@ -14,7 +14,7 @@ from bertfast.benchmarks import contest
 from bertfast.benchmarks.tables import sweep, tables
 from rich.table import Table
 
-from bertfast.files import UserError, atomic_path, create_folder, read_json, write_bytes
+from bertfast.files import UserError, create_folder, read_json, write_bytes
 
 NOISE = 0.05  # a slowdown below this is never called one, whatever the spread
 
@@ -170,11 +170,6 @@ def load(path: Path) -> dict:
             if name in row and not (isinstance(row[name], (int, float)) and row[name] > 0):
                 raise UserError(f"{path} is damaged: row {number} has a {name} that is no number above 0")
     return result
-
-
-def save_plot(figure, path: Path) -> None:
-    with atomic_path(path) as temporary:
-        figure.savefig(temporary, format="png", dpi=120)
 
 
 def write(result: dict, path: Path) -> None:

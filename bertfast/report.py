@@ -216,11 +216,23 @@ def kernels_in_use(device: str) -> str:
     return "; ".join(f"{name} ({n} ops)" for name, n in sorted(counts.items(), key=lambda item: -item[1]))
 
 
-def plot_loss(folder: Path, entropy: float, causal: bool) -> None:
-    """RUN/loss.png from metrics.jsonl: the words' loss, training and validation, above next-sentence accuracy."""
+def pyplot():
+    """matplotlib's, imported when first needed, without a display unless MPLBACKEND says otherwise."""
     os.environ.setdefault("MPLBACKEND", "Agg")
     import matplotlib.pyplot as plt
 
+    return plt
+
+
+def save_figure(figure, path: Path) -> None:
+    """A figure as PNG; it is let go of. Raises UserError where it cannot be written."""
+    with atomic_path(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=120)
+    pyplot().close(figure)
+
+
+def plot_loss(folder: Path, entropy: float, causal: bool) -> None:
+    """RUN/loss.png from metrics.jsonl: the words' loss, training and validation, above next-sentence accuracy."""
     rows = read_metrics(folder)
     train = [r for r in rows if r.get("mlm_loss") is not None]
     then = lambda step: next((r["max_seqlen"] for r in train if r["step"] >= step), None)  # a phase ends with a row
@@ -229,8 +241,8 @@ def plot_loss(folder: Path, entropy: float, causal: bool) -> None:
     nsp = [r for r in own if r.get("validation_nsp_accuracy") is not None]
     if not train:
         return
-    figure, axes = plt.subplots(2 if nsp else 1, 1, figsize=(8, 6 if nsp else 4), sharex=True, squeeze=False,
-                                height_ratios=[2, 1] if nsp else [1], layout="constrained")
+    figure, axes = pyplot().subplots(2 if nsp else 1, 1, figsize=(8, 6 if nsp else 4), sharex=True, squeeze=False,
+                                     height_ratios=[2, 1] if nsp else [1], layout="constrained")
     top = axes[0][0]
     x = [r["step"] for r in train]
     top.plot(x, [r["mlm_loss"] for r in train], color="#56B4E9", alpha=0.5, linewidth=0.8, label="training")
@@ -255,9 +267,7 @@ def plot_loss(folder: Path, entropy: float, causal: bool) -> None:
         bottom.set_ylabel("next-sentence accuracy\n(validation)")
         bottom.set_ylim(0.4, 1.0)
     axes[-1][0].set_xlabel("step")
-    with atomic_path(folder / "loss.png") as path:
-        figure.savefig(path, format="png", dpi=120)
-    plt.close(figure)
+    save_figure(figure, folder / "loss.png")
 
 
 def _predicted(causal: bool) -> str:

@@ -1,6 +1,5 @@
 """What a fine-tuning prints and draws: what was understood, examples, evaluations, curves, the confusion picture."""
 
-import os
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -8,11 +7,10 @@ import numpy as np
 from rich.table import Table as Grid
 from rich.text import Text
 
-from bertfast.files import atomic_path
 from bertfast.finetune.batches import Item
 from bertfast.finetune.read import Table
 from bertfast.finetune.task import Example, Task
-from bertfast.report import console, note
+from bertfast.report import console, note, pyplot, save_figure
 
 MAX_DRAWN = 40  # labels; a larger confusion picture cannot be read
 
@@ -63,18 +61,11 @@ def closing_table(summary: dict) -> None:
     console.print(grid)
 
 
-def _pyplot():
-    os.environ.setdefault("MPLBACKEND", "Agg")
-    import matplotlib.pyplot as plt
-
-    return plt
-
-
 def plot_loss(path: Path, rows: list[dict], metric: str) -> None:
     """loss.png: training loss above, the deciding metric on dev below, a line a seed."""
     if not any("loss" in row for row in rows):
         return
-    plt = _pyplot()
+    plt = pyplot()
     figure, (top, bottom) = plt.subplots(2, 1, figsize=(8, 6), sharex=True, height_ratios=[2, 1], layout="constrained")
     for seed in sorted({row["seed"] for row in rows}):
         own = [row for row in rows if row["seed"] == seed]
@@ -85,9 +76,7 @@ def plot_loss(path: Path, rows: list[dict], metric: str) -> None:
     top.legend(fontsize=9)
     bottom.set_ylabel(f"{metric} (dev)")
     bottom.set_xlabel("step")
-    with atomic_path(path) as temporary:
-        figure.savefig(temporary, format="png", dpi=120)
-    plt.close(figure)
+    save_figure(figure, path)
 
 
 def plot_confusion(path: Path, gold: list[int], guess: list[int], labels: list[str]) -> None:
@@ -95,7 +84,7 @@ def plot_confusion(path: Path, gold: list[int], guess: list[int], labels: list[s
 
     Of more than 40 labels those most often confused are drawn.
     """
-    plt = _pyplot()
+    plt = pyplot()
     counts = np.zeros((len(labels), len(labels)), np.int64)
     np.add.at(counts, (gold, guess), 1)
     wrong = counts.sum(0) + counts.sum(1) - 2 * counts.diagonal()
@@ -114,6 +103,4 @@ def plot_confusion(path: Path, gold: list[int], guess: list[int], labels: list[s
                   color="white" if counts[i, j] > counts[i].sum() / 2 else "black")
     if len(drawn) < len(labels):
         axis.set_title(f"the {len(drawn)} of {len(labels)} labels most often confused")
-    with atomic_path(path) as temporary:
-        figure.savefig(temporary, format="png", dpi=120)
-    plt.close(figure)
+    save_figure(figure, path)
