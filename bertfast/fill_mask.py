@@ -38,7 +38,7 @@ class FillMask:
             raise UserError(f"there is no [MASK] in {text!r}")
         return self._candidates(ids, positions, top)
 
-    def at(self, ids: list[int], position: int, top: int = 5) -> list[tuple[str, float]]:
+    def at(self, ids: list[int], position: int, top: int) -> list[tuple[str, float]]:
         """Candidates for one token of a sentence of ids (without [CLS] and [SEP]), which is hidden from the model."""
         hidden = [*ids[:position], self.tokenizer.mask_id, *ids[position + 1 :]]
         return self._candidates([self.tokenizer.cls_id, *hidden, self.tokenizer.sep_id], [position + 1], top)[0]

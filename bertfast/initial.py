@@ -15,6 +15,7 @@ from .data.dataset import Dataset
 from .data.tokenizer import Tokenizer
 from .model import BertForMaskedLM, BertForPreTraining, BertLMHeadModel
 
+SAMPLE = 10_000_000  # tokens in which words are counted
 OFFSETS = (-1, 1, -2, 2)  # of the word that each of the first layer's first heads looks at
 CAUSAL_OFFSETS = (-1, -2, -3, -4)
 SHARPNESS = 1.7  # gain of their query and key weights: the word at the offset gets some 12 in the softmax, far ones 0
@@ -28,11 +29,10 @@ WORD_SCALE, SEGMENT_SCALE = 4.0, 3.0  # of the word and position tables, and the
 
 
 @torch.no_grad()
-def start_from_counts(model: BertForPreTraining | BertForMaskedLM | BertLMHeadModel, data: Dataset,
-                      sample: int = 10_000_000) -> None:
+def start_from_counts(model: BertForPreTraining | BertForMaskedLM | BertLMHeadModel, data: Dataset) -> None:
     """Set a new model's output bias, position table and some of its heads; in place.
 
-    - Output bias = log frequency of each word in the first `sample` tokens of `data`'s split. From a zero bias the tied
+    - Output bias = log frequency of each word in the first SAMPLE tokens of `data`'s split. From a zero bias the tied
       table itself must learn the frequencies, which drives all its rows in one direction and hides the words from the
       encoder.
     - Positions are sinusoids of the word table's size (Vaswani et al. 2017 but for the fastest); tables exceed other
@@ -44,7 +44,7 @@ def start_from_counts(model: BertForPreTraining | BertForMaskedLM | BertLMHeadMo
     - Where next sentences are learned, one head of the second and one of the last of three or more layers compare the
       segments, so that [CLS] starts with the share of A's words that B has too.
     """
-    words = data.first_tokens(sample)
+    words = data.first_tokens(SAMPLE)
     counts = np.bincount(words, minlength=model.config.vocab_size) + 0.5
     model.cls["predictions"].get_parameter("bias").copy_(torch.from_numpy(np.log(counts / counts.sum())))
     embeddings = model.bert.embeddings

@@ -19,6 +19,7 @@ from .nn import Embeddings
 from .ops.masked_vocab_projection import GradientSink
 
 ALIGNMENT = 64  # bytes; a cache line, and more than any vector load wants
+GROWTH_INTERVAL = 2000  # good steps in a row after which fp16's loss scale doubles (as torch.amp.GradScaler's)
 
 
 def linear_schedule(peak: float, warmup: float, steps: int, step: int) -> float:
@@ -137,17 +138,17 @@ class Optimizer:
                    weight_decay=group.weight_decay)
             group.written = group.versions()
             group.drop_gradients()
-        self._count(2000)
+        self._count()
         return norm
 
-    def _count(self, growth_interval: int) -> None:
+    def _count(self) -> None:
         """Skipped steps, and fp16's loss scale: halved by a skip, doubled after a run of good steps."""
         self.n_skipped += self.skip
         self.skipped_in_a_row.mul_(self.skip).add_(self.skip)
         if not self.dynamic:
             return
         self.good_steps.add_(1).mul_(1 - self.skip)
-        grow = self.good_steps >= growth_interval
+        grow = self.good_steps >= GROWTH_INTERVAL
         self.loss_scale.mul_(torch.where(self.skip != 0, 0.5, torch.where(grow, 2.0, 1.0)))
         self.good_steps.mul_(1 - grow.float())
 

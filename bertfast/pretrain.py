@@ -139,8 +139,9 @@ def step_seed(seed: int, step: int, micro_batch: int = 0) -> int:
     return z - 2**64 if z >= 2**63 else z
 
 
-def useful_flops(config: BertConfig, batch: PackedBatch, backward: bool = True) -> float:
-    """FLOPs of one packed batch that the result needs: real tokens, last layer on read rows, masked-only projection."""
+def useful_flops(config: BertConfig, batch: PackedBatch) -> float:
+    """FLOPs of a training step on a packed batch that the result needs: real tokens, last layer on read rows,
+    masked-only projection; the backward is twice the forward."""
     H, I, L = config.hidden_size, config.intermediate_size, config.num_hidden_layers
     lengths = batch.cu_seqlens.diff().double()
     reads = batch.cu_seqlens_read.diff().double()
@@ -150,7 +151,7 @@ def useful_flops(config: BertConfig, batch: PackedBatch, backward: bool = True) 
     scores = (L - 1) * float((lengths * lengths).sum()) + float((lengths * reads).sum())
     if config.is_decoder:  # half of them are masked
         scores /= 2
-    return (3 if backward else 1) * (2 * rows + 4 * H * scores)
+    return 3 * (2 * rows + 4 * H * scores)
 
 
 @contextmanager
@@ -487,7 +488,7 @@ class Run:
 
     # ---- checkpoints
 
-    def save(self) -> Path:
+    def save(self) -> None:
         """Write checkpoint-<step>, a Hugging Face folder and the state to go on from, atomically; keep two.
 
         The last one of a run has tables of the ordinary size, for whoever fine-tunes it; it computes the same, where
@@ -497,7 +498,7 @@ class Run:
         self._check_agreement()
         if not processes.is_first():
             self.saved = self.step
-            return path
+            return
         with atomic_folder(path) as folder:
             masters = self.optimizer.master_state()
             weights = {n: masters[n] for n in self.model.state_dict() if n in masters}
@@ -519,7 +520,6 @@ class Run:
         for leftover in self.folder.glob(".checkpoint-[0-9]*.tmp"):  # of a process killed while it wrote
             shutil.rmtree(leftover, ignore_errors=True)
         self.saved = self.step
-        return path
 
     @torch.no_grad()
     def _check_agreement(self) -> None:

@@ -274,9 +274,9 @@ def _predicted(causal: bool) -> str:
     return "next-word" if causal else "masked-LM"
 
 
-def _smooth(values: list[float], weight: float = 0.8) -> list[float]:
+def _smooth(values: list[float]) -> list[float]:
     """Exponential moving average, corrected for its start."""
-    smooth, total = [], 0.0
+    smooth, total, weight = [], 0.0, 0.8
     for i, value in enumerate(values, 1):
         total = weight * total + (1 - weight) * value
         smooth.append(total / (1 - weight**i))

@@ -12,6 +12,8 @@ from bertfast.batch import PackedBatch
 from bertfast.data import plan
 from bertfast.ops.masked_vocab_projection import IGNORE_INDEX
 
+WINDOW = 64  # batches among which an epoch evens out lengths
+
 
 class Sequence(NamedTuple):
     """Token ids of one sequence, [CLS] and [SEP] included; `second`: where segment B begins (or the end)."""
@@ -101,10 +103,10 @@ def rounded(batch: PackedBatch, positions: int) -> PackedBatch:
     return replace(batch, **changed, labels=labels, max_seqlen=longest)
 
 
-def epoch_batches(lengths: np.ndarray, batch_size: int, seed: int, epoch: int, window: int = 64) -> list[np.ndarray]:
+def epoch_batches(lengths: np.ndarray, batch_size: int, seed: int, epoch: int) -> list[np.ndarray]:
     """An epoch in batches of `batch_size` items that all hold about the same number of tokens.
 
-    lengths: (n,) tokens of each item. The items are shuffled; in each stretch of `window` batches they are sorted by
+    lengths: (n,) tokens of each item. The items are shuffled; in each stretch of WINDOW batches they are sorted by
     length and cut into `batch_size` strata, of which every batch gets one item each, at random. So a batch is still a
     fair sample of short and long, and no step waits for a heavy one. A pure function of its arguments.
     """
@@ -112,8 +114,8 @@ def epoch_batches(lengths: np.ndarray, batch_size: int, seed: int, epoch: int, w
     order = np.argsort(random(plan.SHUFFLE, len(lengths)), kind="stable")
     deal = random(plan.PICK, len(lengths))
     batches = []
-    for start in range(0, len(order), window * batch_size):
-        stretch = order[start : start + window * batch_size]
+    for start in range(0, len(order), WINDOW * batch_size):
+        stretch = order[start : start + WINDOW * batch_size]
         n_batches = -(-len(stretch) // batch_size)
         stretch = stretch[np.argsort(lengths[stretch], kind="stable")]
         strata = [stretch[i : i + n_batches] for i in range(0, len(stretch), n_batches)]

@@ -13,6 +13,7 @@ from bertfast.finetune.task import Example, Task
 from bertfast.report import console, note, pyplot, save_figure
 
 MAX_DRAWN = 40  # labels; a larger confusion picture cannot be read
+WIDTH = 300  # characters of a text in an example
 
 
 def understood(table: Table, columns: dict[str, str], n: int) -> None:
@@ -23,14 +24,14 @@ def understood(table: Table, columns: dict[str, str], n: int) -> None:
         note(f"  {line}")
 
 
-def examples(task: Task, chosen: Iterable[Example], items: list[Item], width: int = 300) -> None:
+def examples(task: Task, chosen: Iterable[Example], items: list[Item]) -> None:
     """Examples as the task understands them, each with the tokens of its first sequence."""
     for i, example in enumerate(chosen, 1):
         grid = Grid(title=Text(f"example {i}, {example.where}"), title_justify="left", show_header=False, box=None,
                     padding=(0, 2, 0, 2))
         for name, value in task.shown(example).items():
             if value:
-                grid.add_row(f"[bold]{name}[/bold]", Text(value if len(value) < width else value[:width] + " …"))
+                grid.add_row(f"[bold]{name}[/bold]", Text(value if len(value) < WIDTH else value[:WIDTH] + " …"))
         first = next((item for item in items if item.example == i - 1), None)
         if first:
             tokens = [task.tokenizer.tokens[t] for t in first.sequences[0].ids[:40]]
