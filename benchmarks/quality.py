@@ -36,7 +36,7 @@ def bertfast(settings: dict, every: int, checkpoint: str) -> Iterator[dict]:
             run.step += 1
 
     validate = lambda: run.evaluate(length)["validation_mlm_loss"]
-    losses = _losses(run, lambda batch: run.model(run._to_device(batch)).loss, run.model)
+    losses = _losses(run, lambda batch: run.model(batch.to(run.device)).loss, run.model)
     yield from _curve(advance, validate, run.settings.steps, every, run.device, losses)
 
 

@@ -434,7 +434,8 @@ class Run:
                 return None
             if (host := next(batches, None)) is None:
                 continue
-            totals.add(self.model(self._to_device(host), mlm_scale=one, nsp_scale=one), host, one, 1, 1, 0.0)
+            batch = host.to(self.device, non_blocking=True)
+            totals.add(self.model(batch, mlm_scale=one, nsp_scale=one), host, one, 1, 1, 0.0)
         self.model.train()
         totals.gather()
         return {f"validation_{name}": value for name, value in totals.means().items()}
@@ -448,9 +449,6 @@ class Run:
             micro_batches=1 if validation else settings.micro_batches // processes.count(),
             rank=processes.rank(), world_size=processes.count(), pin_memory=self.device.type == "cuda",
         )
-
-    def _to_device(self, batch: PackedBatch) -> PackedBatch:
-        return batch if self.device.type == "cpu" else batch.to(self.device, non_blocking=True)
 
     def _is_healthy(self, results: dict[int, dict]) -> bool:
         """Whether the state is one to save: not while steps are skipped, whose weights may be what is broken and would
