@@ -178,7 +178,7 @@ _POSITIONS = {  # of the label arguments, where they are given by position
 
 
 def _encoder(base: Any) -> Any:
-    return getattr(base, "transformer", None) if hasattr(base, "transformer") else getattr(base, "encoder", None)
+    return getattr(base, "transformer", getattr(base, "encoder", None))
 
 
 def _home(module: nn.Module) -> Any:
