@@ -26,12 +26,8 @@ class PackedBatch:
     position_ids: torch.Tensor  # (T,) int64: position in its own sequence
     cu_seqlens: torch.Tensor  # (B + 1,) int32: sequence b is rows cu_seqlens[b] : cu_seqlens[b + 1]
     max_seqlen: int  # no sequence is longer: a constant of the phase, not this batch's longest
-    row_key: (
-        torch.Tensor
-    )  # (T,) int64: sequence's index in the step's global batch << 32 | position (dropout's counter)
-    read_rows: (
-        torch.Tensor
-    )  # (R,) int64: rows the last layer computes, sequence by sequence: [CLS], then its masked rows
+    row_key: torch.Tensor  # (T,) int64: sequence's index in the step's global batch << 32 | position; dropout's counter
+    read_rows: torch.Tensor  # (R,) int64: rows the last layer computes, by sequence: [CLS], then its masked rows
     cu_seqlens_read: torch.Tensor  # (B + 1,) int32: where each sequence's rows lie in read_rows
     cls_index: torch.Tensor  # (B,) int64, into read_rows
     mask_index: torch.Tensor  # (P,) int64, into read_rows
