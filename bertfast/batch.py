@@ -34,8 +34,8 @@ class PackedBatch:
     labels: torch.Tensor  # (P,) int64: the id that was masked, -100 where the slot is unused
     next_sentence_label: torch.Tensor  # (B,) int64: 0 = B continues A, 1 = random, -100 = unused
     n_tokens: int  # cu_seqlens[-1], as a host integer
-    n_masked: int  # labels that are not -100
-    n_sequences: int  # sequences that are not empty
+    n_masked: int  # labels that are not -100; 0 where no pretraining loop reads the batch
+    n_sequences: int  # sequences that are not empty; of a padded call all of them
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> "PackedBatch":
         """The same batch with its tensors on `device`; the host integers stay. `non_blocking` wants pinned memory."""
