@@ -23,6 +23,11 @@ def _few_rows_linear(x, weights, biases):
 
 few_rows_linear = define("few_rows_linear(Tensor x, Tensor[] weights, Tensor[] biases) -> Tensor", _few_rows_linear,
                          cpu_only=True)
+few_rows_linear.__doc__ = """y out of x, weights and biases, by position; shapes above, one dtype. No autograd.
+
+Where the kernel is there it raises RuntimeError for shapes that do not fit, an I no multiple of 32, an O none of 4;
+TypeError for operands of several dtypes.
+"""
 
 
 @functools.cache
