@@ -131,7 +131,6 @@ inline F32 operator+(F32 a, F32 b) { return _mm512_add_ps(a.v, b.v); }
 inline F32 operator-(F32 a, F32 b) { return _mm512_sub_ps(a.v, b.v); }
 inline F32 operator*(F32 a, F32 b) { return _mm512_mul_ps(a.v, b.v); }
 inline F32 operator/(F32 a, F32 b) { return _mm512_div_ps(a.v, b.v); }
-inline F32 operator-(F32 a) { return _mm512_xor_ps(a.v, _mm512_set1_ps(-0.0f)); }
 inline F32 fma(F32 a, F32 b, F32 c) { return _mm512_fmadd_ps(a.v, b.v, c.v); }    // a * b + c
 inline F32 fnma(F32 a, F32 b, F32 c) { return _mm512_fnmadd_ps(a.v, b.v, c.v); }  // c - a * b
 inline F32 max(F32 a, F32 b) { return _mm512_max_ps(a.v, b.v); }
@@ -239,10 +238,6 @@ inline F32 operator+(F32 a, F32 b) { return {_mm256_add_ps(a.lo, b.lo), _mm256_a
 inline F32 operator-(F32 a, F32 b) { return {_mm256_sub_ps(a.lo, b.lo), _mm256_sub_ps(a.hi, b.hi)}; }
 inline F32 operator*(F32 a, F32 b) { return {_mm256_mul_ps(a.lo, b.lo), _mm256_mul_ps(a.hi, b.hi)}; }
 inline F32 operator/(F32 a, F32 b) { return {_mm256_div_ps(a.lo, b.lo), _mm256_div_ps(a.hi, b.hi)}; }
-inline F32 operator-(F32 a) {
-  const __m256 sign = _mm256_set1_ps(-0.0f);
-  return {_mm256_xor_ps(a.lo, sign), _mm256_xor_ps(a.hi, sign)};
-}
 inline F32 fma(F32 a, F32 b, F32 c) { return {_mm256_fmadd_ps(a.lo, b.lo, c.lo), _mm256_fmadd_ps(a.hi, b.hi, c.hi)}; }
 inline F32 fnma(F32 a, F32 b, F32 c) {
   return {_mm256_fnmadd_ps(a.lo, b.lo, c.lo), _mm256_fnmadd_ps(a.hi, b.hi, c.hi)};
@@ -326,11 +321,9 @@ inline F64 operator+(const F64& a, const F64& b) { return each_lane([&](int64_t 
 inline F64 operator-(const F64& a, const F64& b) { return each_lane([&](int64_t i) { return a.v[i] - b.v[i]; }); }
 inline F64 operator*(const F64& a, const F64& b) { return each_lane([&](int64_t i) { return a.v[i] * b.v[i]; }); }
 inline F64 operator/(const F64& a, const F64& b) { return each_lane([&](int64_t i) { return a.v[i] / b.v[i]; }); }
-inline F64 operator-(const F64& a) { return each_lane([&](int64_t i) { return -a.v[i]; }); }
 inline F64 fma(const F64& a, const F64& b, const F64& c) { return a * b + c; }
 inline F64 fnma(const F64& a, const F64& b, const F64& c) { return c - a * b; }
 inline F64 max(const F64& a, const F64& b) { return each_lane([&](int64_t i) { return std::max(a.v[i], b.v[i]); }); }
-inline F64 sqrt(const F64& a) { return each_lane([&](int64_t i) { return std::sqrt(a.v[i]); }); }
 inline F64 exp(const F64& a) { return each_lane([&](int64_t i) { return std::exp(a.v[i]); }); }
 inline F64 select(const Mask& m, const F64& a, const F64& b) {
   return each_lane([&](int64_t i) { return has_lane(m, i) ? a.v[i] : b.v[i]; });

@@ -80,7 +80,6 @@ inline __m512 add_ps(__m512 a, __m512 b) { return a + b; }
 inline __m512 sub_ps(__m512 a, __m512 b) { return a - b; }
 inline __m512 mul_ps(__m512 a, __m512 b) { return a * b; }
 inline __m512 div_ps(__m512 a, __m512 b) { return a / b; }
-inline __m512 xor_ps(__m512 a, __m512 b) { return (__m512)((U32)a ^ (U32)b); }
 inline __m512 abs_ps(__m512 a) { return (__m512)((U32)a & 0x7fffffffu); }
 APART __m512 max_ps(__m512 a, __m512 b) { return a > b ? a : b; }  // the second where either is a NaN
 APART __m512 min_ps(__m512 a, __m512 b) { return a < b ? a : b; }
@@ -236,7 +235,6 @@ inline __m512 dpbf16_ps(__m512 sum, __m512bh a, __m512bh b) {
 #define _mm512_sub_ps emulated::sub_ps
 #define _mm512_mul_ps emulated::mul_ps
 #define _mm512_div_ps emulated::div_ps
-#define _mm512_xor_ps emulated::xor_ps
 #define _mm512_abs_ps emulated::abs_ps
 #define _mm512_max_ps emulated::max_ps
 #define _mm512_min_ps emulated::min_ps
