@@ -1198,6 +1198,17 @@ def test_a_stop_is_heard_while_features_are_computed_and_judged(start, tmp_path)
         work.evaluate(model)
 
 
+def test_a_row_that_is_not_finite_is_json(tmp_path):
+    """JSON has neither NaN nor Infinity, which Python writes and reads all the same."""
+    def refuse(constant):
+        raise AssertionError(constant)
+
+    row = {"step": 1, "loss": float("inf"), "grad_norm": float("nan")}
+    FineTuning._log(SimpleNamespace(rows=[], folder=tmp_path), row)
+    found = json.loads((tmp_path / "metrics.jsonl").read_text(), parse_constant=refuse)
+    assert found == {"step": 1, "loss": None, "grad_norm": None}
+
+
 def test_a_failed_save_is_not_called_the_best(start, tmp_path, monkeypatch):
     def full(*_):
         raise UserError("disk full")
