@@ -19,7 +19,7 @@ import numpy as np
 _C: Any = None
 if os.environ.get("BERTFAST_NO_EXT") != "1":
     try:
-        from bertfast import _C  # type: ignore[no-redef,attr-defined]
+        from bertfast import _C  # type: ignore[no-redef]
     except ImportError:
         pass
 
