@@ -74,11 +74,17 @@ def test_a_new_model_starts_from_counts(corpus, tmp_path):
     ids = torch.cat([torch.full((64, 1), 2), words[:, 0], torch.full((64, 1), 3), words[:, 1]], 1)
     is_b = (torch.arange(126) > 63).long().expand(64, 126)
     out = model.eval().bert(ids, token_type_ids=is_b, output_hidden_states=True)
-    x, attention = out.hidden_states[0], model.bert.encoder.layer[0].attention.self
-    for offset, query, key in zip((-1, 1, -2, 2), attention.query.weight.split(64), attention.key.weight.split(64)):
-        looks = (x @ query.T @ (x @ key.T).transpose(1, 2) / 8).softmax(-1)  # words in their places, itself among them
-        there, itself = (looks.diagonal(place, 1, 2).mean() for place in (offset, 0))
-        assert there > 0.4 > 8 * itself, f"no head looks at {offset}"
+    chosen = settings(corpus, model_config=str(tmp_path / "deeper.json"), causal=True)
+    causal = start(tmp_path / "causal", chosen, resume=False).model
+    unseeing = causal.eval().bert(ids, token_type_ids=is_b, output_hidden_states=True)
+    for one, states, offsets in ((model, out, (-1, 1, -2, 2)), (causal, unseeing, (-1, -2, -3, -4))):
+        x, attention = states.hidden_states[0], one.bert.encoder.layer[0].attention.self
+        for offset, query, key in zip(offsets, attention.query.weight.split(64), attention.key.weight.split(64)):
+            looks = (x @ query.T @ (x @ key.T).transpose(1, 2) / 8).softmax(-1)  # words in their places, itself too
+            there, itself = (looks.diagonal(place, 1, 2).mean() for place in (offset, 0))
+            assert there > 0.4 > 8 * itself, f"no head looks at {offset}"
+        alike = one.bert.encoder.layer[1].attention.self
+        assert torch.equal(alike.query.weight, alike.key.weight) and not torch.equal(query, key)
     told = out.last_hidden_state[:, 0].detach()
     told = told @ model.bert.encoder.layer[-1].attention.output.dense.weight[:, 1].detach()
     assert told[32:].min() > told[:32].max() or told[32:].max() < told[:32].min()
@@ -321,6 +327,15 @@ def test_the_closing_table_of_a_run_without_a_finite_loss(corpus, tmp_path, caps
     assert "below the unigram entropy" in " ".join(capsys.readouterr().out.split())
 
 
+def test_the_closing_table_says_how_far_below_the_entropy(tmp_path, capsys):
+    """Of the last ten rows' mean, and of validation."""
+    lines = [json.dumps({"step": step, "mlm_loss": float(step)}) for step in range(1, 13)]
+    (tmp_path / "metrics.jsonl").write_text("\n".join(lines))
+    pretrain.report.closing_table(tmp_path, {32: {"validation_mlm_loss": 5.25}}, 6.0, False)
+    shown = re.findall(r"-?\d+\.\d+", capsys.readouterr().out)
+    assert shown == ["7.500", "5.250", "-1.500", "0.750"]
+
+
 @pytest.mark.parametrize("source", ["model_config", "init_from"])
 def test_resuming_needs_only_the_checkpoint_and_the_text(source, corpus, tmp_path, capsys, monkeypatch):
     origin, data, out = tmp_path / "origin", tmp_path / "data", tmp_path / "run"
@@ -421,7 +436,8 @@ def test_fill_mask_reads_the_layout_of_the_first_checkpoints(corpus, tmp_path):
     expected = FillMask(last)("the [MASK] of")
     config = json.loads((last / "config.json").read_text())
     (last / "config.json").write_text(json.dumps({**config, "architectures": ["BertForMaskedLM"]}))
-    assert FillMask(last)("the [MASK] of") == expected
+    fill = FillMask(last)
+    assert fill("the [MASK] of") == expected == [fill.at(fill.tokenizer.encode("the in of")[1:-1], 1)]  # not "in"
     weights = load_file(last / "model.safetensors")
     save_file({n: t for n, t in weights.items() if "transform" not in n}, last / "model.safetensors")
     with pytest.raises(UserError, match="missing: cls.predictions.transform"):
@@ -499,6 +515,101 @@ def test_every_step_has_its_learning_rate_and_seeds_of_its_own(corpus, tmp_path,
         run._train_step(micro, pretrain.report.Window())
     assert [lr for lr, _ in seen] == [learning_rate(chosen, step) for step in range(8)]
     assert len({seed for _, seeds in seen for seed in seeds}) == 16
+
+
+def test_everything_random_is_a_function_of_the_seed(corpus, tmp_path, monkeypatch):
+    """A new model's weights, the text and its masks, and dropout's keys; another seed draws all of them anew."""
+    seen, found = [], []
+    monkeypatch.setattr(pretrain.StepGraph, "__call__", lambda graph, micro, seeds, *_: seen.append(seeds))
+    for name, seed in (("one", 1), ("same", 1), ("other", 2)):
+        run = start(tmp_path / name, settings(corpus, seed=seed), resume=False)
+        batch = run._loader(run.train_data, 32).batch(0)
+        run._train_step([batch], pretrain.report.Window())
+        weight = run.model.bert.encoder.layer[0].output.dense.weight.detach()
+        found.append([weight, batch.input_ids, torch.tensor(seen.pop())])
+    for one, same, other in zip(*found):
+        assert torch.equal(one, same) and not torch.equal(one, other)
+
+
+def judged(model, batches):
+    """(losses and accuracies a label, tokens) of a model on some batches."""
+    outs = [(model(batch), batch) for batch in batches]
+    sums = {name: 0.0 for name in ("masked", "correct", "pairs", "pairs_correct", "mlm", "nsp")}
+    for out, batch in outs:
+        sums["masked"] += batch.n_masked
+        sums["pairs"] += batch.n_sequences
+        sums["correct"] += int(out.n_correct)
+        sums["pairs_correct"] += int(out.n_pairs_correct)
+        sums["mlm"] += float(out.mlm_loss) * batch.n_masked
+        sums["nsp"] += float(out.nsp_loss) * batch.n_sequences
+    return {"mlm_loss": sums["mlm"] / sums["masked"], "mlm_accuracy": sums["correct"] / sums["masked"],
+            "nsp_loss": sums["nsp"] / sums["pairs"], "nsp_accuracy": sums["pairs_correct"] / sums["pairs"]}
+
+
+def test_rows_say_what_training_and_validation_came_to(corpus, tmp_path):
+    """Of all batches of all steps of a row, and of all of the validation text; the rate is that of the last step."""
+    chosen = settings(corpus, steps=4, tokens=128, micro_batches=2, log_every=2, lr=1e-12, dropout=0.0, long_share=0.0,
+                      start="normal")
+    run = start(tmp_path, chosen, resume=False)
+    run.train()
+    with torch.no_grad():
+        batches = [run._loader(run.train_data, 32).batch(i) for i in range(8)]
+        found = [r for r in rows(tmp_path) if "loss" in r]
+        for row, own in zip(found, (batches[:4], batches[4:]), strict=True):
+            assert {**row, **judged(run.model, own)} == pytest.approx(row, rel=1e-4)
+            assert row["loss"] == pytest.approx(row["mlm_loss"] + row["nsp_loss"])
+            assert row["lr"] == learning_rate(chosen, row["step"] - 1)
+        whole = list(run.validation[32].validation_batches())
+        (row,) = (r for r in rows(tmp_path) if "validation_length" in r)
+        assert len(whole) > 2
+        expected = {f"validation_{name}": value for name, value in judged(run.model.eval(), whole).items()}
+        assert {**row, **expected} == pytest.approx(row, rel=1e-4)
+
+
+def test_a_speed_is_that_of_training_alone(corpus, tmp_path, monkeypatch):
+    """By a clock of which a step takes a second, a validation a minute, and a checkpoint an hour."""
+    now, run = [0.0], start(tmp_path, settings(corpus, steps=6, eval_every=2, save_every=3, log_every=4), resume=False)
+    monkeypatch.setattr(time, "perf_counter", lambda: now[0])
+    for name, seconds in (("_train_step", 1.0), ("_validate", 60.0), ("save", 3600.0)):
+        own = getattr(run, name)
+        monkeypatch.setattr(run, name, lambda *args, own=own, seconds=seconds: (
+            now.__setitem__(0, now[0] + seconds), own(*args))[1])
+    run.train()
+    speeds = [r["tokens_per_sec"] for r in rows(tmp_path) if "loss" in r]
+    assert len(speeds) == 2 and all(256 < speed <= 512 for speed in speeds), speeds
+    window = pretrain.report.Window()
+    window.tokens = 600.0
+    now[0] += 3.0
+    state = window.state_dict()
+    now[0] += 1e6  # until the run is resumed
+    window = pretrain.report.Window()
+    window.load_state_dict(state)
+    now[0] += 2.0
+    assert window.row(1, 0.0, torch.tensor(0.0), 32)["tokens_per_sec"] == 120
+
+
+def test_a_run_goes_on_in_the_precision_it_began_with(corpus, tmp_path, monkeypatch):
+    chosen = settings(corpus, steps=2, save_every=1, precision="auto")
+    for faster in ("bf16", "fp32"):  # by another clock, or on another machine
+        monkeypatch.setattr(machine, "choose_precision", lambda wanted, device, faster=faster: (
+            faster if wanted == "auto" else wanted, ""))
+        run = start(tmp_path, chosen, resume=faster == "fp32")
+        assert run.precision == "bf16"
+        run.train()
+        shutil.rmtree(tmp_path / "checkpoint-2")
+
+
+def test_a_second_ctrl_c_interrupts_at_once():
+    run, before = SimpleNamespace(stopping=0), signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.raises(KeyboardInterrupt), pretrain.stop_on_interrupt(run):
+            signal.raise_signal(signal.SIGINT)
+            assert run.stopping == 130
+            signal.raise_signal(signal.SIGINT)
+            run.stopping = 0
+        assert run.stopping == 130
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def test_a_run_is_what_its_settings_say(corpus, tmp_path):
@@ -628,6 +739,62 @@ def test_a_last_batch_that_was_not_accumulated_counts():
                 optimizer.accumulate()
         norms.append(float(optimizer.step(1e-3)))
     assert norms[0] == norms[1] == pytest.approx(3 * 20**0.5)
+
+
+def test_gradients_of_several_batches_add_up_in_fp32():
+    model = torch.nn.Linear(4, 4)
+    optimizer = Optimizer(model, torch.bfloat16)
+    for gradient in (1.0, 2**-9, 2**-9):  # of which bf16 would add neither to the first
+        for p in model.parameters():
+            p.grad = torch.full_like(p, gradient)
+        optimizer.accumulate()
+    assert float(optimizer.step(0.0)) == pytest.approx((1 + 2**-8) * 20**0.5, rel=1e-6)
+
+
+@pytest.mark.parametrize("most", [0.0, 1.0])
+@pytest.mark.parametrize("size", [0.01, 100.0])
+def test_gradients_are_clipped_where_their_norm_is_above(size, most):
+    model = torch.nn.Linear(4, 4)
+    optimizer = Optimizer(model, max_grad_norm=most, betas=(0.0, 0.999), weight_decay=0.0)
+    for p in model.parameters():
+        p.grad = torch.full_like(p, size)
+    norm = optimizer.step(1e-3)
+    used = size if not most else size * min(1.0, most / float(norm))
+    for name, moment in optimizer.state_dict().items():
+        if name.startswith("exp_avg."):
+            torch.testing.assert_close(moment, torch.full_like(moment, used))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_lamb_moves_a_tensor_by_its_size(dtype):
+    """By the learning rate times its norm, or where that is 0, as a bias begins, times that of the update."""
+    torch.manual_seed(0)
+    model = torch.nn.Linear(80, 60)
+    torch.nn.init.zeros_(model.bias)
+    optimizer = Optimizer(model, dtype, kind="lamb", weight_decay=0.0, eps=1e-12)
+    before = {name: t.clone() for name, t in optimizer.master_state().items()}
+
+    def step(gradient):
+        for p in model.parameters():
+            p.grad = torch.randn_like(p) * gradient
+        optimizer.step(0.01)
+        return {name: t.clone() for name, t in optimizer.master_state().items()}
+
+    skipped, after = step(torch.inf), step(1.0)
+    assert all(torch.equal(skipped[name], before[name]) for name in before)
+    moved = {name: float((after[name] - before[name]).norm()) for name in before}
+    assert moved["weight"] == pytest.approx(0.01 * float(before["weight"].norm()), rel=1e-3)
+    assert moved["bias"] == pytest.approx(0.01 * 60**0.5, rel=1e-3)
+
+
+def test_eps_is_what_was_given():
+    model = torch.nn.Linear(4, 4)
+    optimizer = Optimizer(model, eps=0.01, weight_decay=0.0, max_grad_norm=0.0)
+    before = optimizer.master_state()["weight"].clone()
+    for p in model.parameters():
+        p.grad = torch.full_like(p, 0.01)
+    optimizer.step(0.1)
+    torch.testing.assert_close(before - optimizer.master_state()["weight"], torch.full((4, 4), 0.05))
 
 
 def test_the_optimiser_equals_torch_and_joins_query_key_value(corpus):
@@ -1026,7 +1193,9 @@ def test_the_sink_is_the_optimisers_alone(corpus):
         assert other.bert.embeddings.word_embeddings.weight.grad.any()
 
 
-def test_a_hook_between_two_batches_costs_no_gradient_of_the_table(corpus):
+@pytest.mark.parametrize("hooked", [False, True])
+def test_two_batches_of_a_step_meet_in_the_sink(hooked, corpus):
+    """A hook between them costs no gradient of the table either."""
     torch.manual_seed(0)
     model = bertfast.BertForMaskedLM(bertfast.BertConfig.from_file(corpus / "model.json")).eval()
     ids, norms = torch.arange(24).view(3, 8) + 5, []
@@ -1034,7 +1203,8 @@ def test_a_hook_between_two_batches_costs_no_gradient_of_the_table(corpus):
         ours = copy.deepcopy(model)
         optimizer = Optimizer(ours, sink=sink)
         ours(ids, labels=ids).loss.backward()
-        ours.bert.embeddings.word_embeddings.register_forward_hook(lambda *_: None)  # no longer fused
+        if hooked:  # no longer fused
+            ours.bert.embeddings.word_embeddings.register_forward_hook(lambda *_: None)
         ours(ids.flip(0), labels=ids).loss.backward()
         norms.append(float(optimizer.step(1e-3)))
     assert norms[0] == pytest.approx(norms[1], rel=1e-5)
