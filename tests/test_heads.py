@@ -9,6 +9,7 @@ from safetensors.torch import load_file, save_file
 
 import bertfast
 from bertfast.files import UserError
+from bertfast.heads import BertForFeatures
 from bertfast.model import unpad
 
 SIZES = {"vocab_size": 211, "hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4,
@@ -150,6 +151,22 @@ def test_dropout_of_the_head_follows_the_seed():
     assert not torch.equal(still, same)
     kept = model.train()._dropped(torch.ones(4000, 64), torch.arange(4000), torch.tensor([1])) != 0
     assert abs(float(kept.float().mean()) - 0.5) < 0.01
+
+
+def test_features_are_without_dropout_in_training_too():
+    config = bertfast.BertConfig(**SIZES, hidden_dropout_prob=0.5, attention_probs_dropout_prob=0.5)
+    model, batch = BertForFeatures(config).train(), unpad(**BATCH)[0]
+    assert torch.equal(model.features(batch), model.features(batch)) and model.bert.training
+    assert torch.equal(model.features(batch), model.eval().features(batch))
+
+
+@pytest.mark.parametrize(("preset", "millions"), [("tiny", 4.4), ("mini", 11.2), ("small", 28.8), ("medium", 41.4),
+                                                  ("base", 109.5), ("large", 335.1)])
+def test_presets_have_the_published_sizes(preset, millions):
+    with torch.device("meta"):
+        model = bertfast.BertModel(bertfast.BertConfig.preset(preset))
+    assert round(sum(p.numel() for p in model.parameters()) / 1e6, 1) == millions
+    assert all(m.head_dim == 64 for m in model.modules() if hasattr(m, "head_dim"))
 
 
 def test_new_heads_on_an_encoder(tmp_path, capsys):

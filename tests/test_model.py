@@ -105,6 +105,31 @@ def test_parity_with_transformers(name, cls, labels, form, batch, tmp_path):
         torch.testing.assert_close(result.seq_relationship_logits, theirs_nsp, rtol=1e-5, atol=1e-5)
 
 
+def test_counts_are_those_of_the_logits(batch, tmp_path):
+    """Of what was predicted, and of what was predicted right: the likeliest word, the likelier of both answers."""
+    ours = ours_of(original(), tmp_path).eval()
+    plain = ours(**{k: batch[k] for k in ("input_ids", "attention_mask", "token_type_ids")})
+    words, pairs = batch["labels"].clone(), plain.seq_relationship_logits.argmax(-1)
+    chosen = (words != -100).nonzero()
+    for row, column in chosen[::2]:
+        words[row, column] = plain.logits[row, column].argmax()
+    for row, column in chosen[1::2]:
+        words[row, column] = plain.logits[row, column].argmin()
+    pairs[0], pairs[2] = 1 - pairs[0], -100
+    out = ours(**{**batch, "labels": words, "next_sentence_label": pairs})
+    counts = out.n_masked, out.n_correct, out.n_pairs, out.n_pairs_correct
+    assert tuple(map(int, counts)) == (len(chosen), len(chosen[::2]), 4, 3)
+
+
+def test_the_last_layer_computes_what_is_read(batch, tmp_path, monkeypatch):
+    ours, rows, add = ours_of(original(), tmp_path), [], bertfast.ops.add_layer_norm
+    monkeypatch.setattr(bertfast.ops, "add_layer_norm", lambda x, *args, **named: (rows.append(len(x)),
+                                                                                   add(x, *args, **named))[1])
+    ours(**batch)
+    packed = unpad(**batch)[0]
+    assert rows == 4 * [packed.n_tokens] + 2 * [len(packed.read_rows)] and len(packed.read_rows) < packed.n_tokens
+
+
 def test_a_causal_model_sees_nothing_behind_a_token(batch, tmp_path):
     """Whatever class reads it, as in transformers; a classifier judges by the last token, which has seen all."""
     config = bertfast.BertConfig(**SIZES, is_decoder=True)
@@ -173,15 +198,21 @@ def test_every_site_drops_its_share_from_a_stream_of_its_own(form, batch, monkey
     assert asked == [(0.2 if stream % 3 == 1 else 0.1, stream) for stream in range(10)]
 
 
-def test_recompute_is_bit_equal(batch, tmp_path):
+
+
+def test_recompute_is_bit_equal_and_keeps_less(batch, tmp_path):
     ours = ours_of(original(dropout=0.1), tmp_path)
-    gradients = []
+    gradients, kept = [], []
     for recompute in (False, True):
         ours.bert.recompute = recompute
         ours.zero_grad()
-        ours(**batch, seed=torch.tensor([42])).loss.backward()
+        kept.append([])
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: kept[-1].append(t.numel()) or t, lambda t: t):
+            loss = ours(**batch, seed=torch.tensor([42])).loss
+        loss.backward()
         gradients.append([p.grad.clone() for p in ours.parameters()])
     assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+    assert sum(kept[1]) < sum(kept[0]) / 2
 
 
 def tables_and_norms(model):
@@ -323,7 +354,7 @@ def test_old_names_prefixes_pickles_and_shards_load(tmp_path):
     expected = ours.state_dict()
 
     def same(model):
-        return all(torch.equal(t, model.state_dict()[n]) for n, t in expected.items())
+        return not model.training and all(torch.equal(t, model.state_dict()[n]) for n, t in expected.items())
 
     old = lambda n: n.replace("LayerNorm.weight", "LayerNorm.gamma").replace("LayerNorm.bias", "LayerNorm.beta")
     rewrite(tmp_path, lambda t: {old(n).removeprefix("bert."): x for n, x in t.items()})

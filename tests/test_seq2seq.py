@@ -170,11 +170,42 @@ def test_beams_of_several_sources_do_not_mix(pair):
     assert len({tuple(t) for t in together}) > 1
 
 
+class Scripted:
+    """A model of three words and the end that writes by a table: {what is written so far: probabilities}."""
+
+    def __init__(self, table):
+        self.table = table
+
+    def begin(self, batch, start, room):
+        self.texts = [()]
+        return self, self.logits()  # its own state
+
+    def reorder(self, index):
+        self.texts = [self.texts[i] for i in index]
+
+    def advance(self, state, tokens):
+        self.texts = [(*text, int(token)) for text, token in zip(self.texts, tokens)]
+        return self.logits()
+
+    def logits(self):
+        return torch.tensor([self.table.get(text, (0.97, 0.01, 0.01, 0.01)) for text in self.texts]).log()
+
+
+@pytest.mark.parametrize(("first", "second", "expected", "read"), [
+    ((0.50, 0.02, 0.03, 0.45), (0.60, 0.01, 0.01, 0.38), [0, 0], 2),  # two have ended, but one that goes on is ahead
+    ((0.40, 0.02, 0.03, 0.55), (0.05, 0.01, 0.01, 0.93), [0], 1),
+])
+def test_a_search_ends_when_nothing_in_progress_is_ahead(first, second, expected, read):
+    model = Scripted({(): first, (0,): second, (0, 0): (0.001, 0.001, 0.001, 0.997)})
+    assert generate(model, None, CLS, SEP, max_new=9, beams=2) == [expected]
+    assert {len(text) for text in model.texts} == {read}
+
+
 def test_a_decoder_from_an_encoder(tmp_path, capsys):
     encoder = randomised(bertfast.BertModel(bertfast.BertConfig(**SIZES)))
     encoder.save_pretrained(tmp_path)
     model = BertForSeq2Seq.from_pretrained(tmp_path, new_heads=True)
-    assert "cross-attention, language-model head" in capsys.readouterr().out
+    assert "cross-attention, language-model head" in capsys.readouterr().out and not model.training
     own, given = model.state_dict(), encoder.state_dict()
     for name, tensor in given.items():
         assert torch.equal(own[f"encoder.{name}"], tensor)
