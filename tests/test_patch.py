@@ -405,6 +405,18 @@ def test_skip_logits_means_what_it_says():
     assert out.logits is not None and out.hidden_states[-1].shape == (B, S, 64)
 
 
+@pytest.mark.parametrize("name, read", [("SequenceClassification", B), ("MaskedLM", int((LABELS != -100).sum())),
+                                        ("TokenClassification", None)])
+def test_the_last_layer_computes_what_the_head_reads(name, read, monkeypatch):
+    cls, rows, add = getattr(modeling_bert, f"BertFor{name}"), [], ops.add_layer_norm
+    monkeypatch.setattr(ops, "add_layer_norm", lambda x, *args: (rows.append(len(x)), add(x, *args))[1])
+    _, patched = pair(cls)
+    given = inputs_of(cls)
+    kept = MASK.bool() | (given["labels"] != -100) if given["labels"].dim() == 2 else MASK.bool()
+    patched.train()(**given)
+    assert rows == 4 * [int(kept.sum())] + 2 * [read or int(kept.sum())]
+
+
 def test_every_model_says_once_what_runs_as_the_original():
     with warnings.catch_warnings(record=True) as said, torch.no_grad():
         warnings.simplefilter("default")
@@ -1078,6 +1090,7 @@ def test_parity_sees_the_loss_without_logits(monkeypatch):
     assert skipped.worst()[1].patched < 1e-5 and skipped.not_given == ["logits"] and "all: logits" in str(skipped)
     project = patched_module._project
     monkeypatch.setattr(patched_module, "_project", lambda head, x, labels: 1.5 * project(head, x, labels))
+    bertfast.patch(model)  # patched or not, the original is what it is compared with
     found = bertfast.parity(model, batch)
     assert found["loss"].patched < 1e-5 and not found.not_given
     for name in ("loss without logits", "grad of bert.encoder.layer.0.output.dense.weight"):
