@@ -133,6 +133,17 @@ def test_text_as_parquet_keeps_it(column: pa.Array, tmp_path: Path, vocab: Path)
     assert text_of(tmp_path / "set") == EXPECTED
 
 
+@pytest.mark.parametrize("name", ["a.jsonl", "a.parquet"])
+def test_text_in_a_field_of_another_name(name: str, tmp_path: Path, vocab: Path) -> None:
+    if name.endswith(".parquet"):
+        pq.write_table(pa.table({"text": ["no"] * 3, "body": DOCUMENTS}), tmp_path / name)
+    else:
+        rows = [json.dumps({"text": "no", "body": document}) for document in DOCUMENTS]
+        (tmp_path / name).write_text("\n".join(rows))
+    prepare([str(tmp_path / name)], tmp_path / "set", vocab=vocab, field="body", workers=1)
+    assert text_of(tmp_path / "set") == EXPECTED
+
+
 def test_a_byte_order_mark_windows_line_ends_and_blank_lines(tmp_path: Path, vocab: Path) -> None:
     content = "\ufeff\r\n \r\n" + "\r\n \t \r\n\r\n".join(x.replace("\n", "\r\n") for x in DOCUMENTS) + "\r\n\r\n"
     (tmp_path / "a.txt").write_bytes(content.encode())
