@@ -1167,12 +1167,13 @@ def test_one_model_at_a_time(start, tmp_path, monkeypatch):
 
 
 def test_texts_are_written_in_the_memory_of_a_batch(start, tmp_path, monkeypatch):
-    chosen = settings("seq2seq", start, tmp_path, tokens=64, beams=2)
-    work, sizes, all_at_once = FineTuning(tmp_path, chosen), [], []
+    chosen = settings("seq2seq", start, tmp_path, tokens=64, beams=2, length_penalty=0.5)
+    work, sizes, given = FineTuning(tmp_path, chosen), [], set()
     model, generate = work.model_for(1).eval(), write.generate
 
     def counted(model, batch, *arguments):
         sizes.append(len(batch.cu_seqlens) - 1)
+        given.add(arguments)
         return generate(model, batch, *arguments)
 
     monkeypatch.setattr(write, "generate", counted)
@@ -1180,10 +1181,21 @@ def test_texts_are_written_in_the_memory_of_a_batch(start, tmp_path, monkeypatch
     parts = work.task.infer(model, items)
     longest = max(len(item.sequences[0].ids) for item in items)
     assert sum(sizes) == 40 and max(sizes) == 8 * 64 // (2 * (12 + longest))
+    assert given == {(work.tokenizer.cls_id, work.tokenizer.sep_id, 12, 2, 0.5)}
     work.settings.tokens = 4096
     sizes.clear()
     all_at_once = work.task.infer(model, items)
     assert sizes == [40] and all(np.array_equal(a, b) for a, b in zip(parts, all_at_once, strict=True))
+
+
+def test_source_and_target_share_the_positions_of_a_prefix_lm(start, tmp_path):
+    write_rows(tmp_path / "long.jsonl", [{"source": "good " * 100, "target": "it is one house " * 20}] * 4)
+    chosen = settings("prefix-lm", start, tmp_path, max_target_length=40)
+    work = FineTuning(tmp_path, replace(chosen, train=str(tmp_path / "long.jsonl"), dev=str(tmp_path / "long.jsonl")))
+    model = work.model_for(1)
+    assert {item.n_tokens for item in work.train_items} == {63}  # of 64, what is written last is not read
+    assert torch.isfinite(work._step(model, work.optimizer_for(model), work.train_items, 1, 1, Window()))
+    assert all(len(ids) <= 32 for ids in work.task.infer(model.eval(), work.dev_items))
 
 
 def test_a_stop_is_heard_while_features_are_computed_and_judged(start, tmp_path):
