@@ -459,6 +459,16 @@ def test_plain_pytorch_computes_what_the_table_defines(op):
     assert all(r["share"] > 0 and r["median"] > 0 for r in rows)
 
 
+def test_a_right_output_with_wrong_gradients_is_refused():
+    def half_right(t, p):
+        y = CASES["bias_gelu"].fused(t, p)
+        return y.detach() + 1.01 * (y - y.detach())
+
+    rows = ops.measure("bias_gelu", (24, 32), "fp32", {"bertfast": half_right, "eager": ops.BEST["bias_gelu"]}, 1)
+    refused = {row["contender"]: row["failed"] for row in rows}
+    assert refused["bertfast"].startswith(("refused: x", "refused: bias")) and refused["eager"] == ""
+
+
 def test_the_optimiser_is_compared_and_checked(monkeypatch):
     monkeypatch.setattr(ops.BertConfig, "preset", lambda name: bertfast.BertConfig(**TINY))
     for dtype in ("fp32", "bf16"):
@@ -479,6 +489,7 @@ def test_a_slower_trainer_is_noticed_and_results_without_times_are_refused():
     before, after = (made([{**row, "median": seconds}], "trainer") for seconds in (0.01, 0.1))
     assert [row["why"] for row in report.compare(before, after)] == ["10.00 times as slow (allowed 1.05)"]
     assert report.compare(after, before) == []
+    assert [row["why"] for row in report.compare(before, made([], "trainer"))] == ["is missing"]
     fewer = {**before, "threads": 1, "settings": {"tokens": 512, "length": 128}}
     more = {**fewer, "threads": 2, "settings": {"tokens": 2048, "length": 128}}
     assert report.changed_settings(fewer, more) == [("threads", 1, 2), ("tokens", 512, 2048)]

@@ -19,6 +19,7 @@ from bertfast.benchmarks import commands
 from typer.models import OptionInfo
 
 from bertfast import cli, machine
+from bertfast.files import UserError
 
 BENCH = "benchmarks.commands:_finish"
 COMMANDS = {  # command: (arguments without which it does not start, the functions behind it, the last one called last)
@@ -116,6 +117,41 @@ def test_every_option_and_its_default_arrive(command: str, name: str, kind: Any,
     assert arriving(*arguments) in (str(value), [str(value)])
     if default not in (None, inspect.Parameter.empty):
         assert arriving() == str(default)
+
+
+def test_the_precision_is_the_faster_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    cpu, gpu = torch.device("cpu"), torch.device("cuda")
+    rates = {torch.float32: 2e11}
+    monkeypatch.setattr(machine, "gemm_rate", lambda dtype, device: rates[dtype])
+    for has_bf16, rate, expected in ((True, 3e11, "bf16"), (True, 1e11, "fp32"), (False, 3e11, "fp32")):
+        monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda has_bf16=has_bf16: has_bf16)
+        rates[torch.bfloat16] = rate
+        assert machine.choose_precision("auto", cpu)[0] == expected
+    for has_bf16, expected in ((True, "bf16"), (False, "fp16")):
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda has_bf16=has_bf16, **_: has_bf16)
+        assert machine.choose_precision("auto", gpu)[0] == expected
+    with pytest.raises(UserError, match="fp16 trains on GPUs only"):
+        machine.choose_precision("fp16", cpu)
+
+
+@pytest.mark.parametrize(("capability", "has_bf16", "expected"), [
+    ("AVX2", False, True), ("AVX512", False, False), ("AVX512", True, True)])
+def test_which_cpus_multiply_bf16(capability: str, has_bf16: bool, expected: bool,
+                                  monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where oneDNN has it: not with AVX-512 alone, which takes five times as long as for fp32."""
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: has_bf16)
+    for there in (True, False):
+        monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda there=there: there)
+        monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: True, raising=False)
+        assert machine.multiplies_bf16(torch.device("cpu")) == (expected and there)
+    assert machine.multiplies_bf16(torch.device("cuda"))
+
+
+def test_a_rate_is_flops_a_second(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(machine.time, "perf_counter", iter(range(99)).__next__)  # every look at it takes a second
+    monkeypatch.setattr(torch, "mm", lambda a, b, out: None)
+    assert machine.gemm_rate(torch.float32, torch.device("cpu")) == 2 * 1024**3
 
 
 def test_output_that_lacks_a_character(monkeypatch: pytest.MonkeyPatch) -> None:
