@@ -465,6 +465,35 @@ def test_causal_batches_predict_each_next_token(dataset: Dataset) -> None:
         loader.load_state_dict(masked.state_dict())
 
 
+def test_documents_planned_by_several_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """From 8192 documents on, where there are cores, equal ranges of them: the same samples in the same order."""
+    if plan._C is None:
+        pytest.skip("bertfast._C is not built")
+    rng = np.random.default_rng(0)
+    sentences = np.append(0, rng.integers(1, 9, 20_000).cumsum())
+    documents = np.append(0, np.sort(rng.choice(np.arange(1, 20_000), 9000, replace=False)))
+    documents = np.append(documents, 20_000)
+    arguments = (sentences, documents, np.arange(9001), 7, 1, 16, True, 0.1)
+    fast = plan.plan(*arguments)
+    monkeypatch.setattr(plan, "_C", None)
+    assert np.array_equal(fast, plan.plan(*arguments))
+
+
+def test_a_vocabulary_beyond_two_bytes(tmp_path: Path) -> None:
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *(f"w{i}" for i in range(5, 70_000))]
+    (tmp_path / "v.txt").write_text("\n".join(words))
+    rng = np.random.default_rng(0)
+    (tmp_path / "t.txt").write_text("\n\n".join(" ".join(f"w{i}" for i in rng.integers(5, 70_000, 40)) for _ in "abc"))
+    manifest = prepare([str(tmp_path / "t.txt")], tmp_path / "set", vocab=tmp_path / "v.txt", workers=1)
+    dataset = Dataset(tmp_path / "set")
+    assert manifest["dtype"] == "uint32" and dataset.tokens.max() > 65_536
+    loader = Loader(dataset, 1, 64, 128, nsp=False, causal=True)  # masks nothing
+    batch, (_, order, offsets) = loader.batch(0), loader._epoch(0)
+    sources = source_ids(loader, 0)
+    expected = [x for index in order[offsets[0] : offsets[1]].tolist() for x in sources[index]]
+    assert batch.input_ids[: batch.n_tokens].tolist() == expected and max(expected) > 65_536
+
+
 def check_whole_words(ids: list[int], masked: list[int], first: int, loader: Loader, wanted: int) -> None:
     """A word is masked with all its pieces, or not at all."""
     inside = lambda at: at < len(ids) - 1 and at != first - 1 and at != first and loader.is_continuation[ids[at]]

@@ -17,6 +17,7 @@ from bertfast.ops.dropout import keep_mask, keep_scale, philox, threshold
 from bertfast.ops.few_rows_linear import MOST_ROWS, takes
 from bertfast.ops.gemm import suits
 from bertfast.ops.linear import joined_linear, linear
+from bertfast.ops.masked_vocab_projection import GradientSink
 from bertfast.optim import Optimizer
 
 needs_extension = pytest.mark.skipif(not ops.backends()["add_layer_norm_fwd"]["cpu"].startswith("C++"),
@@ -52,11 +53,13 @@ def test_error_not_above_eager(case, shape, p, dtype):
 
 @pytest.mark.parametrize(("case", "shape"), [(c, c.shapes[1]) for c in CASES.values()], ids=list(CASES))
 def test_fp16_and_non_contiguous_inputs(case, shape):
+    """In fp16 by the references, which also run where no kernel is built."""
     tensors = case.inputs(shape, torch.float16)
-    truth = run(case.eager, case, case.inputs(shape, torch.float64), 0.0)
-    for name, value in run(case.fused, case, tensors, 0.0).items():
-        scale = truth[name].abs().max()
-        assert (value.double() - truth[name]).abs().max() <= 8e-3 * scale, name  # fp16 eps 1e-3, a few roundings
+    for p in (0.0, 0.1) if case.dropout else (0.0,):
+        truth = run(case.eager, case, case.inputs(shape, torch.float64), p)
+        for name, value in run(case.fused, case, tensors, p).items():
+            scale = truth[name].abs().max()
+            assert (value.double() - truth[name]).abs().max() <= 8e-3 * scale, name  # fp16 eps 1e-3, a few roundings
     contiguous = case.inputs(shape, torch.float32)
     strided = {n: t.t().contiguous().t() if t.dim() == 2 else t for n, t in contiguous.items()}
     for name, value in run(case.fused, case, strided, 0.0).items():
@@ -156,6 +159,51 @@ def test_bias_of_a_frequent_and_sure_label(sure):
     fused = gradient(lambda h, w, b: ops.masked_vocab_projection(h, w, b, labels)[0], torch.float32)
     truth, plain = gradient(eager, torch.float64), gradient(eager, torch.float32)
     assert_no_further("the label's", fused[11:12], plain[11:12], truth[11:12])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("learns", [False, True])
+def test_right_predictions_are_counted(learns, dtype):
+    """The likeliest word is right, the second likeliest is not, and of equally likely ones the first is."""
+    torch.manual_seed(0)
+    hidden, weight, bias = (torch.randn(*shape).to(dtype) for shape in ((60, 64), (2000, 64), (2000,)))
+    weight[1999], bias[1999] = weight[3], bias[3]
+    hidden[:20] = weight[3] * 2  # whose likeliest words are both
+    two = F.linear(hidden.double(), weight.double(), bias.double()).topk(2).indices
+    labels = torch.where(torch.arange(60) % 2 == 0, two[:, 0], two[:, 1])
+    labels[:10], labels[10:20] = 3, 1999
+    labels[::5] = -100
+    right = ((labels == two[:, 0]) & (torch.arange(60) >= 20)).sum() + 8
+    _, n_masked, n_correct = ops.masked_vocab_projection(hidden.requires_grad_(learns), weight, bias, labels)
+    assert (n_masked, n_correct) == (48, right)
+
+
+@needs_extension
+@pytest.mark.parametrize("into", [False, True], ids=["own", "a sink"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_more_logits_than_are_kept_at_once(dtype, into):
+    """A call that takes its rows in several chunks is the sum of calls that take them in one."""
+    torch.manual_seed(0)
+    rows, vocab = (1500, 24_000) if dtype == torch.float32 else (3000, 24_000)
+    hidden, weight, bias = (torch.randn(*shape).to(dtype) for shape in ((rows, 16), (vocab, 16), (vocab,)))
+    labels = torch.randint(0, vocab, (rows,))
+    labels[::7] = -100
+
+    def project(first, end):
+        h, w, b = (t.clone().requires_grad_() for t in (hidden[first:end], weight, bias))
+        sink = GradientSink(torch.full((vocab, 16), torch.nan)) if into else None
+        loss, n_masked, n_correct = ops.masked_vocab_projection(h, w, b, labels[first:end], torch.tensor(1.0), sink)
+        loss.backward()
+        dweight = sink.buffer if into else w.grad
+        return [loss.detach(), n_masked, n_correct, dweight, b.grad], h.grad
+
+    whole, dhidden = project(0, rows)
+    parts = [project(first, first + 500) for first in range(0, rows, 500)]
+    assert torch.equal(dhidden, torch.cat([d for _, d in parts]))
+    for found, *pieces in zip(whole, *(sums for sums, _ in parts)):
+        eps = torch.finfo(found.dtype).eps if found.is_floating_point() else 0.0
+        found, pieces = found.double(), [p.double() for p in pieces]
+        assert (found - sum(pieces)).abs().max() <= 4 * eps * sum(p.abs() for p in pieces).max()
 
 
 def test_a_step_between_forward_and_backward_is_noticed():
