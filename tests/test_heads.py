@@ -139,11 +139,12 @@ def test_options_in_different_numbers():
         model(packed)
 
 
-def test_dropout_of_the_head_follows_the_seed():
+@pytest.mark.parametrize("name", ["TokenClassification", "SequenceClassification"])
+def test_dropout_of_the_head_follows_the_seed(name):
     torch.manual_seed(0)
     config = bertfast.BertConfig(**SIZES, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
     config.extra.update(classifier_dropout=0.5, id2label=dict(enumerate("abcd")))
-    model = bertfast.BertForTokenClassification(config).train()
+    model = getattr(bertfast, f"BertFor{name}")(config).train()
     batch = unpad(**BATCH, labels=token_labels(BATCH["attention_mask"]))[0]
     same, again, other = (model(batch, seed=torch.tensor([s])).logits for s in (1, 1, 2))
     assert torch.equal(same, again) and not torch.equal(same, other)

@@ -253,6 +253,15 @@ def test_dropout_of_the_decoder_is_its_own(pair, monkeypatch):
     assert seeds and 5 not in seeds
 
 
+def test_cross_attention_is_told_whose_rows_are_how_many(pair, monkeypatch):
+    """Kernels for GPUs cut their tiles by it, queries first."""
+    asked, attend = [], seq2seq.ops.attention
+    monkeypatch.setattr(seq2seq.ops, "attention", lambda *args, **named: (asked.append(args[5:7]),
+                                                                          attend(*args, **named))[1])
+    pair[1](packed(arguments()[0]), **arguments()[2])
+    assert asked == 2 * [(max(TARGETS) + 1, max(SOURCES))]
+
+
 def test_both_halves_drop_without_a_seed(pair):
     """In training under torch's generator, as BertModel does: the decoder too."""
     model = pair[1]
