@@ -727,6 +727,18 @@ def test_the_optimiser_heeds_weights_loaded_since(dtype):
     assert torch.equal(model.bias.float(), rounded)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_step_begins_from_weights_loaded_since(dtype):
+    """Though nobody has asked for the masters in between."""
+    model = torch.nn.Linear(4, 4)
+    optimizer = Optimizer(model, dtype)
+    model.load_state_dict({name: torch.full_like(p, 0.5) for name, p in model.state_dict().items()})
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
+    optimizer.step(0.0)
+    assert all((t == 0.5).all() for t in [*model.parameters(), *optimizer.master_state().values()])
+
+
 def test_a_last_batch_that_was_not_accumulated_counts():
     norms = []
     for accumulated in (2, 1):
