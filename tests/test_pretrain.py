@@ -437,7 +437,7 @@ def test_fill_mask_reads_the_layout_of_the_first_checkpoints(corpus, tmp_path):
     config = json.loads((last / "config.json").read_text())
     (last / "config.json").write_text(json.dumps({**config, "architectures": ["BertForMaskedLM"]}))
     fill = FillMask(last)
-    assert fill("the [MASK] of") == expected == [fill.at(fill.tokenizer.encode("the in of")[1:-1], 1)]  # not "in"
+    assert fill("the [MASK] of") == expected == [fill.at(fill.tokenizer.encode("the in of")[1:-1], 1, 5)]  # not "in"
     weights = load_file(last / "model.safetensors")
     save_file({n: t for n, t in weights.items() if "transform" not in n}, last / "model.safetensors")
     with pytest.raises(UserError, match="missing: cls.predictions.transform"):
