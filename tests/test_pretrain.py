@@ -2,6 +2,7 @@
 
 import copy
 import io
+import itertools
 import json
 import os
 import pydoc_data.topics
@@ -12,7 +13,7 @@ import socket
 import subprocess
 import sys
 import time
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -21,6 +22,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from bertfast.benchmarks import quality
 from rich.console import Console
 from safetensors.torch import load_file, save_file
 
@@ -872,6 +874,19 @@ def test_useful_flops_count_what_is_computed(corpus, tmp_path):
     assert useful_flops(run.config, batch) == 3 * expected
     causal = replace(run.config, is_decoder=True)  # half of the scores
     assert useful_flops(causal, batch) == 3 * (expected - scores / 2)
+
+
+def test_the_loops_of_bench_quality_train_alike(corpus, tmp_path):
+    """From one start on the same batches without dropout: ours, and that of transformers' model and torch's AdamW."""
+    chosen = settings(corpus, steps=6, lr=1e-3, dropout=0.0, long_share=0.0, start="normal")
+    first = start(tmp_path, chosen, resume=False)
+    first.model.save_pretrained(tmp_path, first.optimizer.master_state())
+    loops = [quality.bertfast(asdict(chosen), 3, str(tmp_path)),
+             quality.hugging_face(asdict(chosen), 3, str(tmp_path), "sdpa", False, False)]
+    for facts in zip(*(itertools.islice(loop, 3) for loop in loops)):
+        ours, theirs = ([found["loss"], *found.get("losses", [])] for found in facts)
+        assert ours == pytest.approx(theirs, rel=1e-4) and facts[0].get("step") == facts[1].get("step")
+    assert facts[0]["step"] == 6
 
 
 # ---- as a user types it
