@@ -27,6 +27,7 @@ from bertfast.data import prepare as preparing
 from bertfast.data.dataset import Dataset
 from bertfast.data.prepare import prepare, split_sentences
 from bertfast.files import UserError
+from bertfast.finetune.read import open_table
 
 DOCUMENTS = [
     "The cat sat. The dog ran!\nIt rained, e.g. in Dr. Fog's garden.",
@@ -142,6 +143,18 @@ def test_text_in_a_field_of_another_name(name: str, tmp_path: Path, vocab: Path)
         (tmp_path / name).write_text("\n".join(rows))
     prepare([str(tmp_path / name)], tmp_path / "set", vocab=vocab, field="body", workers=1)
     assert text_of(tmp_path / "set") == EXPECTED
+
+
+@pytest.mark.parametrize("read", [lambda path: corpus.read_files([path]), open_table], ids=["prepare", "finetune"])
+def test_parquet_is_read_as_a_stream(read: Any, tmp_path: Path) -> None:
+    """Also where all rows are one row group."""
+    pq.write_table(pa.table({"text": [os.urandom(500).hex() for _ in range(10_000)]}), tmp_path / "a.parquet",
+                   use_dictionary=False)
+    assert pq.ParquetFile(tmp_path / "a.parquet").num_row_groups == 1
+    before = pa.total_allocated_bytes()
+    rows = iter(read(tmp_path / "a.parquet"))
+    next(rows)
+    assert pa.total_allocated_bytes() - before < 6 << 20
 
 
 def test_a_byte_order_mark_windows_line_ends_and_blank_lines(tmp_path: Path, vocab: Path) -> None:

@@ -174,13 +174,22 @@ def _rows(path: Path, text: IO[str], field: str, tell: Callable[[], int]) -> Rea
         yield row[field], True, tell()
 
 
+def open_parquet(path: Path) -> Any:
+    """A pyarrow.parquet.ParquetFile that is streamed: by itself it holds whole columns of a row group, maybe the file.
+
+    Raises pyarrow's exceptions, and OSError.
+    """
+    from pyarrow.parquet import ParquetFile
+
+    return ParquetFile(path, buffer_size=1 << 20, pre_buffer=False)
+
+
 def _read_parquet(path: Path, field: str) -> Reader:
     """A row of a string column, a document each."""
     import pyarrow
-    import pyarrow.parquet
 
     try:
-        with pyarrow.parquet.ParquetFile(path) as table:
+        with open_parquet(path) as table:
             if field not in table.schema_arrow.names:
                 names = ", ".join(table.schema_arrow.names)
                 raise UserError(f"{path} has no column {field!r} (--field names another); it has {names}")

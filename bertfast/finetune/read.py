@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from bertfast.data.corpus import open_parquet
 from bertfast.files import UserError
 
 CONLLU = ["id", "form", "lemma", "upos", "xpos", "feats", "head", "deprel", "deps", "misc"]
@@ -265,15 +266,14 @@ def _squad(path: Path, articles: list) -> Iterator[Row]:
 
 def _parquet(path: Path) -> Table:
     import pyarrow
-    from pyarrow.parquet import ParquetFile
 
     try:
-        names = ParquetFile(path).schema_arrow.names
+        names = open_parquet(path).schema_arrow.names
     except (pyarrow.ArrowInvalid, OSError) as error:
         raise UserError(f"{path} is not a Parquet file: {str(error).splitlines()[0]}") from error
 
     def rows() -> Iterator[Row]:
-        number, batches = 0, ParquetFile(path).iter_batches(1024)
+        number, batches = 0, open_parquet(path).iter_batches(1024)
         while True:
             try:
                 batch = next(batches, None)
