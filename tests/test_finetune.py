@@ -477,6 +477,9 @@ TABLES = {  # name: (file name, content, options) -> rows or error
     "conllu": ("a.conllu", b"#newdoc\n# text = vamonos\n1-2\tvamonos" + b"\t_" * 8 + b"\n1\tvamos\t_\tVERB" + b"\t_" * 6
                + b"\n1.1\tx\t_\tY" + b"\t_" * 6 + b"\n2\tnos\t_\tPRON" + b"\t_" * 6, {"words": True},
                {"form": ["vamos", "nos"], "upos": ["VERB", "PRON"]}),
+    "conllu after files with other names": (
+        "a.conllu", b"1\tvamos\t_\tVERB" + b"\t_" * 6, {"words": True, "columns": ["form", "upos", "xpos"]},
+        {"form": ["vamos"], "upos": ["VERB"], "xpos": ["_"]}),
     "blank lines in one column": ("a.csv", b"text\na\n\nb\n\n", {}, [{"text": "a"}, {"text": ""}, {"text": "b"}]),
     "blank lines in two": ("a.csv", b"text,label\n\na,x\n\nb,y\n\n", {},
                            [{"text": "a", "label": "x"}, {"text": "b", "label": "y"}]),

@@ -47,9 +47,9 @@ def open_table(path: str | Path, columns: list[str] | None = None, words: bool =
                format: str | None = None) -> Table:
     """Understand a file by its ending: .csv .tsv .txt .jsonl .json .parquet .conllu, anything else by its lines.
 
-    columns: names of the columns of a file without a header. words: the file may be one word a line, a blank line
-    between sentences; each Row is then a sentence, with a list of words for each column. format: whether such a .tsv or
-    .txt is "CoNLL" or "TSV"; without, blank lines tell, which a single sentence has not.
+    columns: names of the columns of a file without a header (CoNLL-U's are fixed). words: the file may be one word a
+    line, a blank line between sentences; each Row is then a sentence, with a list of words for each column. format:
+    whether such a .tsv or .txt is "CoNLL" or "TSV"; without, blank lines tell, which a single sentence has not.
     Raises UserError where the file is missing, empty or of another format; rows are checked when they are read.
     """
     path = Path(path)
@@ -316,7 +316,7 @@ def _word_lines(path: Path, encoding: str, columns: list[str] | None, conllu: bo
         raise UserError(f"{path} is empty")
     separator = "\t" if "\t" in first else None
     width = len(first.split(separator))
-    names = columns or (CONLLU if conllu else [str(i) for i in range(1, width + 1)])
+    names = CONLLU if conllu else columns or [str(i) for i in range(1, width + 1)]
     if len(names) > width:
         raise UserError(f"{path}: {width} columns, but {len(names)} names ({', '.join(names)})")
     # parted by spaces, a comment may have as many fields as a word
