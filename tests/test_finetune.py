@@ -434,6 +434,28 @@ def test_long_sentences_are_read_in_windows_each_word_once(start, capsys):
     assert task.counts["words without a readable character, read as [UNK]"] == 1
 
 
+@pytest.mark.parametrize(("stride", "shared"), [(128, 128), (20, 20), (300, 128)])
+def test_windows_of_a_context_share_what_was_asked(stride, shared, start):
+    """Or a third, which a question of half a window leaves room for; and say so."""
+    task = TASKS["qa"](Settings("qa", str(start), "train", stride=stride), Tokenizer.load(start), 512)
+    items = task.items([Example("here", ("1", "where is it", "cat " * 1000), None)])
+    first, second = ([tuple(x) for x in offsets[begin:end]] for offsets, begin, end in (i.extra for i in items[:2]))
+    assert len(set(first) & set(second)) == shared and items[0].n_tokens == 384
+    assert list(task.counts) == [f"contexts of more than 384 tokens, read in windows that share {shared} (--stride)"]
+
+
+def test_a_length_beyond_the_positions_is_told(start):
+    given = {"style": "prefix-lm", "max_target_length": 40, "max_length": 60}
+    for changes, length, told in [
+        ({"max_target_length": 70}, 63, {"tokens of a target at most, not 70: the model has 64 positions": 63}),
+        (given, 32, {"tokens of a target at most, not 40: the model has 64 positions": 32,
+                     "tokens of a source at most, not 60: the target has the other positions": 32}),
+        ({**given, "max_target_length": 4}, 4, {}),
+    ]:
+        task = TASKS["seq2seq"](Settings("seq2seq", str(start), "train", **changes), Tokenizer.load(start), 64)
+        assert (task.longest, task.counts) == (length, told)
+
+
 def test_outputs_do_not_depend_on_the_budget(start, tmp_path):
     work = FineTuning(tmp_path, settings("qa", start, tmp_path))
     model = work.model_for(1).eval()

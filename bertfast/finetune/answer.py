@@ -34,6 +34,10 @@ class Answering(Task):
     named_outputs = False
     feature_rows = "rows"
 
+    def __init__(self, settings, tokenizer, max_positions, labels=None):
+        super().__init__(settings, tokenizer, max_positions, labels)
+        self.stride = min(settings.stride, self.max_length // 3)  # the longest question leaves a context half
+
     def example(self, row: Row, columns: dict[str, str], labelled: bool = True) -> Example:
         context, question = require_text(row, columns["context"]), require_text(row, columns["question"])
         inputs = (str(row.values.get("id", "")), question.strip(), context)
@@ -67,8 +71,7 @@ class Answering(Task):
                 self.counts[f"questions cut to {longest} tokens"] += 1
                 question = question[: encoding.offsets[longest - 2][1]]
             questions.append(question)
-        stride = min(self.settings.stride, self.max_length // 4)
-        encodings = self.encoder(stride, "only_second").encode_batch(
+        encodings = self.encoder(self.stride, "only_second").encode_batch(
             [(q, e.inputs[2]) for q, e in zip(questions, examples)]
         )
         return [item for i, pair in enumerate(zip(examples, encodings)) for item in self._windows(i, *pair)]
@@ -91,7 +94,8 @@ class Answering(Task):
         if example.label and all(item.target == (0, 0) for item in items):
             self.counts[f"answers that no window of {self.max_length} tokens holds: training takes them for none"] += 1
         if len(items) > 1:
-            self.counts[f"contexts of more than {self.max_length} tokens, read in windows"] += 1
+            self.counts[f"contexts of more than {self.max_length} tokens, read in windows that share {self.stride} "
+                        "(--stride)"] += 1
         return items
 
     def forward_arguments(self, items: list[Item]) -> dict[str, Any]:

@@ -31,6 +31,7 @@ class Tagging(Task):
 
     def __init__(self, settings, tokenizer, max_positions, labels=None):
         super().__init__(settings, tokenizer, max_positions, labels)
+        self.stride = min(settings.stride, (self.max_length - 2) // 2)
         self._decide_metrics()
 
     def _decide_metrics(self) -> None:
@@ -104,11 +105,10 @@ class Tagging(Task):
             metrics.need("seqeval.metrics")
 
     def items(self, examples: list[Example]) -> list[Item]:
-        stride = min(self.settings.stride, (self.max_length - 2) // 2)
-        encoder = self.encoder(stride)
-        return [item for i, example in enumerate(examples) for item in self._windows(i, example, encoder, stride)]
+        encoder = self.encoder(self.stride)
+        return [item for i, example in enumerate(examples) for item in self._windows(i, example, encoder)]
 
-    def _windows(self, index: int, example: Example, encoder: tokenizers.Tokenizer, stride: int) -> list[Item]:
+    def _windows(self, index: int, example: Example, encoder: tokenizers.Tokenizer) -> list[Item]:
         encoding = encoder.encode(example.inputs, is_pretokenized=True)
         whole = [encoding, *encoding.overflowing]
         seen = {w for part in whole for w in part.word_ids if w is not None}
@@ -118,10 +118,11 @@ class Tagging(Task):
             encoding = encoder.encode(words, is_pretokenized=True)
             whole = [encoding, *encoding.overflowing]
         if len(whole) > 1:
-            self.counts[f"sentences of more than {self.max_length} tokens, read in windows"] += 1
+            self.counts[f"sentences of more than {self.max_length} tokens, read in windows that share {self.stride} "
+                        "(--stride)"] += 1
         home: dict[int, tuple[int, int, int]] = {}  # word -> (distance to the nearer edge, window, position)
         for number, part in enumerate(whole):
-            previous = whole[number - 1].word_ids[-2 - stride] if number else None  # perhaps cut in two here
+            previous = whole[number - 1].word_ids[-2 - self.stride] if number else None  # perhaps cut in two here
             last = len(part.ids) - 1
             for position, word in enumerate(part.word_ids):
                 if word is not None and word != previous:

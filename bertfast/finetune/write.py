@@ -34,10 +34,16 @@ class Writing(Task):
         super().__init__(settings, tokenizer, max_positions, labels)
         self.prefix = settings.style == "prefix-lm"
         self.head = BertForPrefixLM if self.prefix else BertForSeq2Seq
-        self.longest = min(settings.max_target_length, max_positions - 1)  # with [SEP], without [CLS]
+        room = max_positions // 2 if self.prefix else max_positions - 1  # with [SEP], without [CLS]
+        self.longest = min(settings.max_target_length, room)
+        if self.longest < settings.max_target_length:
+            self.counts[f"tokens of a target at most, not {settings.max_target_length}: the model has {max_positions} "
+                        "positions"] = self.longest
         if self.prefix:  # source and target share the positions
-            self.longest = min(self.longest, max_positions // 2)
             self.max_length = min(self.max_length, max_positions - self.longest)
+            if settings.max_length and self.max_length < settings.max_length:
+                self.counts[f"tokens of a source at most, not {settings.max_length}: the target has the other "
+                            "positions"] = self.max_length
 
     def learn(self, train: list[Example], dev: list[Example]) -> None:
         metrics.need("sacrebleu")
