@@ -482,6 +482,13 @@ TABLES = {  # name: (file name, content, options) -> rows or error
              [{"text": "two\r\nlines, one field", "label": "x"}]),
     "no header": ("a.tsv", b"x\tone\textra\ny\ttwo\n", {"columns": ["label", "text"]},
                   [{"label": "x", "text": "one"}, {"label": "y", "text": "two"}]),
+    "a header besides names": ("a.tsv", b"Label\ttext\textra\nx\tone\t\ny\ttwo\t\nlabel\ttext\t\n",
+                               {"columns": ["label", "Text"]},
+                               [{"label": "x", "Text": "one"}, {"label": "y", "Text": "two"},
+                                {"label": "label", "Text": "text"}]),
+    "a header of words besides names": ("a.conll", b"\nword  tag\nEU O\n\nword tag\n",
+                                        {"words": True, "columns": ["word", "tag"]},
+                                        [{"word": ["EU"], "tag": ["O"]}, {"word": ["word"], "tag": ["tag"]}]),
     "line separator is no line end": ("a.tsv", "text\tlabel\na\u2028b\x85c\tx\n".encode(), {},
                                       [{"text": "a\u2028b\x85c", "label": "x"}]),
     "jsonl": ("a.jsonl", b'{"text": "a", "label": 1}\n\n{"text": "b", "label": 0}', {},
@@ -617,6 +624,17 @@ def test_decisions_are_counted_and_told(start, tmp_path, capsys):
     printed = capsys.readouterr().out
     assert all(f"decided: {n:,} {what}" in printed for what, n in summary["decisions"].items())
     assert summary["best"]["accuracy"] <= 0.5
+
+
+def test_a_header_read_as_a_word_is_suspected(start, tmp_path):
+    rows = "EU\tB-ORG\nrejects\tO\n\n" * 9
+    told = "tag 'tag', on the first line alone (a header? Name the columns with --columns)"
+    for content, columns, counts in [(rows, [], {}), (f"word\ttag\n{rows}", [], {told: 1}),
+                                     (f"word\ttag\n{rows}", ["word", "tag"], {})]:
+        (tmp_path / "train.tsv").write_text(content)
+        chosen = Settings("tagging", str(start), *[str(tmp_path / "train.tsv")] * 2, columns=columns)
+        task = FineTuning(tmp_path, chosen).task
+        assert task.counts == counts and ("tag" in task.labels) == bool(counts)
 
 
 def test_the_label_separator_parts_labels():

@@ -140,12 +140,15 @@ def _delimited(path: Path, encoding: str, delimiter: str, columns: list[str] | N
     if not first:
         raise UserError(f"{path} is empty")
     names = columns or [name.strip() for name in first]
+    named = bool(columns) and _names(first, names)
+    if named:
+        notes.append(f"{path.name}: line {line} names the columns and is no row")
     if len(set(names)) < len(names):
         raise UserError(f"{path}: two columns have the same name: {', '.join(names)}")
 
     def rows() -> Iterator[Row]:
         reader = records()
-        if not columns:
+        if named or not columns:
             next(record for _, record in reader if record == first)
         for number, record in reader:
             if len(names) > 1 and len(record) == 1 and not record[0].strip():
@@ -158,6 +161,11 @@ def _delimited(path: Path, encoding: str, delimiter: str, columns: list[str] | N
             yield Row(dict(zip(names, record)), f"{path}:{number}")
 
     return Table(path, "CSV" if delimiter == "," else "TSV", names, rows, notes)
+
+
+def _names(record: list[str], names: list[str]) -> bool:
+    """Whether a file's first record is the header that was thought missing."""
+    return [field.strip().lower() for field in record[: len(names)]] == [name.lower() for name in names]
 
 
 def _is_quoted_tsv(path: Path, encoding: str) -> bool:
@@ -310,15 +318,16 @@ def _word_lines(path: Path, encoding: str, columns: list[str] | None, conllu: bo
     columns are 1, 2, …; a Row holds a list of values for each.
     """
     comments = ("#", "-DOCSTART-") if conllu else ("# ", "-DOCSTART-")
-    lines = (line for _, line in _lines(path, encoding) if line.strip() and not line.startswith(comments))
-    first = next(lines, None)
-    if first is None:
+    lines = (row for row in _lines(path, encoding) if row[1].strip() and not row[1].startswith(comments))
+    at, first = next(lines, (0, ""))
+    if not first:
         raise UserError(f"{path} is empty")
     separator = "\t" if "\t" in first else None
     width = len(first.split(separator))
     names = CONLLU if conllu else columns or [str(i) for i in range(1, width + 1)]
     if len(names) > width:
         raise UserError(f"{path}: {width} columns, but {len(names)} names ({', '.join(names)})")
+    named = bool(columns) and _names(first.split(separator), names)
     # parted by spaces, a comment may have as many fields as a word
     commented = not conllu and next(line for _, line in _lines(path, encoding) if line.strip()).startswith("# ")
     skip = re.compile(r"\d+[-.]\d+\t") if conllu else re.compile(r"-DOCSTART-")
@@ -332,7 +341,7 @@ def _word_lines(path: Path, encoding: str, columns: list[str] | None, conllu: bo
                 if words:
                     yield _sentence(names, words, f"{path}:{begin}")
                 words = []
-            elif (skip.match(line) or (line.startswith("#") and len(fields) != width)
+            elif ((named and number == at) or skip.match(line) or (line.startswith("#") and len(fields) != width)
                   or (commented and not words and line.startswith("# "))):
                 continue
             elif len(fields) != width:
@@ -346,6 +355,7 @@ def _word_lines(path: Path, encoding: str, columns: list[str] | None, conllu: bo
             yield _sentence(names, words, f"{path}:{begin}")
 
     notes = [f"{path.name}: lines before a sentence that start with '# ' are comments"] if commented else []
+    notes += [f"{path.name}: line {at} names the columns and is no word"] if named else []
     return Table(path, "CoNLL-U" if conllu else "CoNLL", names, rows, notes)
 
 

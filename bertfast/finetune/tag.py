@@ -100,6 +100,9 @@ class Tagging(Task):
     def learn(self, train: list[Example], dev: list[Example]) -> None:
         each = lambda examples: ((tag, e.where) for e in examples for tag in e.label)
         self.set_labels(each(train), each(dev))
+        tags = [tag for e in train for tag in e.label]
+        if self.read_format == "CoNLL" and tags.count(tags[0]) == 1:
+            self.counts[f"tag {tags[0]!r}, on the first line alone (a header? Name the columns with --columns)"] = 1
         self._decide_metrics()
         if self.spans:
             metrics.need("seqeval.metrics")
