@@ -473,6 +473,9 @@ def test_outputs_do_not_depend_on_the_budget(start, tmp_path):
 TABLES = {  # name: (file name, content, options) -> rows or error
     "bom": ("a.tsv", b"\xef\xbb\xbfid\ttext\n1\tcaf\xc3\xa9\n", {}, [{"id": "1", "text": "café"}]),
     "latin-1": ("a.tsv", b"text\tlabel\ncaf\xe9\tx\n", {}, [{"text": "café", "label": "x"}]),
+    "windows-1252": ("a.csv", "text,label\nI don\u2019t \u2013 \u201cnever\u201d,caf\xe9\n".encode("cp1252"), {},
+                     [{"text": "I don\u2019t \u2013 \u201cnever\u201d", "label": "café"}]),
+    "latin-1 with a control character": ("a.tsv", b"text\na\x81caf\xe9\n", {}, [{"text": "a\x81café"}]),
     "utf-16": ("a.tsv", "text\tlabel\ncafé\tx\n".encode("utf-16"), {}, [{"text": "café", "label": "x"}]),
     "stray quotes": ("a.tsv", b'text\tlabel\nhe said "no\tx\n"quoted" word\ty\n', {},
                      [{"text": 'he said "no', "label": "x"}, {"text": '"quoted" word', "label": "y"}]),

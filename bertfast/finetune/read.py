@@ -78,22 +78,22 @@ def _encoding(path: Path) -> tuple[str, list[str]]:
     """The encoding of a text file, and a note where it is not plain UTF-8."""
     try:
         with open(path, "rb") as file:
-            start = file.read(4)
-            wide = start[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
-            decoder = codecs.getincrementaldecoder("utf-16" if wide else "utf-8")()
-            decoder.decode(start)
-            while piece := file.read(1 << 20):
-                decoder.decode(piece)
-            decoder.decode(b"", final=True)
-    except UnicodeDecodeError as error:
-        if wide:
-            raise UserError(f"{path} is UTF-16, but damaged or cut off: {error.reason}") from error
-        return "latin-1", [f"{path.name} is not UTF-8: read as Latin-1"]
+            wide = file.read(2) in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+        for encoding, notes in [("utf-16", [f"{path.name} is UTF-16"])] if wide else [
+            ("utf-8-sig", []),  # which drops a byte-order mark, where there is one
+            ("cp1252", [f"{path.name} is not UTF-8: read as Windows-1252 (Latin-1 with quotation marks and dashes)"]),
+        ]:
+            try:
+                with open(path, encoding=encoding, newline="") as text:
+                    while text.read(1 << 20):
+                        pass
+                return encoding, notes
+            except UnicodeDecodeError as error:
+                if wide:
+                    raise UserError(f"{path} is UTF-16, but damaged or cut off: {error.reason}") from error
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from error
-    if wide:
-        return "utf-16", [f"{path.name} is UTF-16"]
-    return "utf-8-sig", []  # which drops a byte-order mark, where there is one
+    return "latin-1", [f"{path.name} is not UTF-8: read as Latin-1"]
 
 
 def _lines(path: Path, encoding: str) -> Iterator[tuple[int, str]]:
