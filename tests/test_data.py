@@ -1,6 +1,7 @@
 """From ids to batches: the tokenizer, the plan of an epoch, masking, packing, the loader."""
 
 import dataclasses
+import itertools
 import json
 import re
 import subprocess
@@ -16,7 +17,7 @@ from hypothesis import strategies as st
 from tokenizers import normalizers
 
 from bertfast.batch import PackedBatch
-from bertfast.data import plan
+from bertfast.data import plan, tokenizer
 from bertfast.data.dataset import Dataset, Loader, Plan
 from bertfast.data.prepare import prepare
 from bertfast.data.tokenizer import Tokenizer, WordCache
@@ -217,6 +218,15 @@ def test_endless_words_teach_no_vocabulary_and_take_no_time() -> None:
     assert Tokenizer.train([*texts, "x" * 150_000, "a " + "ACGT" * 50_000], 500).tokens == Tokenizer.train(
         [*texts, "a"], 500).tokens
     assert time.perf_counter() - began < 15  # half a minute and more, by the square of their length
+
+
+def test_the_rarest_of_too_many_words_teach_no_vocabulary(monkeypatch: pytest.MonkeyPatch) -> None:
+    common = ["abc, bcd cde dea"] * 20
+    rare = [" ".join(map("".join, itertools.permutations("abcde")))]
+    monkeypatch.setattr(tokenizer, "MOST_WORDS", 5)
+    assert Tokenizer.train(rare + common, 100).tokens == Tokenizer.train(common, 100).tokens
+    monkeypatch.setattr(tokenizer, "MOST_WORDS", 125)
+    assert Tokenizer.train(rare + common, 100).tokens != Tokenizer.train(common, 100).tokens
 
 
 def test_vocabulary_mistakes(tmp_path: Path) -> None:
