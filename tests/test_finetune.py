@@ -559,6 +559,8 @@ def test_columns_are_those_of_all_objects(tmp_path):
 FAULTS = {  # name: (task, content of train.tsv or .jsonl, options, what the one line must say)
     "no label": ("classification", "text\tlabel\na\tx\nb\t\n", {}, "train.tsv:3: no label in label"),
     "which column": ("classification", "phrase\tlabel\na\tx\n", {}, "Name it with --text; there are: phrase, label"),
+    "which key": ("classification", '{"phrase": "a", "label": "x"}', {}, "there are: phrase, label$"),
+    "which field": ("classification", "phrase\tlabel\na\tx\n", {}, "(no header? Name the columns with --columns)$"),
     "no such column": ("classification", "text\tlabel\na\tx\n", {"text_pair": "b"}, "has no column 'b'"),
     "one label": ("classification", "text\tlabel\na\tx\nb\tx\n", {}, "only one label"),
     "no number": ("regression", "text\tscore\na\tx\n", {}, "train.tsv:2: score is 'x', not a number"),
@@ -588,6 +590,11 @@ FAULTS = {  # name: (task, content of train.tsv or .jsonl, options, what the one
                       "train.jsonl:1: answers needs a list of texts"),
     "answer without start": ("qa", '{"context": "abc", "question": "x", "answers": {"text": ["b", "c"], '
                              '"answer_start": [1]}}', {}, "train.jsonl:1: answers needs a list of texts"),
+    "pair of a tagging": ("tagging", "1\tX\n", {"text_pair": "1"},
+                          "--text-pair is for classification and regression and multiple-choice and qa"),
+    "tags of characters": ("tagging", "1\tX\n", {"characters": True, "label": "2"}, "--label says nothing beside"),
+    "names of named columns": ("classification", '{"text": "a", "label": "x"}', {"columns": ["text", "label"]},
+                               "train.jsonl names its columns itself: leave --columns out"),
     "no tags": ("tagging", '{"tokens": ["a"], "tags": [null]}', {}, "train.jsonl:1: tags is not a list of tags"),
     **{f"{name} {value}": ("classification", "text\tlabel\na\tx\nb\ty\n", {name: value}, message)
        for name, value, message in (
@@ -609,7 +616,7 @@ def test_faults_are_one_clear_line(case, start, tmp_path):
     path.write_text(content)
     with pytest.raises(UserError) as error:
         finetune(tmp_path / "run", Settings(task, str(start), str(path), str(path), **options), "")
-    assert message in str(error.value) and "\n" not in str(error.value)
+    assert message in f"{error.value}$" and "\n" not in str(error.value)
 
 
 def test_decisions_are_counted_and_told(start, tmp_path, capsys):
@@ -1027,6 +1034,8 @@ def test_predict_reads_what_training_read(start, tmp_path):
     assert predict_file(predictor, tmp_path / "test.tsv", out)["rows"] == 4
     data = tmp_path / "data.jsonl"
     data.write_text('{"text": "a", "label": "b"}\n')
+    with pytest.raises(UserError, match="data.jsonl names its columns itself: leave --columns out"):
+        predict_file(predictor, data, out, ["sentence1", "sentence2"])
     with pytest.raises(UserError, match="no predictions: choose another --out"):
         predict_file(predictor, tmp_path / "test.tsv", data)
     assert data.read_text() == '{"text": "a", "label": "b"}\n'

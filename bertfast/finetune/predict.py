@@ -15,7 +15,7 @@ from bertfast.data.tokenizer import Tokenizer
 from bertfast.files import UserError, atomic_path, read_json
 from bertfast.finetune import show
 from bertfast.finetune.batches import Item, by_budget, pack
-from bertfast.finetune.read import Row
+from bertfast.finetune.read import Row, refuse_names
 from bertfast.finetune.task import Settings, Task
 
 CHUNK = 2048  # rows in memory at a time
@@ -92,6 +92,7 @@ def predict_file(predictor: Predictor, source: Path, out: Path, columns: list[st
     columns: names for a file without header, if they differ from the training file's. Raises UserError where `out`
     lies in the checkpoint's folder, or is a file that does not begin as predictions of this task do.
     """
+    refuse_names(source, columns)
     table = predictor.task.open(source, columns)
     found = predictor.task.as_in_training(table, predictor.task.find_columns(table, labelled=False))
     if out.is_dir():

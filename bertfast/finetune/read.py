@@ -18,6 +18,7 @@ from bertfast.data.corpus import open_parquet
 from bertfast.files import UserError
 
 CONLLU = ["id", "form", "lemma", "upos", "xpos", "feats", "head", "deprel", "deps", "misc"]
+NAMED = (".jsonl", ".json", ".parquet", ".conllu")  # with names in them, or fixed ones
 PLAIN = (".tsv", ".txt")  # a sentence a line, or a word
 csv.field_size_limit(2**31 - 1)  # a whole document may stand in one field
 
@@ -41,6 +42,12 @@ class Table:
 
     def __iter__(self) -> Iterator[Row]:
         return self.rows()
+
+
+def refuse_names(path: str | Path, columns: list[str] | None) -> None:
+    """Raises UserError where columns are given to a file that names its own."""
+    if columns and Path(path).suffix.lower() in NAMED:
+        raise UserError(f"{path} names its columns itself: leave --columns out")
 
 
 def open_table(path: str | Path, columns: list[str] | None = None, words: bool = False,

@@ -21,7 +21,7 @@ from bertfast.config import BertConfig
 from bertfast.data.tokenizer import Tokenizer
 from bertfast.files import UserError
 from bertfast.finetune.batches import Item, Sequence, pack, rounded, sequence
-from bertfast.finetune.read import Row, Table, open_table
+from bertfast.finetune.read import NAMED, Row, Table, open_table
 from bertfast.heads import BertForFeatures
 from bertfast.pretrain import useful_flops
 from bertfast.step_graph import Call, on_device
@@ -163,11 +163,12 @@ class Task:
                 found[role] = column
             elif (given or role not in self.optional) and (labelled or role != self.roles[-1]):
                 option = "--" + OPTIONS.get(role, role).replace("_", "-")
+                headerless = not (given or self.settings.columns or table.path.suffix.lower() in NAMED)
                 raise UserError(
                     (f"{table.path} has no column {given!r}" if given
                      else f"{table.path}: which column holds the {role.replace('_', ' ')}? Name it with {option}")
                     + f"; there are: {', '.join(table.columns)}"
-                    + ("" if given or self.settings.columns else " (no header? Name the columns with --columns)")
+                    + (" (no header? Name the columns with --columns)" if headerless else "")
                 )
         return found
 

@@ -29,7 +29,7 @@ from bertfast.finetune.answer import Answering
 from bertfast.finetune.batches import Item, by_budget, epoch_batches
 from bertfast.finetune.classify import Classification, MultipleChoice, Regression
 from bertfast.finetune.predict import json_line, run, with_features
-from bertfast.finetune.read import Table
+from bertfast.finetune.read import Table, refuse_names
 from bertfast.finetune.tag import Tagging
 from bertfast.finetune.task import LEARNING_RATES, Example, Settings, Task
 from bertfast.finetune.write import Writing
@@ -44,6 +44,7 @@ TASKS: dict[str, type[Task]] = {
     "multiple-choice": MultipleChoice, "seq2seq": Writing,
 }
 READERS = {  # the tasks that read a setting, where not all do
+    "text_pair": ("classification", "regression", "multiple-choice", "qa"),
     "multi_label": ("classification",), "symmetric": ("regression",), "characters": ("tagging",),
     "choices": ("multiple-choice",), "stride": ("tagging", "qa"), "max_answer_length": ("qa",), "style": ("seq2seq",),
     "max_target_length": ("seq2seq",), "beams": ("seq2seq",), "length_penalty": ("seq2seq",),
@@ -344,6 +345,9 @@ def check(settings: Settings) -> None:
     for name, tasks in READERS.items():
         if settings.task not in tasks and getattr(settings, name) != getattr(usual, name):
             raise UserError(f"--{name.replace('_', '-')} is for {' and '.join(tasks)}")
+    refuse_names(settings.train, settings.columns)
+    if settings.characters and settings.label:
+        raise UserError("--label says nothing beside --characters, which makes its own")
     if settings.style not in ("encoder-decoder", "prefix-lm"):
         raise UserError(f"--style {settings.style}: say encoder-decoder or prefix-lm")
     if settings.features and (settings.freeze != "none" or settings.layer_decay != 1):
