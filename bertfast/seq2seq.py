@@ -160,9 +160,7 @@ class BertForSeq2Seq(_Generator):
     def from_pretrained(cls, name: str | Path, *, new_heads: bool = False, **config_changes):
         """As Checkpointed's. From an encoder (new_heads=True) cross-attention starts new, as in transformers."""
         folder = find(name)
-        values = read_json(folder / "config.json")
-        pair = values.get("model_type") == "encoder-decoder"
-        config = _of_both(values, folder / "config.json") if pair else BertConfig.from_file(folder / "config.json")
+        config, pair = read_config(folder / "config.json")
         model = cls(replace(config, **config_changes))
         tensors = read_tensors(folder)
         if not pair and new_heads:
@@ -230,6 +228,13 @@ class BertForSeq2Seq(_Generator):
             state.values.append(memory.new_zeros(shape))
         state.source = Rows(batch.cu_seqlens, batch.max_seqlen, batch.row_key)
         return state, self.advance(state, torch.full((n,), start, device=device))
+
+
+def read_config(path: Path) -> tuple[BertConfig, bool]:
+    """A config.json, and whether it describes an encoder-decoder. Raises UserError for what BertForSeq2Seq is not."""
+    values = read_json(path)
+    pair = isinstance(values, dict) and values.get("model_type") == "encoder-decoder"
+    return _of_both(values, path) if pair else BertConfig.from_dict(values, path), pair
 
 
 def _of_both(values: dict, path: Path) -> BertConfig:

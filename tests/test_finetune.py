@@ -344,6 +344,16 @@ def test_a_head_goes_on_only_under_its_own_labels(start, tmp_path, capsys):
         assert printed.count("initialised anew: classifier.bias, classifier.weight") == 2 and "kept" not in printed
 
 
+def test_an_encoder_decoder_goes_on(start, tmp_path):
+    finetune(tmp_path / "run", settings("seq2seq", start, tmp_path, steps=1), "")
+    checkpoint = tmp_path / "run/checkpoint"
+    work = FineTuning(tmp_path, settings("seq2seq", checkpoint, tmp_path))
+    saved = load_file(checkpoint / "model.safetensors")
+    assert all(torch.equal(saved[name], tensor) for name, tensor in work.model_for(1).state_dict().items())
+    with pytest.raises(UserError, match="is not a BERT configuration"):
+        FineTuning(tmp_path, settings("classification", checkpoint, tmp_path)).model_for(1)
+
+
 def test_freezing_and_layer_decay(start, tmp_path):
     chosen = settings("classification", start, tmp_path, steps=4)
     work = FineTuning(tmp_path, chosen)

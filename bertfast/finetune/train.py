@@ -35,7 +35,7 @@ from bertfast.finetune.task import LEARNING_RATES, Example, Settings, Task
 from bertfast.finetune.write import Writing
 from bertfast.optim import Optimizer, check_numbers, linear_schedule
 from bertfast.pretrain import step_seed, stop_on_interrupt
-from bertfast.seq2seq import BertForSeq2Seq
+from bertfast.seq2seq import BertForSeq2Seq, read_config
 from bertfast.step_graph import Call, StepGraph, signature
 from bertfast.version import __version__
 
@@ -64,7 +64,7 @@ class FineTuning:
         self.precision, self.precision_reason = machine.choose_precision(settings.precision, self.device)
         checkpoint = find(settings.model)
         self.tokenizer = Tokenizer.load(checkpoint)
-        self.config = config = BertConfig.from_file(checkpoint / "config.json")
+        self.config = config = read_config(checkpoint / "config.json")[0]
         if config.vocab_size < self.tokenizer.vocab_size:
             raise UserError(f"{settings.model}: a vocabulary of {self.tokenizer.vocab_size}, but the model has "
                             f"{config.vocab_size} words")
@@ -117,7 +117,7 @@ class FineTuning:
         changes: dict = {}
         if settings.dropout is not None:
             changes = {"hidden_dropout_prob": settings.dropout, "attention_probs_dropout_prob": settings.dropout}
-        config = BertConfig.from_file(find(settings.model) / "config.json")
+        config, _ = read_config(find(settings.model) / "config.json")
         if changes and config.extra.get("classifier_dropout") is not None:
             config.extra["classifier_dropout"] = settings.dropout
         task.configure(config)
