@@ -298,9 +298,11 @@ def predict(
     from bertfast.finetune.predict import Predictor, predict_file
 
     names = [part.strip() for part in columns.split(",")] if columns else None
-    result = predict_file(Predictor(model, precision), input, out, names)
+    predictor = Predictor(model, precision)
+    result = predict_file(predictor, input, out, names)
     for what, n in result["decisions"].items():
         print(f"decided: {n:,} {what}")
+    print(f"precision: {predictor.precision} ({predictor.precision_reason})")
     print(f"{result['rows']:,} rows in {result['seconds']:.1f} s "
           f"({result['rows'] / result['seconds']:,.0f} a second): {out}")
 

@@ -842,7 +842,8 @@ def test_command_line(start, tmp_path):
     assert result.exit_code == 0, result.output
     assert "text = 'context', text pair = 'question', label = 'answer'" in result.output
     arguments = ["predict", "--model", str(tmp_path / "run"), "--input", chosen.dev, "--out", str(tmp_path / "p.jsonl")]
-    assert CliRunner().invoke(cli.app, arguments).exit_code == 0
+    result = CliRunner().invoke(cli.app, [*arguments, "--precision", "fp32"])
+    assert result.exit_code == 0 and "precision: fp32 (asked for)" in result.output
     assert len(read_lines(tmp_path / "p.jsonl")) == 120
     assert set(TASKS) == {task for task, _ in KINDS.values()}
 

@@ -75,7 +75,7 @@ class Predictor:
         self.task.read_roles, self.task.read_columns = stored.get("roles"), stored.get("columns", {})
         self.task.read_format = stored.get("format")
         device = machine.choose_device()
-        self.precision, _ = machine.choose_precision(precision, device)
+        self.precision, self.precision_reason = machine.choose_precision(precision, device)
         self.model = self.task.head.from_pretrained(folder).to(device, machine.DTYPES[self.precision]).eval()
 
     def predict(self, rows: Iterator[Row], columns: dict[str, str]) -> Iterator[dict]:
