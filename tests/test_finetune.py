@@ -1081,6 +1081,16 @@ def test_columns_are_the_training_files_before_likelier_names(start, tmp_path):
     assert older.find_columns(open_table(tmp_path / "more.tsv"))["text"] == "question"
 
 
+@pytest.mark.parametrize(("given", "read"), [
+    ({}, {"text": "premise", "text_pair": "hypothesis"}), ({"text": "premise"}, {"text": "premise"}),
+    ({"text": "premise", "text_pair": "hypothesis"}, {"text": "premise", "text_pair": "hypothesis"})])
+def test_a_pair_is_found_by_name_only_where_the_text_is(given, read, start):
+    task = TASKS["classification"](Settings("classification", str(start), "train", **given), Tokenizer.load(start), 64)
+    table = SimpleNamespace(path="", format="", columns=["premise", "hypothesis", "label"])
+    for _ in range(2):  # the training file, and the next
+        assert task.as_in_training(table, task.find_columns(table)) == {**read, "label": "label"}
+
+
 def test_options_and_tags_are_the_training_files_columns(start, tmp_path):
     tokenizer = Tokenizer.load(start)
     task = TASKS["multiple-choice"](Settings("multiple-choice", str(start), "train"), tokenizer, 64)

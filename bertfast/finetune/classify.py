@@ -33,7 +33,8 @@ class Classification(Task):
         if "text_pair" in columns and not self.settings.text_pair:  # a pair found by name belongs to a first by name
             pairs = {"sentence1": "sentence2", "premise": "hypothesis", "question1": "question2",
                      "#1 string": "#2 string", "text1": "text2", "text": "text_pair", "question": "sentence"}
-            if pairs.get(columns["text"].lower()) != columns["text_pair"].lower():
+            named = self.settings.text and self.read_roles is None
+            if named or pairs.get(columns["text"].lower()) != columns["text_pair"].lower():
                 del columns["text_pair"]
         return columns
 
