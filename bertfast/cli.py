@@ -401,7 +401,3 @@ def main() -> None:
         os._exit(2)  # at an ordinary exit Python tries to write the rest once more, and fails again
     except KeyboardInterrupt:
         sys.exit(130)
-
-
-if __name__ == "__main__":
-    main()

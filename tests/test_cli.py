@@ -167,7 +167,7 @@ def test_output_that_lacks_a_character(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="there is no /dev/full here")
 def test_output_that_cannot_be_written_is_one_line() -> None:
-    program = [sys.executable, "-m", "bertfast.cli", "--help"]
+    program = [sys.executable, "-m", "bertfast", "--help"]
     with open("/dev/full", "w") as full:
         done = subprocess.run(program, stdout=full, stderr=subprocess.PIPE, text=True)
     assert (done.returncode, done.stderr) == (2, "bertfast: cannot write the output: No space left on device\n")
