@@ -71,9 +71,13 @@ class Embeddings(nn.Module):
             for t in (self.word_embeddings, self.position_embeddings, self.token_type_embeddings)
         )
 
+    def _sink(self) -> GradientSink | None:
+        """The optimiser's, unless the table was frozen since."""
+        return self.sink if self.word_embeddings.weight.requires_grad else None
+
     def tied(self) -> tuple[Tensor, GradientSink | None]:
         """For a tied projection, after `forward`: the word table's weight as it is, its sink if `forward` used it."""
-        return self.word_embeddings.weight, self.sink if self._is_plain() else None
+        return self.word_embeddings.weight, self._sink() if self._is_plain() else None
 
     def forward(self, input_ids: Tensor, token_type_ids: Tensor, position_ids: Tensor, rows: Rows) -> Tensor:
         word, position, token_type = self.word_embeddings, self.position_embeddings, self.token_type_embeddings
@@ -82,7 +86,7 @@ class Embeddings(nn.Module):
             return ops.dropout(norm(word(input_ids) + position(position_ids) + token_type(token_type_ids)), **dropout)
         return ops.embedding_sum(
             input_ids, position_ids, token_type_ids, word.weight, position.weight, token_type.weight, norm.weight,
-            norm.bias, norm.eps, word.padding_idx, **dropout, sink=self.sink,
+            norm.bias, norm.eps, word.padding_idx, **dropout, sink=self._sink(),
         )
 
 

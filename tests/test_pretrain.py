@@ -1237,6 +1237,21 @@ def test_two_batches_of_a_step_meet_in_the_sink(hooked, corpus):
     assert norms[0] == pytest.approx(norms[1], rel=1e-5)
 
 
+def test_a_table_frozen_later_keeps_out_of_the_sink(corpus):
+    torch.manual_seed(0)
+    model = bertfast.BertForMaskedLM(bertfast.BertConfig.from_file(corpus / "model.json")).eval()
+    ids, norms = torch.arange(24).view(3, 8) + 5, []
+    for sink in (True, False):
+        ours = copy.deepcopy(model)
+        optimizer = Optimizer(ours, sink=sink, weight_decay=0.0)
+        table = ours.bert.embeddings.word_embeddings.weight.requires_grad_(False)
+        before = table.clone()
+        ours(ids, labels=ids).loss.backward()
+        norms.append(float(optimizer.step(1e-3)))
+        assert torch.equal(table, before)
+    assert norms[0] == norms[1]
+
+
 def test_a_model_with_nothing_to_train_is_refused():
     with pytest.raises(UserError, match="nothing to train"):
         Optimizer(torch.nn.Linear(2, 2).requires_grad_(False))
