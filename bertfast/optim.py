@@ -9,6 +9,7 @@ matrix (bertfast.ops.linear). Skipping, clipping and loss scaling are tensors on
 import math
 import weakref
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -212,6 +213,15 @@ class _Group:
         self.exp_avgs, self.exp_avg_sqs = flat(torch.float32), flat(torch.float32)
         self._sums: list[Tensor] | None = None
         self._accumulating = False
+
+    def __getstate__(self) -> dict[str, Any]:
+        self.take_up()
+        return self.__dict__
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Of deepcopy and pickle: a copy's parameters count their versions anew."""
+        self.__dict__.update(state)
+        self.written = self.versions()
 
     def accumulate(self) -> None:
         gradients = self._raw_gradients()

@@ -741,6 +741,25 @@ def test_a_step_begins_from_weights_loaded_since(dtype):
     assert all((t == 0.5).all() for t in [*model.parameters(), *optimizer.master_state().values()])
 
 
+@pytest.mark.parametrize("how", ["deepcopy", "pickle"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_copy_of_an_optimiser_has_its_masters(dtype, how):
+    model = torch.nn.Linear(4, 4)
+    optimizer = Optimizer(model, dtype)
+    file = io.BytesIO()
+    torch.save((model, optimizer), file)
+    file.seek(0)
+    copied = copy.deepcopy((model, optimizer)) if how == "deepcopy" else torch.load(file, weights_only=False)
+    for _ in range(2):
+        for name, value in optimizer.master_state().items():
+            assert torch.equal(copied[1].master_state()[name], value)
+        for ours, theirs in ((model, optimizer), copied):
+            for p in ours.parameters():
+                p.grad = torch.ones_like(p)
+            theirs.step(1e-3)
+    assert torch.equal(model.weight, copied[0].weight)
+
+
 def test_a_last_batch_that_was_not_accumulated_counts():
     norms = []
     for accumulated in (2, 1):
