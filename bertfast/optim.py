@@ -201,7 +201,7 @@ class _Group:
     def __init__(self, members: dict[str, nn.Parameter], weight_decay: float, compute_dtype: torch.dtype,
                  lr_scale: float):
         self.names, self.params = list(members), list(members.values())
-        self.weight_decay, self.lr_scale = weight_decay, lr_scale
+        self.weight_decay, self.lr_scale, self.dtype = weight_decay, lr_scale, compute_dtype
         values = [p.detach().float().clone() for p in self.params]
         flat = lambda dtype: _flat_views(values, dtype)
         for p, view in zip(self.params, flat(compute_dtype)):
@@ -241,6 +241,8 @@ class _Group:
     @torch.no_grad()
     def take_up(self) -> None:
         """Parameters that somebody else has written (load_state_dict, say): what they hold is their masters' value."""
+        if cast := {p.dtype for p in self.params} - {self.dtype}:
+            raise RuntimeError(f"the model was cast to {cast.pop()} since its Optimizer was made: make a new one")
         others = [i for i, version in enumerate(self.versions()) if version != self.written[i]]
         if others and self.masters:
             params, masters = [self.params[i] for i in others], [self.masters[i] for i in others]

@@ -760,6 +760,18 @@ def test_a_copy_of_an_optimiser_has_its_masters(dtype, how):
     assert torch.equal(model.weight, copied[0].weight)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_model_cast_behind_its_optimiser_is_refused(dtype):
+    model = torch.nn.Linear(4, 4)
+    optimizer = Optimizer(model, dtype)
+    model.to(torch.float16 if dtype == torch.bfloat16 else torch.bfloat16)
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
+    for use in (lambda: optimizer.step(0.0), optimizer.master_state):
+        with pytest.raises(RuntimeError, match="the model was cast to .* since its Optimizer was made: make a new one"):
+            use()
+
+
 def test_a_last_batch_that_was_not_accumulated_counts():
     norms = []
     for accumulated in (2, 1):
