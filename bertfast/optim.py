@@ -72,13 +72,8 @@ class Optimizer:
             members.setdefault((p.dim() <= 1, lr_scale(name) if lr_scale else 1.0), {})[name] = p
         for (is_vector, scale), group in sorted(members.items(), key=lambda item: item[0]):
             self.groups.append(_Group(group, 0.0 if is_vector else weight_decay, compute_dtype, scale))
-        frozen = [p for p in model.parameters() if not p.requires_grad]
-        rounded = compute_dtype != torch.float32
-        self.frozen = {name: p.detach().cpu().clone() for name, p in model.named_parameters()
-                       if rounded and not p.requires_grad}  # as they were
-        for p, view in zip(frozen, _flat_views(frozen, compute_dtype) if frozen else []):
-            view.copy_(p.data)
-            p.data = view
+        frozen = {name: p for name, p in model.named_parameters() if not p.requires_grad}
+        self.parts: list[_Part] = [*self.groups, *([_Part(frozen, compute_dtype)] if frozen else [])]
         self.sinks = [(e.word_embeddings.weight, e) for e in model.modules() if isinstance(e, Embeddings)]
         for table, embeddings in self.sinks:
             embeddings.sink = GradientSink(torch.empty_like(table)) if sink and table.requires_grad else None
@@ -155,7 +150,7 @@ class Optimizer:
 
     def master_state(self) -> dict[str, Tensor]:
         """{parameter name: fp32 tensor}: what a checkpoint's model file holds instead of the parameters."""
-        return {**self.frozen, **{n: t for group in self.groups for n, t in zip(group.names, group.values())}}
+        return {n: t for part in self.parts for n, t in zip(part.names, part.values())}
 
     def state_dict(self) -> dict[str, Tensor]:
         """Moments and counters, flat, ready for safetensors; the masters are in the model file."""
@@ -177,8 +172,8 @@ class Optimizer:
             raise UserError(f"the checkpoint's optimiser state does not fit this model: {', '.join(wrong[:5])}")
         for name, t in targets.items():
             t.copy_(state[name])
-        for group in self.groups:
-            group.set_values([masters[name] for name in group.names])
+        for part in self.parts:
+            part.set_values([masters[name] for name in part.names])
 
     def culprit(self) -> str:
         """The first parameter whose value is not finite, for the message that stops a run; "" if all are."""
@@ -195,24 +190,18 @@ def _release(embeddings: Embeddings, sink: GradientSink | None) -> None:
 _COUNTERS = ("step_count", "loss_scale", "good_steps", "n_skipped", "skipped_in_a_row")
 
 
-class _Group:
-    """Parameters of one decay rate and one learning rate, and their flat fp32 buffers."""
+class _Part:
+    """Parameters in the compute dtype, and what they cannot hold of their fp32 values."""
 
-    def __init__(self, members: dict[str, nn.Parameter], weight_decay: float, compute_dtype: torch.dtype,
-                 lr_scale: float):
-        self.names, self.params = list(members), list(members.values())
-        self.weight_decay, self.lr_scale, self.dtype = weight_decay, lr_scale, compute_dtype
-        values = [p.detach().float().clone() for p in self.params]
-        flat = lambda dtype: _flat_views(values, dtype)
-        for p, view in zip(self.params, flat(compute_dtype)):
+    def __init__(self, members: dict[str, nn.Parameter], compute_dtype: torch.dtype):
+        self.names, self.params, self.dtype = list(members), list(members.values()), compute_dtype
+        values = [p.detach().clone() for p in self.params]
+        for p, view in zip(self.params, _flat_views(values, compute_dtype)):
             p.data = view
         kept = {torch.float16: torch.float32, torch.bfloat16: torch.int16}  # the rest of a bf16's bits
-        self.masters = flat(kept[compute_dtype]) if compute_dtype in kept else []
+        self.masters = _flat_views(values, kept[compute_dtype]) if compute_dtype in kept else []
         self.written: list[int] = []  # each parameter's version when it was last written here
         self.set_values(values)
-        self.exp_avgs, self.exp_avg_sqs = flat(torch.float32), flat(torch.float32)
-        self._sums: list[Tensor] | None = None
-        self._accumulating = False
 
     def __getstate__(self) -> dict[str, Any]:
         self.take_up()
@@ -222,18 +211,6 @@ class _Group:
         """Of deepcopy and pickle: a copy's parameters count their versions anew."""
         self.__dict__.update(state)
         self.written = self.versions()
-
-    def accumulate(self) -> None:
-        gradients = self._raw_gradients()
-        if self._sums is None:
-            self._sums = _flat_views(gradients, torch.float32)
-        if self._accumulating:
-            torch._foreach_add_(self._sums, gradients)
-        else:
-            torch._foreach_copy_(self._sums, gradients)
-        self._accumulating = True
-        for p in self.params:
-            p.grad = None
 
     def versions(self) -> list[int]:
         return [p._version for p in self.params]
@@ -248,6 +225,41 @@ class _Group:
             params, masters = [self.params[i] for i in others], [self.masters[i] for i in others]
             ops.optimizer_step.set_values(params, masters, params)
             self.written = self.versions()
+
+    @torch.no_grad()
+    def values(self) -> list[Tensor]:
+        """The parameters in fp32, to read."""
+        self.take_up()
+        return ops.optimizer_step.values(self.params, self.masters)
+
+    @torch.no_grad()
+    def set_values(self, values: list[Tensor]) -> None:
+        ops.optimizer_step.set_values(self.params, self.masters, values)
+        self.written = self.versions()
+
+
+class _Group(_Part):
+    """Those of one decay rate and one learning rate, and their moments and sums of gradients, flat and fp32."""
+
+    def __init__(self, members: dict[str, nn.Parameter], weight_decay: float, compute_dtype: torch.dtype,
+                 lr_scale: float):
+        super().__init__(members, compute_dtype)
+        self.weight_decay, self.lr_scale = weight_decay, lr_scale
+        self.exp_avgs, self.exp_avg_sqs = (_flat_views(self.params, torch.float32) for _ in range(2))
+        self._sums: list[Tensor] | None = None
+        self._accumulating = False
+
+    def accumulate(self) -> None:
+        gradients = self._raw_gradients()
+        if self._sums is None:
+            self._sums = _flat_views(gradients, torch.float32)
+        if self._accumulating:
+            torch._foreach_add_(self._sums, gradients)
+        else:
+            torch._foreach_copy_(self._sums, gradients)
+        self._accumulating = True
+        for p in self.params:
+            p.grad = None
 
     def sums(self) -> Tensor:
         """The fp32 sums as one buffer."""
@@ -268,17 +280,6 @@ class _Group:
         self._accumulating = False
         for p in self.params:
             p.grad = None
-
-    @torch.no_grad()
-    def values(self) -> list[Tensor]:
-        """The parameters in fp32, to read."""
-        self.take_up()
-        return ops.optimizer_step.values(self.params, self.masters)
-
-    @torch.no_grad()
-    def set_values(self, values: list[Tensor]) -> None:
-        ops.optimizer_step.set_values(self.params, self.masters, values)
-        self.written = self.versions()
 
 
 def _flat_views(like: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:

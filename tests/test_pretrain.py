@@ -741,6 +741,20 @@ def test_a_step_begins_from_weights_loaded_since(dtype):
     assert all((t == 0.5).all() for t in [*model.parameters(), *optimizer.master_state().values()])
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_frozen_parameter_has_a_master_too(dtype):
+    model = torch.nn.Linear(4, 4)
+    model.bias.requires_grad_(False)
+    bias = model.bias.clone()
+    optimizer = Optimizer(model, dtype)
+    assert torch.equal(optimizer.master_state()["bias"], bias)
+    with torch.no_grad():
+        model.bias.fill_(0.5)
+    assert torch.equal(optimizer.master_state()["bias"], torch.full((4,), 0.5))
+    optimizer.load_state_dict({"weight": model.weight, "bias": bias}, optimizer.state_dict())
+    assert torch.equal(optimizer.master_state()["bias"], bias) and torch.equal(model.bias, bias.to(dtype))
+
+
 @pytest.mark.parametrize("how", ["deepcopy", "pickle"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_a_copy_of_an_optimiser_has_its_masters(dtype, how):

@@ -51,10 +51,10 @@ def _targets(param, master, new):
 
 
 def set_values(params: Sequence[Tensor], masters: Sequence[Tensor], new: Sequence[Tensor]) -> None:
-    """Have parameters and masters hold these fp32 values."""
+    """Have parameters and masters hold these values."""
     kept: Sequence[Tensor | None] = masters or [None] * len(params)
     for param, master, value in zip(params, kept, new):
-        for target, part in _targets(param, master, value.float()):
+        for target, part in _targets(param, master, value if master is None else value.float()):
             target.copy_(part)
 
 
