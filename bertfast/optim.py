@@ -54,7 +54,10 @@ class Optimizer:
     table's two gradients (GradientSink): only for a loop that backpropagates every loss of the model as it is, once, or
     calls `zero_grad` where it does not.
     all_reduce: makes one buffer of gradients, fp32, the sum of several processes' own, in place.
-    A parameter without a gradient counts as one whose gradient is 0: its weight still decays.
+    A parameter without a gradient, one frozen since say, counts as one whose gradient is 0: its weight still decays and
+    its momentum runs out. What others write to parameters is taken up (load_state_dict, `p.data = t`), but not what they
+    write in place through `.data`, which nothing counts. torch.save of a part of the model writes the whole buffer
+    behind it: save clones.
     """
 
     def __init__(self, model: nn.Module, compute_dtype=torch.float32, *, kind="adamw", betas=(0.9, 0.999), eps=1e-6,
@@ -200,7 +203,7 @@ class _Part:
             p.data = view
         kept = {torch.float16: torch.float32, torch.bfloat16: torch.int16}  # the rest of a bf16's bits
         self.masters = _flat_views(values, kept[compute_dtype]) if compute_dtype in kept else []
-        self.written: list[int] = []  # each parameter's version when it was last written here
+        self.written: list[tuple[int, int]] = []  # each parameter's version and place when it was last written here
         self.set_values(values)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -212,8 +215,8 @@ class _Part:
         self.__dict__.update(state)
         self.written = self.versions()
 
-    def versions(self) -> list[int]:
-        return [p._version for p in self.params]
+    def versions(self) -> list[tuple[int, int]]:
+        return [(p._version, p.data_ptr()) for p in self.params]
 
     @torch.no_grad()
     def take_up(self) -> None:

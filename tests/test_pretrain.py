@@ -727,6 +727,9 @@ def test_the_optimiser_heeds_weights_loaded_since(dtype):
     optimizer.load_state_dict(loaded, optimizer.state_dict())
     assert torch.equal(optimizer.master_state()["bias"], loaded["bias"])  # the masters' own digits are not lost
     assert torch.equal(model.bias.float(), rounded)
+    model.bias.data = torch.full_like(model.bias, 3.0)  # as vector_to_parameters writes
+    optimizer.step(0.0)
+    assert torch.equal(model.bias, torch.full_like(model.bias, 3.0))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
