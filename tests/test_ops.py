@@ -711,6 +711,18 @@ def test_where_pytorch_multiplies_no_reference_is_named(monkeypatch):
         assert _define.implementation(name, "cpu", {"cpu": "C++ (avx2)"}) == f"{who}: no C++ (avx2) kernel for this op"
 
 
+@pytest.mark.filterwarnings("ignore:bertfast. torch.float16:UserWarning")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_the_optimiser_refuses_tensors_of_other_shapes(dtype):
+    """Also where they would broadcast, and in the reference."""
+    one = torch.tensor(1.0)
+    for step in (ops.adamw_step, ops.lamb_step):
+        for wrong in range(4):
+            (grad,), *others = ([torch.zeros((4,) if i == wrong else (3, 4))] for i in range(4))
+            with pytest.raises((RuntimeError, ValueError), match="shape"):
+                step([torch.zeros(3, 4, dtype=dtype)], [grad.to(dtype)], *others, one, one, one, one)
+
+
 def test_no_gradients_have_norm_zero():
     assert ops.grad_norm([]) == 0
 

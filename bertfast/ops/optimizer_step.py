@@ -58,6 +58,14 @@ def set_values(params: Sequence[Tensor], masters: Sequence[Tensor], new: Sequenc
             target.copy_(part)
 
 
+def _each(params, grads, masters, exp_avgs, exp_avg_sqs):
+    """What belongs to each parameter, with its fp32 value. Raises ValueError for what would only broadcast to it."""
+    for tensors in zip(params, grads, exp_avgs, exp_avg_sqs, *[masters] * bool(masters)):
+        if any(t.shape != tensors[0].shape for t in tensors):
+            raise ValueError("gradients, moments and masters must have the parameters' shapes")
+    return zip(params, grads, masters or [None] * len(params), values(params, masters), exp_avgs, exp_avg_sqs)
+
+
 def _moments(grad, exp_avg, exp_avg_sq, step, grad_scale, beta1, beta2, eps):
     """New moments and the bias-corrected direction, all fp32."""
     g = grad.float() * grad_scale
@@ -76,8 +84,7 @@ def _store(skip, *pairs):
 def _adamw_step(
     params, grads, masters, exp_avgs, exp_avg_sqs, lr, step, grad_scale, skip, beta1, beta2, eps, weight_decay
 ):
-    lists = params, grads, masters or [None] * len(params), values(params, masters), exp_avgs, exp_avg_sqs
-    for param, grad, master, value, exp_avg, exp_avg_sq in zip(*lists):
+    for param, grad, master, value, exp_avg, exp_avg_sq in _each(params, grads, masters, exp_avgs, exp_avg_sqs):
         m, v, u = _moments(grad, exp_avg, exp_avg_sq, step, grad_scale, beta1, beta2, eps)
         new = value * (1 - lr * weight_decay) - lr * u
         _store(skip, (exp_avg, m), (exp_avg_sq, v), *_targets(param, master, new))
@@ -86,8 +93,7 @@ def _adamw_step(
 def _lamb_step(
     params, grads, masters, exp_avgs, exp_avg_sqs, lr, step, grad_scale, skip, beta1, beta2, eps, weight_decay
 ):
-    lists = params, grads, masters or [None] * len(params), values(params, masters), exp_avgs, exp_avg_sqs
-    for param, grad, master, value, exp_avg, exp_avg_sq in zip(*lists):
+    for param, grad, master, value, exp_avg, exp_avg_sq in _each(params, grads, masters, exp_avgs, exp_avg_sqs):
         m, v, u = _moments(grad, exp_avg, exp_avg_sq, step, grad_scale, beta1, beta2, eps)
         u = u + weight_decay * value
         size, length = value.norm(), u.norm()
