@@ -325,8 +325,8 @@ def test_few_rows_are_taken_in_inference_only():
 
 HAS_GEMM = torch._C._dispatch_has_kernel_for_dispatch_key("bertfast::gemm", "CPU")
 HAS_BF16_GEMM = HAS_GEMM and torch.ops.bertfast.gemm_multiplies_bf16()
-GEMM_SHAPES = [(0, 64, 64), (1, 64, 128), (5, 192, 64), (6, 128, 192), (97, 64, 640), (131, 320, 64), (200, 1024, 192),
-               (300, 1600, 448)]
+GEMM_SHAPES = [(0, 64, 64), (5, 0, 64), (1, 64, 128), (5, 192, 64), (6, 128, 192), (97, 64, 640), (131, 320, 64),
+               (200, 1024, 192), (300, 1600, 448)]
 
 
 @pytest.mark.parametrize(("rows", "inputs", "outputs"), GEMM_SHAPES)

@@ -142,7 +142,7 @@ template <typename Word, typename Pack>
 void multiply_rows(const Product<Word>& o, int64_t m, int64_t n_panels, Pack&& pack) {
   constexpr int64_t PACKING = 64;  // a panel's packing takes the time of so many rows
   const int64_t stretches = std::max<int64_t>(1, (o.steps - 1) / STRETCH<Word> + 1);
-  const int64_t stretch = round_up((o.steps + stretches - 1) / stretches, WORDS<Word>);
+  const int64_t stretch = round_up(std::max<int64_t>(1, (o.steps + stretches - 1) / stretches), WORDS<Word>);
   const int64_t threads = at::get_num_threads(), G = group_of<Word>(stretch);
   int64_t column_parts = 1, row_parts = 1, least = std::numeric_limits<int64_t>::max();
   for (int64_t c = 1; c <= std::min(n_panels, threads); c++) {
