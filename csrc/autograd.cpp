@@ -5,6 +5,7 @@
 // where this is not loaded, under torch.compile and for fp16 on CPUs (bertfast/ops/_define.py, `node`). What they call
 // goes through the dispatcher, so that they serve every device.
 #include <ATen/ATen.h>
+#include <c10/util/strides.h>
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
 
@@ -38,6 +39,7 @@ Tensor bias_gelu_fwd(const Tensor& x, const Tensor& bias) {
 
 // The tensors one under another, as a view where memory already has them so.
 Tensor joined(at::TensorList tensors) {
+  TORCH_CHECK(!tensors.empty(), "linear: there are no weights");
   const Tensor& first = tensors[0];
   if (tensors.size() == 1) return first;
   const auto* end = static_cast<const char*>(first.const_data_ptr());
@@ -51,7 +53,7 @@ Tensor joined(at::TensorList tensors) {
   if (end > static_cast<const char*>(storage.data()) + storage.nbytes()) return at::cat(tensors);
   auto sizes = first.sizes().vec();
   sizes[0] = rows;
-  return first.as_strided(sizes, first.strides());
+  return first.as_strided(sizes, c10::contiguous_strides(sizes));  // its own may say anything of a single row
 }
 
 // Undefined where None was saved.

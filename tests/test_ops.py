@@ -502,6 +502,24 @@ def test_autograd_nodes_in_cpp_and_in_python(dtype, laid_out, monkeypatch):
 
 
 @pytest.mark.parametrize("nodes", ["as loaded", "in Python"])
+def test_layers_of_one_row_apart_are_no_neighbours_to_read_on(nodes, monkeypatch):
+    """A matrix of one row is contiguous whatever its stride, and the next one may begin where it ends."""
+    if nodes == "in Python":
+        monkeypatch.setattr(_define, "_nodes", {})
+    layers, weight, bias = [torch.nn.Linear(64, 1) for _ in range(3)], torch.randn(9, 64), torch.randn(9)
+    for i, layer in enumerate(layers):
+        layer.weight, layer.bias = (torch.nn.Parameter(t[i : i + 7 : 3][:1]) for t in (weight, bias))
+    x = torch.randn(5, 64)
+    torch.testing.assert_close(joined_linear(x, *layers), torch.cat([layer(x) for layer in layers], 1))
+
+
+@needs_extension
+def test_a_linear_node_without_weights_is_refused():
+    with pytest.raises(RuntimeError, match="there are no weights"):
+        torch.ops.bertfast.linear(torch.zeros(3, 32), [], [], False)
+
+
+@pytest.mark.parametrize("nodes", ["as loaded", "in Python"])
 @pytest.mark.parametrize("name", [*CASES, "joined_linear", "gelu_linear"])
 def test_a_second_derivative_is_refused(name, nodes, monkeypatch):
     """Also where the incoming gradient is a constant, as a loss's is: a penalty would be left out in silence."""

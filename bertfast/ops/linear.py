@@ -40,7 +40,8 @@ def _joined(tensors: list[Tensor]) -> Tensor:
         return tensors[0]
     if not _adjacent(tensors):
         return torch.cat(tensors)
-    return tensors[0].as_strided((sum(t.shape[0] for t in tensors), *tensors[0].shape[1:]), tensors[0].stride())
+    columns = tensors[0].shape[1:]
+    return tensors[0].as_strided((sum(t.shape[0] for t in tensors), *columns), (*columns, 1))
 
 
 def _gemm(own: bool) -> Callable[..., Tensor]:
