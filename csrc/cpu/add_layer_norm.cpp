@@ -142,19 +142,19 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> add_layer_norm_fwd_cp
 // dy, z (T, H), mean, rstd (T,), weight (H,), row_key (T,) -> dz (T, H), dx (T, H) or (0, H), dbias, dweight,
 // dln_bias (H,)
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> add_layer_norm_bwd_cpu(
-    const at::Tensor& dy_, const at::Tensor& z_, const at::Tensor& mean, const at::Tensor& rstd,
+    const at::Tensor& dy_, const at::Tensor& z_, const at::Tensor& mean_, const at::Tensor& rstd_,
     const at::Tensor& weight, double p, const std::optional<at::Tensor>& seed, const std::optional<at::Tensor>& row_key,
     int64_t stream) {
   TORCH_CHECK(z_.dim() == 2, "z must be (T, H), got ", z_.sizes());
   const int64_t n_rows = z_.size(0), n_columns = z_.size(1);
   CHECK_SHAPE(dy_, n_rows, n_columns);
   CHECK_SAME_DTYPE(z_, dy_);
-  CHECK_SHAPE(mean, n_rows);
-  CHECK_SHAPE(rstd, n_rows);
+  CHECK_SHAPE(mean_, n_rows);
+  CHECK_SHAPE(rstd_, n_rows);
   CHECK_SHAPE(weight, n_columns);
   const Dropout dropout(p, seed, stream);
   const RowKeys keys(row_key, n_rows);
-  const at::Tensor dy = dy_.contiguous(), z = z_.contiguous();
+  const at::Tensor dy = dy_.contiguous(), mean = mean_.contiguous(), rstd = rstd_.contiguous(), z = z_.contiguous();
   at::Tensor dz = empty(z.sizes(), z.options());
   at::Tensor dx = empty({dropout.active ? n_rows : 0, n_columns}, z.options());
   at::Tensor dbias = empty({n_columns}, weight.options()), dweight = empty({n_columns}, weight.options());

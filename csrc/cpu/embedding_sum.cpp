@@ -251,21 +251,21 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> embedding_sum_fwd_cpu(
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> embedding_sum_bwd_into_cpu(
     const at::Tensor& dy_, const at::Tensor& input_ids, const at::Tensor& position_ids,
     const at::Tensor& token_type_ids, const at::Tensor& word, const at::Tensor& position, const at::Tensor& token_type,
-    const at::Tensor& weight, const at::Tensor& mean, const at::Tensor& rstd, std::optional<int64_t> padding_idx,
+    const at::Tensor& weight, const at::Tensor& mean_, const at::Tensor& rstd_, std::optional<int64_t> padding_idx,
     double p, const std::optional<at::Tensor>& seed, const std::optional<at::Tensor>& row_key, int64_t stream,
     at::Tensor dword) {
   const Inputs in(input_ids, position_ids, token_type_ids, word, position, token_type, weight);
   const int64_t n_rows = in.n_rows(), n_columns = in.n_columns();
   CHECK_SHAPE(dy_, n_rows, n_columns);
   CHECK_SAME_DTYPE(word, dy_);
-  CHECK_SHAPE(mean, n_rows);
-  CHECK_SHAPE(rstd, n_rows);
+  CHECK_SHAPE(mean_, n_rows);
+  CHECK_SHAPE(rstd_, n_rows);
   CHECK_SHAPE(dword, word.size(0), n_columns);
   TORCH_CHECK(dword.is_contiguous(), "dword must be contiguous");
   TORCH_CHECK(n_rows < int64_t{1} << 31, "embedding_sum takes fewer than 2^31 tokens, got ", n_rows);
   const Dropout dropout(p, seed, stream);
   const RowKeys keys(row_key, n_rows);
-  const at::Tensor dy = dy_.contiguous();
+  const at::Tensor dy = dy_.contiguous(), mean = mean_.contiguous(), rstd = rstd_.contiguous();
   at::Tensor dposition = empty(position.sizes(), position.options());
   at::Tensor dtoken_type = empty(token_type.sizes(), token_type.options());
   at::Tensor dweight = empty({n_columns}, weight.options()), dbias = empty({n_columns}, weight.options());

@@ -106,14 +106,14 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> gelu_layer_norm_fwd_cpu(const at:
 // dy, x (P, H), bias, weight (H,), mean, rstd (P,) -> dx (P, H), dbias, dweight, dln_bias (H,)
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> gelu_layer_norm_bwd_cpu(
     const at::Tensor& dy_, const at::Tensor& x_, const at::Tensor& bias, const at::Tensor& weight,
-    const at::Tensor& mean, const at::Tensor& rstd) {
+    const at::Tensor& mean_, const at::Tensor& rstd_) {
   check(x_, bias, weight);
   const int64_t n_rows = x_.size(0), n_columns = x_.size(1);
   CHECK_SHAPE(dy_, n_rows, n_columns);
   CHECK_SAME_DTYPE(x_, dy_);
-  CHECK_SHAPE(mean, n_rows);
-  CHECK_SHAPE(rstd, n_rows);
-  const at::Tensor dy = dy_.contiguous(), x = x_.contiguous();
+  CHECK_SHAPE(mean_, n_rows);
+  CHECK_SHAPE(rstd_, n_rows);
+  const at::Tensor dy = dy_.contiguous(), mean = mean_.contiguous(), rstd = rstd_.contiguous(), x = x_.contiguous();
   at::Tensor dx = empty(x.sizes(), x.options()), dbias = empty({n_columns}, weight.options());
   at::Tensor dweight = empty({n_columns}, weight.options()), dln_bias = empty({n_columns}, weight.options());
   DISPATCH_SCALAR(x.scalar_type(), "gelu_layer_norm", [&] {
