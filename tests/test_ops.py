@@ -229,6 +229,19 @@ def test_forward_mode_is_an_error_not_a_zero():
         torch.testing.assert_close(tangent, F.linear(torch.ones_like(hidden), layer.weight))
 
 
+@pytest.mark.parametrize("call", [
+    lambda x, weight: ops.gemm(x, weight, None, False, True), lambda x, weight: ops.few_rows_linear(x, [weight], []),
+], ids=["gemm", "few_rows_linear"])  # fmt: skip
+def test_products_without_a_gradient_refuse_to_be_constants(call):
+    x, weight = torch.randn(5, 64), torch.randn(64, 64, requires_grad=True)
+    with pytest.raises(RuntimeError, match="has no derivative"):
+        call(x, weight)
+    with torch.no_grad():
+        torch.testing.assert_close(call(x, weight), x @ weight.T)
+        with forward_ad.dual_level(), pytest.raises(RuntimeError, match="has no derivative"):
+            call(forward_ad.make_dual(x, torch.ones_like(x)), weight)
+
+
 def test_dropout_numbers_256_heads():
     q, cu = torch.randn(2, 257, 8), torch.tensor([0, 2], dtype=torch.int32)
     with pytest.raises(ValueError, match="256 heads apart, not 257"):

@@ -36,7 +36,8 @@ def define(schema: str, reference: Callable, fake: Callable | None = None, kerne
 
     `reference` takes and returns plain tensors and is registered for every device. It is its own fake kernel
     unless it reads values (cu_seqlens); then `fake` gives the output shapes. `kernels` names the file
-    under kernels/ whose function of the op's name is the CUDA launcher. cpu_only: callers give a GPU PyTorch's instead.
+    under kernels/ whose function of the op's name is the CUDA launcher. cpu_only: callers give a GPU PyTorch's instead,
+    and autograd a node around it.
     """
     name = schema.partition("(")[0]
     reference = _contiguous(reference)
@@ -51,6 +52,8 @@ def define(schema: str, reference: Callable, fake: Callable | None = None, kerne
     overload = getattr(torch.ops.bertfast, name).default  # bound once: attribute chains cost time
 
     def call(*args):
+        if cpu_only and _is_differentiated(args):
+            raise RuntimeError(f"bertfast.ops.{name} has no derivative, neither backward nor forward")
         if (x := _without_kernel(args)) is not None:
             if not torch.compiler.is_compiling():
                 _warn_of_reference(x.dtype, x.device.type)
@@ -58,6 +61,14 @@ def define(schema: str, reference: Callable, fake: Callable | None = None, kerne
         return overload(*args)
 
     return call
+
+
+def _is_differentiated(args) -> bool:
+    """Whether a derivative is asked for of what an op without an autograd node would make a constant."""
+    backward, forward = torch.is_grad_enabled(), forward_mode()
+    tensors = [t for a in args for t in (a if isinstance(a, list) else [a]) if isinstance(t, torch.Tensor)]
+    return any(backward and t.requires_grad or forward and forward_ad.unpack_dual(t).tangent is not None
+               for t in tensors)
 
 
 def _contiguous(reference: Callable) -> Callable:
