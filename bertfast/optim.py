@@ -55,8 +55,8 @@ class Optimizer:
     calls `zero_grad` where it does not.
     all_reduce: makes one buffer of gradients, fp32, the sum of several processes' own, in place.
     A parameter without a gradient, one frozen since say, counts as one whose gradient is 0: its weight still decays and
-    its momentum runs out. What others write to parameters is taken up (load_state_dict, `p.data = t`), but not what they
-    write in place through `.data`, which nothing counts. torch.save of a part of the model writes the whole buffer
+    its momentum runs out. What others write to parameters is taken up (load_state_dict, `p.data = t`), but not what
+    they write in place through `.data`, which nothing counts. torch.save of a part of the model writes the whole buffer
     behind it: save clones.
     """
 

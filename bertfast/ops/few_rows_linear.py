@@ -23,10 +23,10 @@ def _few_rows_linear(x, weights, biases):
 
 few_rows_linear = define("few_rows_linear(Tensor x, Tensor[] weights, Tensor[] biases) -> Tensor", _few_rows_linear,
                          cpu_only=True)
-few_rows_linear.__doc__ = """y out of x, weights and biases, by position; shapes above, one dtype. No autograd.
+few_rows_linear.__doc__ = """y out of x, weights and biases, by position; shapes above, one dtype.
 
-Where the kernel is there it raises RuntimeError for shapes that do not fit, an I no multiple of 32, an O none of 4;
-TypeError for operands of several dtypes.
+Raises RuntimeError under autograd; where the kernel is there also for shapes that do not fit, an I no multiple of 32,
+an O none of 4; TypeError for operands of several dtypes.
 """
 
 

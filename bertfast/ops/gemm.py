@@ -25,10 +25,10 @@ def gemm_of_pytorch(a, b, bias, transpose_a, transpose_b):
 
 gemm = define("gemm(Tensor a, Tensor b, Tensor? bias, bool transpose_a, bool transpose_b) -> Tensor",
               gemm_of_pytorch, cpu_only=True)
-gemm.__doc__ = """C out of a, b, bias, transpose_a and transpose_b, by position; shapes above, one dtype. No autograd.
+gemm.__doc__ = """C out of a, b, bias, transpose_a and transpose_b, by position; shapes above, one dtype.
 
-Where the kernel is there it raises RuntimeError for shapes that do not fit, an N no multiple of 64, an odd K, and a
-transposed a beside a transposed b or a bias; TypeError for operands of several dtypes.
+Raises RuntimeError under autograd; where the kernel is there also for shapes that do not fit, an N no multiple of 64,
+an odd K, and a transposed a beside a transposed b or a bias; TypeError for operands of several dtypes.
 """
 
 
