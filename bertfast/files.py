@@ -30,14 +30,14 @@ unfinished: set[Path] = set()  # temporary names in use, which a stop must not l
 
 @contextmanager
 def atomic_path(path: str | Path) -> Iterator[Path]:
-    """Yields a temporary name for the body to write a file under; afterwards that file is `path`.
+    """Yields a temporary name for the body to write a file under; afterwards that file is `path`, or what it links to.
 
     For writers that want a name (safetensors, matplotlib). A process that is killed outright (SIGKILL, a power cut)
     leaves what it had written as `.NAME.PID.tmp` beside `path`. It stays until you delete it: on a disk of several
     machines nobody can tell it from the file of one that is still writing. Raises UserError where the file cannot be
     written.
     """
-    path = Path(path)
+    path = Path(os.path.realpath(path))
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         unfinished.add(temporary)

@@ -616,6 +616,9 @@ def test_files_are_whole_or_absent(tmp_path: Path) -> None:
         files.write_bytes(tmp_path, b"")
     with pytest.raises(UserError, match="cannot read"):
         files.sha256(tmp_path / "absent")
+    (tmp_path / "link.json").symlink_to("a.json")  # stays, and what it points to is written
+    files.write_json(tmp_path / "link.json", 1)
+    assert files.read_json(tmp_path / "a.json") == 1 and (tmp_path / "link.json").is_symlink()
 
     for content in ("one", "two"):  # a folder is replaced as a whole
         with files.atomic_folder(tmp_path / "folder") as new:
@@ -630,7 +633,7 @@ def test_files_are_whole_or_absent(tmp_path: Path) -> None:
     with files.atomic_folder(tmp_path / "link") as new:
         (new / "three").write_text("")
     assert [x.name for x in (tmp_path / "folder").iterdir()] == ["three"] and (tmp_path / "link").is_symlink()
-    assert sorted(x.name for x in tmp_path.iterdir()) == ["a.json", "folder", "folder2", "link"]
+    assert sorted(x.name for x in tmp_path.iterdir()) == ["a.json", "folder", "folder2", "link", "link.json"]
 
 
 @pytest.mark.skipif(files.fcntl is None, reason="no locks there")
