@@ -37,7 +37,7 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
     machines nobody can tell it from the file of one that is still writing. Raises UserError where the file cannot be
     written.
     """
-    path = Path(os.path.realpath(path))
+    path = without_links(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         unfinished.add(temporary)
@@ -64,11 +64,13 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
     included, leaves the old state; a killed process leaves the temporary folder, and the next one clears it away.
     Raises UserError where the folder cannot be written or renamed, or is being written by another process.
     """
-    path = Path(os.path.realpath(path))
+    path = without_links(path)
     temporary, old = siblings(path)
     try:
-        if os.path.ismount(path) or Path.cwd().is_relative_to(path):
-            raise UserError(f"{path} is a mount point or the current folder, which cannot be replaced: name one in it")
+        with suppress(FileNotFoundError):  # of a current folder that was deleted
+            if os.path.ismount(path) or Path.cwd().is_relative_to(path):
+                raise UserError(f"{path} is a mount point or the current folder, which cannot be replaced: name one in "
+                                "it")
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary.mkdir(exist_ok=True)
     except OSError as error:
@@ -98,6 +100,14 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
             shutil.rmtree(old, ignore_errors=True)
             shutil.rmtree(temporary, ignore_errors=True)
             unfinished.discard(temporary)
+
+
+def without_links(path: str | Path) -> Path:
+    """The absolute path without links. Raises UserError where it is relative to a current folder that was deleted."""
+    try:
+        return Path(os.path.realpath(path))
+    except FileNotFoundError as error:
+        raise UserError(f"cannot write {path}: there is no current folder") from error
 
 
 def siblings(path: Path) -> tuple[Path, Path]:

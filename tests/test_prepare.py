@@ -636,6 +636,19 @@ def test_files_are_whole_or_absent(tmp_path: Path) -> None:
     assert sorted(x.name for x in tmp_path.iterdir()) == ["a.json", "folder", "folder2", "link", "link.json"]
 
 
+def test_a_current_folder_that_was_deleted(tmp_path: Path, vocab: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "here").mkdir()
+    source = str(write(tmp_path / "a.txt", DOCUMENTS))
+    with monkeypatch.context() as context:
+        context.chdir(tmp_path / "here")
+        (tmp_path / "here").rmdir()
+        files.write_json(tmp_path / "a.json", 1)
+        assert prepare([source], tmp_path / "set", vocab=vocab, workers=1)["documents"]
+        for out in (lambda: files.write_json("a.json", 1), lambda: prepare([source], "set", vocab=vocab, workers=1)):
+            with pytest.raises(UserError, match="there is no current folder"):
+                out()
+
+
 @pytest.mark.skipif(files.fcntl is None, reason="no locks there")
 def test_a_file_system_without_locks_of_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """NFS answers EBADF: an exclusive lock is for what is open for writing, which folders never are."""

@@ -21,7 +21,7 @@ from inspect import cleandoc
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
-from bertfast.files import UserError, siblings
+from bertfast.files import UserError, siblings, without_links
 
 KINDS = (".txt", ".txt.gz", ".jsonl", ".jsonl.gz", ".parquet")
 PIECE = 1 << 20  # characters handed to a worker at a time
@@ -46,7 +46,7 @@ def find_files(inputs: list[str], out: Path) -> tuple[list[Path], list[str]]:
     """
     found: dict[str, Path] = {}  # by the path without links
     left_out: dict[Path, str] = {}
-    out = Path(os.path.realpath(out))
+    out = without_links(out)
     written = (out, *siblings(out))
     try:
         for name in inputs:

@@ -12,7 +12,7 @@ import torch
 from bertfast import machine, report
 from bertfast.checkpoint import find
 from bertfast.data.tokenizer import Tokenizer
-from bertfast.files import UserError, atomic_path, read_json
+from bertfast.files import UserError, atomic_path, read_json, without_links
 from bertfast.finetune import show
 from bertfast.finetune.batches import Item, by_budget, pack
 from bertfast.finetune.read import Row, refuse_names
@@ -99,7 +99,7 @@ def predict_file(predictor: Predictor, source: Path, out: Path, columns: list[st
         raise UserError(f"{out} is a folder, not a file to write")
     if out.exists() and (not out.is_file() or out.samefile(source)):  # a device would be replaced, too
         raise UserError(f"{out} is {'the input' if out.is_file() else 'no file'}: choose another --out")
-    if any(path.is_relative_to(predictor.folder) for path in (out.resolve(), out.parent.resolve())):
+    if any(path.is_relative_to(predictor.folder) for path in map(without_links, (out, out.parent))):
         raise UserError(f"{out} lies in the model's folder: choose another --out")
     other = UserError(f"{out} is there already, and no predictions: choose another --out")  # a slip must cost no file
     earlier = _first_object(out) if out.exists() else {}

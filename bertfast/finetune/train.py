@@ -23,7 +23,7 @@ from bertfast.batch import PackedBatch
 from bertfast.checkpoint import Checkpointed, find, run_settings
 from bertfast.config import BertConfig
 from bertfast.data.tokenizer import Tokenizer
-from bertfast.files import UserError, atomic_folder, create_folder, locked, write_bytes, write_json
+from bertfast.files import UserError, atomic_folder, create_folder, locked, without_links, write_bytes, write_json
 from bertfast.finetune import show
 from bertfast.finetune.answer import Answering
 from bertfast.finetune.batches import Item, by_budget, epoch_batches
@@ -428,7 +428,7 @@ def finetune(folder: Path, settings: Settings, allocator: str, overwrite: bool =
     another process's.
     """
     refuse_a_run(folder, overwrite)
-    if find(settings.model).resolve().is_relative_to(folder.resolve()):
+    if find(settings.model).resolve().is_relative_to(without_links(folder)):
         raise UserError(f"{settings.model} lies in {folder}, which is to be written: choose another --out")
     if (folder / "config.json").exists() and "task" not in (run_settings(folder) or {}):
         raise UserError(f"{folder} holds a model or another run: choose another --out")
