@@ -45,8 +45,8 @@ class Checkpointed(torch.nn.Module):
         new_heads=True permits heads (pooler, cls, classifier) that the file lacks, or has beyond this class: they are
         initialised or dropped, and named in a printed line. A task's head (classifier, qa_outputs, mix) is kept only if
         the checkpoint is of this class and decides between the same labels in the same order.
-        Raises UserError for anything missing, unexpected or mis-shaped, for a damaged file, and for another
-        architecture.
+        Raises UserError for anything missing, unexpected, mis-shaped or not finite, for a damaged file, and for
+        another architecture.
         """
         folder = find(name)
         config = BertConfig.from_file(folder / "config.json")
@@ -195,6 +195,8 @@ def load(model, tensors: dict[str, Tensor], source: str, new_heads: bool = False
     ]
     if problems:
         raise UserError(f"{source} does not fit {type(model).__name__}; " + "; ".join(problems))
+    if broken := [n for n in own if n in found and not torch.isfinite(found[n]).all()]:
+        raise UserError(f"{source}: {broken[0]} has values that are not finite")
     with torch.no_grad():
         for name, tensor in own.items():
             if name in found:

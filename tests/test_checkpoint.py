@@ -160,6 +160,8 @@ FAULTS = {
                      "config.json is damaged"),
     "another shape": (lambda folder, t: FORMS["safetensors"](folder, {**t, WORD: torch.zeros(61, 32)}),
                       r"mis-shaped: bert.embeddings.word_embeddings.weight \(61, 32\) instead of \(60, 32\)"),
+    "no number": (lambda folder, t: FORMS["safetensors"](folder, {**t, WORD: t[WORD] * float("nan")}),
+                  "bert.embeddings.word_embeddings.weight has values that are not finite"),
     "a layer too few": (another_config(num_hidden_layers=3), "missing: bert.encoder.layer.2"),
     "a layer too many": (another_config(num_hidden_layers=1), "unexpected: bert.encoder.layer.1"),
     "no layers": (another_config(num_hidden_layers=0), "num_hidden_layers must be a whole number of 1 or more, got 0"),

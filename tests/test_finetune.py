@@ -29,7 +29,7 @@ from bertfast.data.tokenizer import SPECIAL_TOKENS, Tokenizer
 from bertfast.files import UserError, locked
 from bertfast.finetune import metrics, show, train, write
 from bertfast.finetune.batches import by_budget, epoch_batches, pack
-from bertfast.finetune.predict import Predictor, predict_file, run
+from bertfast.finetune.predict import Predictor, json_line, predict_file, run
 from bertfast.finetune.read import Row, open_table
 from bertfast.finetune.tag import Tagging
 from bertfast.finetune.task import Example, Settings
@@ -1295,6 +1295,16 @@ def test_a_row_that_is_not_finite_is_json(tmp_path):
     FineTuning._log(SimpleNamespace(rows=[], folder=tmp_path), row)
     found = json.loads((tmp_path / "metrics.jsonl").read_text(), parse_constant=refuse)
     assert found == {"step": 1, "loss": None, "grad_norm": None}
+
+
+@pytest.mark.parametrize("changes", [{"steps": 8}, {"eval_every": 4, "log_every": 1000}], ids=str)
+def test_a_run_without_a_finite_loss_ends_as_an_error(changes, start, tmp_path):
+    chosen = settings("classification", start, tmp_path, lr=1e30, **changes)
+    with pytest.raises(UserError, match="stopped at step [48]: the loss is not a number.* try a lower --lr"):
+        finetune(tmp_path / "run", chosen, "")
+    assert not (tmp_path / "run/checkpoint").exists()
+    with pytest.raises(UserError, match="a prediction is not a finite number"):
+        json_line({"scores": {"a": float("nan")}})
 
 
 def test_a_failed_save_is_not_called_the_best(start, tmp_path, monkeypatch):

@@ -129,4 +129,8 @@ def _first_object(path: Path) -> dict | None:
 
 
 def json_line(value: dict) -> str:
-    return json.dumps(value, ensure_ascii=False) + "\n"
+    """Raises UserError for NaN and infinities, which JSON lacks."""
+    try:
+        return json.dumps(value, ensure_ascii=False, allow_nan=False) + "\n"
+    except ValueError as error:
+        raise UserError("a prediction is not a finite number: use --precision fp32") from error

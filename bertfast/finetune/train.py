@@ -214,14 +214,18 @@ class FineTuning:
             for step in range(1, self.steps + 1):
                 self.go_on()
                 norm = self._step(model, optimizer, next(batches), seed, step, window)
-                if step % settings.log_every == 0 or step == self.steps:
+                loss = window.loss
+                logged, judged = (step % n == 0 or step == self.steps for n in (settings.log_every, self.eval_every))
+                if logged:
                     row = window.row(seed, step, self.learning_rate(step), norm)
                     self._log(row)
                     bar.show(step, row, window.flops / row.pop("seconds"))
                     window = Window()
-                    if not math.isfinite(row["loss"]) and int(optimizer.skipped_in_a_row) >= settings.log_every:
-                        raise UserError(f"stopped at step {step}: the loss is not a number; try a lower --lr")
-                if step % self.eval_every and step != self.steps:
+                patience = 1 if judged else settings.log_every  # nothing that is broken is judged, and saved
+                if (logged or judged) and not math.isfinite(loss) and int(optimizer.skipped_in_a_row) >= patience:
+                    raise UserError(f"stopped at step {step}: the loss is not a number; first not finite: "
+                                    f"{optimizer.culprit() or 'the loss'}; try a lower --lr")
+                if not judged:
                     continue
                 began = time.perf_counter()
                 scores, predictions = self.evaluate(model)
