@@ -7,6 +7,7 @@ another shape is an error that lists it. Pickled files are read with weights_onl
 
 import json
 import shutil
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -124,6 +125,18 @@ def run_settings(folder: Path) -> dict | None:
     stored = read_json(folder / "config.json")
     settings = stored.get("settings") if isinstance(stored, dict) else None
     return settings if isinstance(settings, dict) else None
+
+
+def refuse_others(folder: Path, setting: str, written: Sequence[str]) -> None:
+    """Raises UserError where a run in `folder` would spoil a model, a run of another kind or a user's own files.
+
+    setting: one that all runs of this kind have, and no others; written: what they write.
+    """
+    if (folder / "config.json").exists():
+        if setting not in (run_settings(folder) or {}):
+            raise UserError(f"{folder} holds a model or another run: choose another --out")
+    elif found := [name for name in written if (folder / name).exists()]:
+        raise UserError(f"{folder} holds {found[0]}, which is of no run: choose another --out")
 
 
 def read_tensors(folder: Path) -> dict[str, Tensor]:

@@ -27,7 +27,7 @@ from safetensors.torch import load_file, save_file
 
 from . import machine, processes, report
 from .batch import PackedBatch
-from .checkpoint import find, read_tensors, run_settings
+from .checkpoint import find, read_tensors, refuse_others, run_settings
 from .config import BertConfig
 from .data.dataset import Dataset, Loader
 from .data.tokenizer import Tokenizer
@@ -600,9 +600,8 @@ def stored_settings(folder: Path) -> Settings:
 
 
 def check_folder(folder: Path, resume: bool) -> None:
-    """Raises UserError where the folder holds what a run there would spoil: a model, or a run it does not resume."""
-    if (folder / "config.json").exists() and "data" not in (run_settings(folder) or {}):
-        raise UserError(f"{folder} holds a model or another run: choose another --out")
+    """Raises UserError where the folder holds what a run there would spoil, or a run it does not resume."""
+    refuse_others(folder, "data", ("metrics.jsonl", "loss.png"))
     if (checkpoint := latest(folder)) and not resume:
         raise UserError(f"{folder} already holds a run ({checkpoint.name}): add --resume, or choose another --out")
 

@@ -1031,6 +1031,22 @@ def test_a_model_or_another_run_is_not_written_over(start, tmp_path):
     assert (start / "config.json").read_bytes() == (tmp_path / "run/config.json").read_bytes() == config
 
 
+def test_files_of_ones_own_are_not_written_over(start, tmp_path):
+    chosen = settings("classification", start, tmp_path, steps=1)
+    for name in ("predictions.jsonl", "metrics.json", "metrics.jsonl", "loss.png", "confusion.png", "checkpoint"):
+        (tmp_path / "mine").mkdir()
+        (tmp_path / "mine" / name).write_text("precious")
+        with pytest.raises(UserError, match=f"mine holds {name}, which is of no run: choose another --out"):
+            finetune(tmp_path / "mine", chosen, "", overwrite=True)
+        assert (tmp_path / "mine" / name).read_text() == "precious"
+        shutil.rmtree(tmp_path / "mine")
+    finetune(tmp_path / "run", chosen, "")
+    (tmp_path / "run/checkpoint/finetune.json").unlink()
+    with pytest.raises(UserError, match="checkpoint was not written by a fine-tuning: choose another --out"):
+        finetune(tmp_path / "run", chosen, "", overwrite=True)
+    assert (tmp_path / "run/checkpoint/model.safetensors").exists()
+
+
 def test_predict_reads_what_training_read(start, tmp_path):
     """A pair stays a pair, a single text single; every row gives one, also an empty one; nothing is lost to a fault."""
     rows = [f"cat {i}\tdog\t{i % 2}" for i in range(20)]

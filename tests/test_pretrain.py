@@ -311,6 +311,14 @@ def test_a_row_of_something_else_is_one_line(corpus, tmp_path, capsys, monkeypat
     assert code == 2 and "metrics.jsonl is damaged: line 2 holds more than numbers" in line
 
 
+@pytest.mark.parametrize("name", ["metrics.jsonl", "loss.png"])
+def test_files_of_ones_own_are_not_written_over(name, corpus, tmp_path):
+    (tmp_path / name).write_text("precious")
+    with pytest.raises(UserError, match=f"holds {name}, which is of no run: choose another --out"):
+        start(tmp_path, settings(corpus), resume=False)
+    assert (tmp_path / name).read_text() == "precious"
+
+
 def test_two_processes_do_not_train_one_run(corpus, tmp_path):
     run = start(tmp_path, settings(corpus), resume=False)
     with locked(tmp_path, tmp_path):

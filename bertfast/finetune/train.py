@@ -20,7 +20,7 @@ import torch
 
 from bertfast import machine, report
 from bertfast.batch import PackedBatch
-from bertfast.checkpoint import Checkpointed, find, run_settings
+from bertfast.checkpoint import Checkpointed, find, refuse_others
 from bertfast.config import BertConfig
 from bertfast.data.tokenizer import Tokenizer
 from bertfast.files import UserError, atomic_folder, create_folder, locked, without_links, write_bytes, write_json
@@ -50,6 +50,7 @@ READERS = {  # the tasks that read a setting, where not all do
     "max_target_length": ("seq2seq",), "beams": ("seq2seq",), "length_penalty": ("seq2seq",),
 }
 SCALES = ("scale",)  # what a head calls the factor of its loss
+OF_THE_BEST = ("predictions.jsonl", "metrics.json", "loss.png", "confusion.png")  # written beside its checkpoint
 GRAPHS = 64  # CUDA graphs at most; steps of yet other shapes are launched
 HELD_OUT = 10  # without a dev file, one example in so many is kept for evaluation
 
@@ -188,7 +189,7 @@ class FineTuning:
 
     def _replace(self) -> None:
         folder = self.folder
-        for name in ("predictions.jsonl", "metrics.json", "loss.png", "confusion.png"):
+        for name in OF_THE_BEST:
             (folder / name).unlink(missing_ok=True)
         shutil.rmtree(folder / "checkpoint", ignore_errors=True)
         write_json(folder / "config.json", {
@@ -420,8 +421,12 @@ def layer_scale(config: BertConfig, decay: float):
 
 
 def refuse_a_run(folder: Path, overwrite: bool) -> None:
-    """Raises UserError where `folder` holds a run that is not to be replaced."""
-    if (folder / "checkpoint").exists() and not overwrite:
+    """Raises UserError where `folder` holds a run that is not to be replaced, or what is no fine-tuning's."""
+    refuse_others(folder, "task", ("metrics.jsonl", "checkpoint", *OF_THE_BEST))
+    checkpoint = folder / "checkpoint"
+    if checkpoint.exists() and not (checkpoint / "finetune.json").exists():
+        raise UserError(f"{checkpoint} was not written by a fine-tuning: choose another --out")
+    if checkpoint.exists() and not overwrite:
         raise UserError(f"{folder} already holds a fine-tuning: choose another --out, or add --overwrite")
 
 
@@ -431,11 +436,9 @@ def finetune(folder: Path, settings: Settings, allocator: str, overwrite: bool =
     Raises UserError for a fault in settings or data, and where `folder` holds a run that is not to be replaced, or is
     another process's.
     """
-    refuse_a_run(folder, overwrite)
     if find(settings.model).resolve().is_relative_to(without_links(folder)):
         raise UserError(f"{settings.model} lies in {folder}, which is to be written: choose another --out")
-    if (folder / "config.json").exists() and "task" not in (run_settings(folder) or {}):
-        raise UserError(f"{folder} holds a model or another run: choose another --out")
+    refuse_a_run(folder, overwrite)
     began = time.perf_counter()
     work = FineTuning(folder, settings)
     show.decisions(work.task)
