@@ -306,6 +306,18 @@ def test_vocabularies_and_links_to_nowhere_are_left_out_and_named(
     assert text_of(tmp_path / "set") == EXPECTED
 
 
+def test_a_vocabulary_that_does_not_fit_the_text_is_told(tmp_path: Path, vocab: Path) -> None:
+    console = Console(file=io.StringIO(), width=40)
+    for name, text in (("fits", "a cat " * 99 + "7"), ("half", "a 7 " * 9), ("other", "7 8 9")):
+        write(tmp_path / f"{name}.txt", [text])
+    prepare([str(tmp_path / "fits.txt")], tmp_path / "fits", vocab=vocab, workers=1, console=console)
+    assert "[UNK]" not in console.file.getvalue()
+    prepare([str(tmp_path / "half.txt")], tmp_path / "half", vocab=vocab, workers=1, console=console)
+    assert "50% of the tokens are [UNK]: words that the vocabulary cannot spell\n" in console.file.getvalue()
+    with pytest.raises(UserError, match="no word of the text is in the vocabulary"):
+        prepare([str(tmp_path / "other.txt")], tmp_path / "other", vocab=vocab, workers=1)
+
+
 # Mistakes, each one line
 
 

@@ -111,9 +111,12 @@ def prepare(
         assert tokenizer is not None
         tokenizer.save(folder)
         tokenise = partial(_tokenise, str(folder), sha256(folder / "tokenizer.json"))
-        counts = _write_shards(folder, tokenizer.vocab_size, in_order(tokenise, progress("preparing", read(), size)))
+        counts = _write_shards(folder, tokenizer, in_order(tokenise, progress("preparing", read(), size)))
         if not counts["tokens"]:
             raise UserError(f"there is no text in {', '.join(inputs or ['the documentation'])}")
+        unknown = counts["unknown_tokens"] / counts["tokens"]
+        if unknown == 1:
+            raise UserError("no word of the text is in the vocabulary")
         manifest = {
             "format": "bertfast data",
             "version": VERSION,
@@ -127,6 +130,8 @@ def prepare(
             "recipe": recipe,
         }
         write_json(folder / "manifest.json", manifest)
+    if unknown > 0.01:
+        tell(f"{unknown:.0%} of the tokens are [UNK]: words that the vocabulary cannot spell")
     tell(f"{out}: {_counts(manifest)} in {time.perf_counter() - began:.1f} s")
     return manifest
 
@@ -177,10 +182,10 @@ def _spread(pieces: Iterable[corpus.Piece]) -> list[str]:
     return [document for documents in kept for document in documents]
 
 
-def _write_shards(folder: Path, vocab_size: int, tokenised: Iterable[tuple[bool, Any]]) -> dict[str, Any]:
+def _write_shards(folder: Path, tokenizer: Tokenizer, tokenised: Iterable[tuple[bool, Any]]) -> dict[str, Any]:
     """Append what the workers return, in order. Returns the counts and the unigram entropy for the manifest."""
-    dtype = np.dtype("<u2" if vocab_size <= 1 << 16 else "<u4")
-    frequency = np.zeros(vocab_size, np.int64)
+    dtype = np.dtype("<u2" if tokenizer.vocab_size <= 1 << 16 else "<u4")
+    frequency = np.zeros(tokenizer.vocab_size, np.int64)
     n_tokens = n_sentences = n_documents = open_sentences = 0
     with (
         open(folder / "tokens.bin", "wb") as tokens,
@@ -190,7 +195,7 @@ def _write_shards(folder: Path, vocab_size: int, tokenised: Iterable[tuple[bool,
         sentences.write(np.zeros(1, "<i8").tobytes())
         documents.write(np.zeros(1, "<i8").tobytes())
         for continues, (ids, sentence_lengths, document_lengths) in tokenised:
-            frequency += np.bincount(ids, minlength=vocab_size)
+            frequency += np.bincount(ids, minlength=tokenizer.vocab_size)
             tokens.write(ids.astype(dtype).tobytes())
             sentences.write((n_tokens + np.cumsum(sentence_lengths)).astype("<i8").tobytes())
             # A document ends where the next begins, so the last one stays open; those without a sentence vanish.
@@ -213,6 +218,7 @@ def _write_shards(folder: Path, vocab_size: int, tokenised: Iterable[tuple[bool,
         "documents": n_documents,
         "sentences": n_sentences,
         "tokens": n_tokens,
+        "unknown_tokens": int(frequency[tokenizer.unk_id]),
         "dtype": dtype.name,
         "unigram_entropy": float(-(share * np.log(share)).sum()),  # nats: the loss of a model that knows only this
     }
