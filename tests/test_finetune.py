@@ -1139,6 +1139,25 @@ def test_predictions_replace_nothing_but_predictions(start, tmp_path):
     assert predict_file(predictor, chosen.dev, tmp_path / "run/out.jsonl")["rows"] == 160
 
 
+def test_a_damaged_or_newer_folder_is_one_line(start, tmp_path):
+    finetune(tmp_path / "run", settings("classification", start, tmp_path, steps=1), "")
+    checkpoint = tmp_path / "run/checkpoint"
+    stored, config = (json.loads((checkpoint / f"{name}.json").read_text()) for name in ("finetune", "config"))
+    newer = {**stored["settings"], "new": 1}
+    faults = [{}, [], *({**stored, name: value} for name, value in (
+        ("labels", None), ("labels", ["positive"]), ("columns", None), ("settings", None), ("settings", newer),
+        ("settings", {**stored["settings"], "task": "other"})))]
+    for fault in faults:
+        (checkpoint / "finetune.json").write_text(json.dumps(fault))
+        with pytest.raises(UserError, match="checkpoint is damaged or of another version"):
+            Predictor(tmp_path / "run")
+    (checkpoint / "finetune.json").write_text(json.dumps(stored))
+    for fault in ([], {k: v for k, v in config.items() if k != "max_position_embeddings"}):
+        (checkpoint / "config.json").write_text(json.dumps(fault))
+        with pytest.raises(UserError, match="checkpoint is damaged or of another version"):
+            Predictor(tmp_path / "run")
+
+
 def test_a_single_sentence_is_read_as_the_training_file_was(start, tmp_path):
     words, lines = "a\tX\ncat\tY\n", "tokens\ttags\na cat\tX Y\n"
     files = {"train.tsv": (words + "\n") * 9, "one.txt": words, "bare.txt": "a\ncat\n", "lines.tsv": lines,

@@ -67,13 +67,20 @@ class Predictor:
             raise UserError(f"{folder} was not fine-tuned by bertfast: it has no finetune.json")
         self.folder = folder.resolve()
         stored = read_json(folder / "finetune.json")
-        self.settings = Settings(**stored["settings"])
         self.tokenizer = Tokenizer.load(folder)
         config = read_json(folder / "config.json")
-        positions = config.get("encoder", config)["max_position_embeddings"]
-        self.task = TASKS[self.settings.task](self.settings, self.tokenizer, positions, stored["labels"])
-        self.task.read_roles, self.task.read_columns = stored.get("roles"), stored.get("columns", {})
-        self.task.read_format = stored.get("format")
+        try:
+            self.settings, labels = Settings(**stored["settings"]), list(stored["labels"])
+            positions = config.get("encoder", config)["max_position_embeddings"]
+            self.task = TASKS[self.settings.task](self.settings, self.tokenizer, positions, labels)
+            n_outputs = len(config.get("id2label") or "01")  # transformers' default is two labels
+            if self.task.named_outputs and n_outputs != len(labels):
+                raise KeyError("id2label")
+            self.task.read_roles, self.task.read_columns = stored.get("roles"), dict(stored.get("columns", {}))
+            self.task.read_format = stored.get("format")
+        except (KeyError, TypeError, AttributeError) as error:
+            raise UserError(f"{folder} is damaged or of another version: its finetune.json and config.json do not say "
+                            "what it predicts") from error
         device = machine.choose_device()
         self.precision, self.precision_reason = machine.choose_precision(precision, device)
         self.model = self.task.head.from_pretrained(folder).to(device, machine.DTYPES[self.precision]).eval()
