@@ -324,6 +324,8 @@ class Run:
         results: dict[int, dict] = {}
         with (locked(self.folder, self.folder) if first else nullcontext(), stop_on_interrupt(self),
               report.progress(settings.steps, self.step, self.peak, settings.causal) as bar):
+            if first:
+                self._write_config()
             metrics = report.Metrics(self.folder, self.step, settings.tensorboard) if first else None
             for start, end, length in settings.phases():
                 if self.step > end or (self.step == end and self.validated):
@@ -371,6 +373,15 @@ class Run:
         if first:
             report.plot_loss(self.folder, self.train_data.manifest["unigram_entropy"], settings.causal)
         return results, self.folder / f"checkpoint-{self.saved}"
+
+    def _write_config(self) -> None:
+        """config.json, under the folder's lock. Raises UserError where another run has been there since `start`."""
+        newest = latest(self.folder)
+        check_folder(self.folder, resume=not newest or _step_of(newest) == self.saved)
+        write_json(self.folder / "config.json", {
+            "settings": asdict(self.settings), "bertfast": __version__, "torch": torch.__version__,
+            "precision": self.precision, "threads": torch.get_num_threads(), "data": self.train_data.manifest,
+        })
 
     @property
     def finished(self) -> bool:
@@ -607,7 +618,7 @@ def check_folder(folder: Path, resume: bool) -> None:
 
 
 def start(folder: Path, settings: Settings, resume: bool) -> Run:
-    """A run ready to train, new or resumed, with its config.json written.
+    """A run ready to train, new or resumed.
 
     Raises UserError for what no run can be made of, and where another process trains it.
     """
@@ -619,13 +630,8 @@ def start(folder: Path, settings: Settings, resume: bool) -> Run:
         if checkpoint:
             run.resume(checkpoint)
         run._check_agreement()  # and all have read what the folder held
-    if not first:
-        return run
-    with locked(create_folder(folder), folder):
-        write_json(folder / "config.json", {
-            "settings": asdict(settings), "bertfast": __version__, "torch": torch.__version__,
-            "precision": run.precision, "threads": torch.get_num_threads(), "data": run.train_data.manifest,
-        })
+    if first:
+        create_folder(folder)
     return run
 
 

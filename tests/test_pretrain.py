@@ -290,7 +290,7 @@ def test_a_checkpoint_half_written_is_cleared_away(corpus, tmp_path):
         (tmp_path / name).mkdir()
         (tmp_path / name / "optimizer.safetensors").write_text("")
     run.save()
-    assert sorted(p.name for p in tmp_path.iterdir()) == [".checkpoint-best.tmp", "checkpoint-0", "config.json"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == [".checkpoint-best.tmp", "checkpoint-0"]
 
 
 def test_damaged_rows_cost_no_others(tmp_path):
@@ -327,7 +327,13 @@ def test_two_processes_do_not_train_one_run(corpus, tmp_path):
         for begin in (run.train, lambda: start(tmp_path, settings(corpus, seed=2), resume=True)):
             with pytest.raises(UserError, match="is being written by another process"):
                 begin()
-    assert pretrain.stored_settings(tmp_path).seed == 1 and not (tmp_path / "metrics.jsonl").exists()
+    assert not (tmp_path / "config.json").exists() and not (tmp_path / "metrics.jsonl").exists()
+    shutil.rmtree(tmp_path / "checkpoint-4")
+    second = start(tmp_path, settings(corpus, seed=2), resume=False)
+    run.train()
+    with pytest.raises(UserError, match="already holds a run .checkpoint-8.: add --resume"):
+        second.train()
+    assert pretrain.stored_settings(tmp_path).seed == 1
 
 
 def test_the_closing_table_of_a_run_without_a_finite_loss(corpus, tmp_path, capsys):
@@ -374,7 +380,7 @@ def test_resuming_before_the_first_checkpoint_begins_the_same_run(corpus, tmp_pa
     monkeypatch.setattr("bertfast.data.prepare.prepare", made)  # the documentation of this machine
     made(None, out / "data")
     chosen = settings(corpus, data=str(out / "data"), steps=2)
-    start(out, chosen, resume=False)
+    start(out, chosen, resume=False)._write_config()  # killed before the first step
     args = ["pretrain", "--out", out, "--resume"]
     code, line = command(capsys, monkeypatch, *args, "--steps", 3)
     assert code == 2 and "other settings: --steps 3 (it began with 2)" in line
