@@ -1,5 +1,6 @@
 """BertConfig: Hugging Face's field names, the published sizes, and what we refuse to misread."""
 
+import math
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -49,6 +50,9 @@ class BertConfig:
         for name in ("hidden_dropout_prob", "attention_probs_dropout_prob"):
             if not 0.0 <= getattr(self, name) < 1.0:
                 raise UserError(f"{name} must be in [0, 1), got {getattr(self, name)}")
+        for name in ("initializer_range", "layer_norm_eps"):
+            if not 0.0 <= getattr(self, name) < math.inf:
+                raise UserError(f"{name} must be 0 or more, got {getattr(self, name)}")
 
     @classmethod
     def preset(cls, name: str, **changes) -> "BertConfig":

@@ -34,8 +34,8 @@ def linear_schedule(peak: float, warmup: float, steps: int, step: int) -> float:
 def check_numbers(*, lr: float | None, weight_decay: float, max_grad_norm: float, dropout: float | None,
                   seed: int) -> None:
     """Raises UserError for what no training can have; None is a default."""
-    if lr is not None and not (0 < lr < math.inf):
-        raise UserError(f"a learning rate of {lr} is out of range: more than 0")
+    if lr is not None and not (0 < lr <= torch.finfo(torch.float32).max):
+        raise UserError(f"a learning rate of {lr} is out of range: more than 0, and no more than fp32 holds")
     if not (0 <= weight_decay < math.inf and 0 <= max_grad_norm < math.inf):
         raise UserError("--weight-decay and --max-grad-norm must be 0 or more")
     if dropout is not None and not 0 <= dropout < 1:

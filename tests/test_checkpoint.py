@@ -168,6 +168,8 @@ FAULTS = {
     "a size in quotes": (another_config(hidden_size="32"), "hidden_size must be a whole number .* got '32'"),
     "a size of null": (another_config(vocab_size=None), "vocab_size must be a whole number .* got None"),
     "a rate in quotes": (another_config(layer_norm_eps="1e-12"), "layer_norm_eps must be a number, got '1e-12'"),
+    "a rate below 0": (another_config(layer_norm_eps=-1.0), "layer_norm_eps must be 0 or more, got -1.0"),
+    "a range of NaN": (another_config(initializer_range=float("nan")), "initializer_range must be 0 or more, got nan"),
     "padding nowhere": (another_config(pad_token_id=60), "pad_token_id 60 is not in the vocabulary of 60"),
     "a list for a config": (lambda folder, t: (folder / "config.json").write_text("[" * 100_000), "is damaged"),
     "RoBERTa": (another_config(model_type="roberta"), "describes a roberta model"),

@@ -593,6 +593,12 @@ FAULTS = {  # name: (task, content of train.tsv or .jsonl, options, what the one
     "length": ("classification", "text\tlabel\na\tx\nb\ty\n", {"max_length": 65}, "the model has 64 positions"),
     "task": ("summary", "text\tlabel\na\tx\nb\ty\n", {}, "task 'summary' is unknown"),
     "symmetric": ("regression", "text\tscore\na\t1\nb\t2\n", {"symmetric": True}, "--symmetric needs pairs"),
+    "the text as label": ("classification", "text\tlabel\na\tx\nb\ty\n", {"label": "text"}, "Name it with --text"),
+    "one column as two": ("classification", "text\tlabel\na\tx\nb\ty\n", {"text": "text", "label": "text"},
+                          "column 'text' cannot be both text and label"),
+    **{f"length penalty {value}": ("seq2seq", "source\ttarget\na\tb\n", {"beams": 2, "length_penalty": value},
+                                   "--length-penalty must be between -10 and 10")
+       for value in (float("nan"), float("inf"), 1000.0, -1000.0)},
     "twice": ("classification", "text\ttext\tlabel\na\tb\tx\n", {}, "two columns have the same name"),
     "half a character": ("classification", '{"text": "a \\ud83d", "label": "x"}', {},
                          "train.jsonl:1: half of a character"),
@@ -609,6 +615,7 @@ FAULTS = {  # name: (task, content of train.tsv or .jsonl, options, what the one
     **{f"{name} {value}": ("classification", "text\tlabel\na\tx\nb\ty\n", {name: value}, message)
        for name, value, message in (
         ("lr", 0.0, "a learning rate of 0.0"), ("lr", float("nan"), "a learning rate of nan"),
+        ("lr", 1e300, "a learning rate of 1e+300"), ("epochs", 1e308, "--epochs and --steps must be"),
         ("epochs", 0.0, "--epochs"), ("epochs", float("inf"), "--epochs"), ("max_length", 0, "--max-length 0"),
         ("dropout", 1.0, "a dropout of 1.0"), ("seed", 2**64, "does not fit"), ("weight_decay", -1.0, "--weight-decay"),
         ("label_separator", "", "--label-separator is empty"), ("choices", ["a"], "--choices is for"),

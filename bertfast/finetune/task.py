@@ -149,16 +149,20 @@ class Task:
         Raises UserError that lists the table's columns.
         """
         found: dict[str, str] = {}
+        named = {role: getattr(self.settings, OPTIONS.get(role, role)) for role in self.roles}
         for role in self.roles:
-            given, trained = getattr(self.settings, OPTIONS.get(role, role)), self.read_columns.get(role)
+            given, trained = named[role], self.read_columns.get(role)
             if given:
                 column = given if given in table.columns else None
             elif trained in table.columns:  # a likelier name may stand beside it
                 column = trained
             else:
-                taken = [*found.values(), *self.read_columns.values()]
+                taken = [*found.values(), *self.read_columns.values(), *named.values()]
                 lower = {c.lower(): c for c in reversed(table.columns) if c not in taken}
                 column = next((lower[name] for name in NAMES[role] if name in lower), None)
+            if column in found.values():
+                both = " and ".join(r.replace("_", " ") for r in (*found, role) if found.get(r, column) == column)
+                raise UserError(f"{table.path}: column {column!r} cannot be both {both}")
             if column:
                 found[role] = column
             elif (given or role not in self.optional) and (labelled or role != self.roles[-1]):

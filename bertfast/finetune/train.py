@@ -363,8 +363,10 @@ def check(settings: Settings) -> None:
         raise UserError("--label-separator is empty")
     if settings.label_separator != usual.label_separator and not settings.multi_label:
         raise UserError("--label-separator stands between the labels of a row: it goes with --multi-label")
-    if not (0 < settings.epochs < math.inf and (settings.steps is None or settings.steps > 0)):
-        raise UserError("--epochs and --steps must be more than 0")
+    if not (0 < settings.epochs <= 1e12 and (settings.steps is None or 0 < settings.steps <= 10**12)):
+        raise UserError("--epochs and --steps must be more than 0, and 10^12 at most")
+    if not abs(settings.length_penalty) <= 10:
+        raise UserError("--length-penalty must be between -10 and 10")
     if settings.max_length is not None and settings.max_length < 8:
         raise UserError(f"--max-length {settings.max_length} is too short: 8 tokens at least")
     check_numbers(lr=settings.lr, weight_decay=settings.weight_decay, max_grad_norm=settings.max_grad_norm,
