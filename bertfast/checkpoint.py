@@ -165,7 +165,7 @@ def _read_file(path: Path) -> dict[str, Tensor]:
             return load_file(path)
         tensors = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError as error:
-        raise UserError(f"{path} is missing") from error
+        raise UserError(f"{path} {'cannot be read' if path.exists() else 'is missing'}") from error
     except (SafetensorError, RuntimeError, EOFError, ValueError, OSError, json.JSONDecodeError) as error:
         raise UserError(f"{path} is damaged or truncated: {_first_line(error)}") from error
     except Exception as error:  # UnpicklingError: bytes that are no pickle, or one with code, which we do not run

@@ -374,16 +374,22 @@ def _stop(number: int, frame: FrameType | None) -> None:
 def main() -> None:
     """The console script.
 
-    Exit codes: 0; 2 for a mistake of the user, too little memory or output that cannot be written; 130 Ctrl-C; 143
-    SIGTERM.
+    Exit codes: 0; 2 for a mistake of the user, too little memory, files that may not be read or output that cannot be
+    written; 130 Ctrl-C; 143 SIGTERM.
     """
     signal.signal(signal.SIGTERM, _stop)
     if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:  # as it is in a script's background
         signal.signal(signal.SIGINT, _stop)
     if isinstance(sys.stdout, io.TextIOWrapper):  # texts and vocabularies have characters that some terminals lack
         sys.stdout.reconfigure(errors="backslashreplace")
+    stdout = sys.stdout
     try:
         app()
+    except SystemExit as stop:
+        if stop.code == 1 and sys.stdout is not stdout:  # click's end for a broken pipe, which says nothing
+            print("bertfast: cannot write the output: Broken pipe", file=sys.stderr)
+            sys.exit(2)
+        raise
     except UserError as error:
         if FIRST_HERE:
             print(f"bertfast: {error}", file=sys.stderr)
@@ -393,6 +399,11 @@ def main() -> None:
             raise
         print(f"bertfast: out of memory; fewer tokens or a smaller model need less: {str(error).splitlines()[0]}",
               file=sys.stderr)
+        sys.exit(2)
+    except (PermissionError, IsADirectoryError, NotADirectoryError) as error:
+        if not error.filename:
+            raise
+        print(f"bertfast: {error.filename}: {error.strerror}", file=sys.stderr)
         sys.exit(2)
     except OSError as error:
         if error.errno != errno.ENOSPC:

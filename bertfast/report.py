@@ -18,7 +18,14 @@ from .batch import PackedBatch
 from .files import UserError, atomic_path, write_bytes
 from .model import ModelOutput
 
-console = Console()
+
+class _Console(Console):
+    def on_broken_pipe(self) -> None:
+        """Called for an exception, which rich would make an end without a word."""
+        raise
+
+
+console = _Console()
 
 
 class Window:

@@ -124,6 +124,16 @@ def test_heads_may_be_missing_only_when_asked(change, cls, said, folder, capsys)
     assert said in capsys.readouterr().out
 
 
+def test_weights_that_may_not_be_read(folder, monkeypatch):
+    def refuse(path):
+        raise FileNotFoundError("No such file or directory")  # as safetensors calls it
+
+    save_file(take(folder), folder / "model.safetensors")
+    monkeypatch.setattr("bertfast.checkpoint.load_file", refuse)
+    with pytest.raises(UserError, match="model.safetensors cannot be read"):
+        bertfast.BertForPreTraining.from_pretrained(folder)
+
+
 def cut(name):
     def write(folder, tensors):
         FORMS["pickle" if name.endswith("bin") else "safetensors"](folder, tensors)

@@ -1,5 +1,6 @@
 """The command line: what is given to a command arrives at the functions behind it."""
 
+import errno
 import inspect
 import io
 import os
@@ -171,6 +172,34 @@ def test_output_that_cannot_be_written_is_one_line() -> None:
     with open("/dev/full", "w") as full:
         done = subprocess.run(program, stdout=full, stderr=subprocess.PIPE, text=True)
     assert (done.returncode, done.stderr) == (2, "bertfast: cannot write the output: No space left on device\n")
+
+
+def test_a_broken_pipe_is_one_line(tmp_path: Path) -> None:
+    for show in ('report.note("x")', 'print("x", flush=True)'):
+        program = f"""
+from bertfast import cli, fill_mask, report
+def told(_):
+    while True:
+        {show}
+fill_mask.FillMask = told
+cli.main()"""
+        run = subprocess.Popen([sys.executable, "-c", program, "fill-mask", "[MASK]", "--model", "m"], text=True,
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        assert run.stdout and run.stderr and run.stdout.readline() == "x\n"
+        run.stdout.close()  # as head does
+        assert run.stderr.read() == "bertfast: cannot write the output: Broken pipe\n" and run.wait(60) == 2
+
+
+def test_what_may_not_be_entered_is_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    def refuse(_: str) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied", "secret/config.json")
+
+    monkeypatch.setattr("bertfast.fill_mask.FillMask", refuse)
+    monkeypatch.setattr("sys.argv", ["bertfast", "fill-mask", "[MASK]", "--model", "secret"])
+    monkeypatch.setattr("signal.signal", lambda *_: None)
+    with pytest.raises(SystemExit, match="2"):
+        cli.main()
+    assert capsys.readouterr().err == "bertfast: secret/config.json: Permission denied\n"
 
 
 STOPPED_IN = {
