@@ -82,7 +82,8 @@ def find(name: str | Path) -> Path:
             raise UserError(f"{folder} is a run's folder, not a checkpoint: {newest or 'it has none yet'}")
         return folder
     if folder.exists() or str(name).count("/") != 1 or str(name).startswith((".", "/")):
-        raise UserError(f"no checkpoint at {name}")
+        hint = "" if "/" in str(name) else "; an id on the Hugging Face hub is OWNER/NAME"
+        raise UserError(f"no checkpoint at {name}{hint}")
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 

@@ -83,7 +83,8 @@ class Parity(dict[str, Deviation]):
         shown = [(name, d) for name, d in self.items() if name not in gradients]
         shown += sorted(gradients.items(), key=_size, reverse=True)[:5]  # the worst of many
         for name, d in shown:
-            lines.append(f"{name[-42:]:42s} {d.patched:9.1e} {d.original_bf16:9.1e} {d.patched_bf16:13.1e}")
+            short = name if len(name) <= 42 else f"{name[:12]}...{name[-27:]}"
+            lines.append(f"{short:42s} {d.patched:9.1e} {d.original_bf16:9.1e} {d.patched_bf16:13.1e}")
         lines += [f"not given by all: {name}" for name in self.not_given]
         return "\n".join(lines)
 

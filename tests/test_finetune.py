@@ -667,6 +667,9 @@ def test_a_header_read_as_a_word_is_suspected(start, tmp_path):
 def test_the_label_separator_parts_labels():
     task = TASKS["classification"](Settings("classification", "", "", multi_label=True, label_separator=";"), None, 64)
     assert task.label_of(SimpleNamespace(values={"label": "b;a"}, where="here"), "label") == ["a", "b"]
+    assert task.label_of(SimpleNamespace(values={"label": [True, "a"]}, where="here"), "label") == ["a", "true"]
+    task.several = False
+    assert task.label_of(SimpleNamespace(values={"label": True}, where="here"), "label") == "true"  # as JSON has it
 
 
 def test_training_goes_on_with_dropout_after_an_evaluation(start, tmp_path):
@@ -1062,7 +1065,10 @@ def test_predict_reads_what_training_read(start, tmp_path):
                                         precision="fp32"), "")
     predictor, out = Predictor(tmp_path / "run"), tmp_path / "out.jsonl"
     (tmp_path / "test.tsv").write_text("sentence1\tsentence_2\na\tb\n")
-    with pytest.raises(UserError, match="the training file has a text pair"):
+    with pytest.raises(UserError, match="has a text pair, 'sentence2', this one does not"):
+        predict_file(predictor, tmp_path / "test.tsv", out)
+    (tmp_path / "test.tsv").write_text("first\tsecond\na\tb\n")
+    with pytest.raises(UserError, match="which column holds the text.* In training it was 'sentence1'; there are"):
         predict_file(predictor, tmp_path / "test.tsv", out)
     (tmp_path / "test.tsv").write_text("sentence1\tsentence2\na\tb\n\t\nc\td\n \t \n\n")
     assert predict_file(predictor, tmp_path / "test.tsv", out)["rows"] == 4

@@ -1037,6 +1037,8 @@ def test_every_mistake_is_one_line(corpus, tmp_path, capsys, monkeypatch):
         path.write_text(content)
         code, line = command(capsys, monkeypatch, "pretrain", "--out", done, "--resume")
         assert code == 2 and message in line
+    code, line = command(capsys, monkeypatch, "fill-mask", "--model", "nowhere", "a [MASK]")
+    assert code == 2 and "no checkpoint at nowhere; an id on the Hugging Face hub is OWNER/NAME" in line
     code, line = command(capsys, monkeypatch, "fill-mask", "--model", tmp_path / "nowhere", "a [MASK]")
     assert code == 2 and "no checkpoint at" in line
 

@@ -50,14 +50,14 @@ class Classification(Task):
         if self.several:
             parts = value if isinstance(value, list) else str("" if value is None else value).split(
                 self.settings.label_separator)
-            return sorted({str(part).strip() for part in parts if part is not None} - {""})
+            return sorted({_name(part) for part in parts if part is not None} - {""})
         if isinstance(value, list):
             raise UserError(f"{row.where}: {column} is a list: say --multi-label if a row may have several labels")
         if isinstance(value, (dict, bytes)):
             raise UserError(f"{row.where}: {column} is {value!r}, not a label")
-        if value is None or value != value or not str(value).strip():  # NaN, where pandas had nothing
+        if value is None or value != value or not _name(value):  # NaN, where pandas had nothing
             raise UserError(f"{row.where}: no label in {column}")
-        return str(value).strip()
+        return _name(value)
 
     def learn(self, train: list[Example], dev: list[Example]) -> None:
         metrics.need("sklearn.metrics")
@@ -112,6 +112,11 @@ class Classification(Task):
     def shown(self, example: Example) -> dict[str, str]:
         texts = dict(zip(("text", "pair"), example.inputs))
         return {**texts, "label": ", ".join(example.label) if self.several else str(example.label)}
+
+
+def _name(value: Any) -> str:
+    """A label as its file has it: JSON's true is no True."""
+    return str(value).lower() if isinstance(value, bool) else str(value).strip()
 
 
 class Regression(Classification):

@@ -170,7 +170,8 @@ class Task:
                 headerless = not (given or self.settings.columns or table.path.suffix.lower() in NAMED)
                 raise UserError(
                     (f"{table.path} has no column {given!r}" if given
-                     else f"{table.path}: which column holds the {role.replace('_', ' ')}? Name it with {option}")
+                     else f"{table.path}: which column holds the {role.replace('_', ' ')}? "
+                     + (f"In training it was {trained!r}" if trained else f"Name it with {option}"))
                     + f"; there are: {', '.join(table.columns)}"
                     + (" (no header? Name the columns with --columns)" if headerless else "")
                 )
@@ -184,9 +185,11 @@ class Task:
             self.read_format = table.format
         missing = [role for role in self.read_roles if role not in columns]
         if missing:
-            option = "--" + OPTIONS.get(missing[0], missing[0]).replace("_", "-")
-            raise UserError(f"{table.path}: the training file has a {missing[0].replace('_', ' ')}, this one does not, "
-                            f"or under another name ({option}); there are: {', '.join(table.columns)}")
+            there = missing[0].replace("_", " ")
+            if trained := self.read_columns.get(missing[0]):  # earlier versions did not store it
+                there += f", {trained!r}"
+            raise UserError(f"{table.path}: the training file has a {there}, this one does not, or under another name; "
+                            f"there are: {', '.join(table.columns)}")
         return {role: c for role, c in columns.items() if role in (*self.read_roles, self.roles[-1])}
 
     def example(self, row: Row, columns: dict[str, str], labelled: bool = True) -> Example:
