@@ -176,10 +176,15 @@ class _Bar:
         print("  ".join(parts), flush=True)
 
 
+def _lives() -> bool:
+    """Whether what is shown can be written over."""
+    return console.is_terminal and not console.is_dumb_terminal
+
+
 @contextmanager
 def progress(steps: int, done: int, peak: float, causal: bool = False):
     """A progress bar over `steps`, of which `done` are behind; peak in FLOP/s."""
-    if not console.is_terminal:
+    if not _lives():
         yield _Bar(None, None, peak, steps, causal)
         return
     columns = (TextColumn("step {task.completed}/{task.total}"), BarColumn(), TextColumn("{task.fields[text]}"),
@@ -192,7 +197,7 @@ def progress(steps: int, done: int, peak: float, causal: bool = False):
 @contextmanager
 def counter(what: str):
     """A live count of something whose end is not known; yields a function that takes the count so far."""
-    if not console.is_terminal:
+    if not _lives():
         yield lambda n: None
         return
     with Progress(TextColumn(what), TextColumn("{task.completed:,.0f}"), TimeElapsedColumn(), console=console) as bar:
@@ -252,7 +257,8 @@ def plot_loss(folder: Path, entropy: float, causal: bool) -> None:
                                      height_ratios=[2, 1] if nsp else [1], layout="constrained")
     top = axes[0][0]
     x = [r["step"] for r in train]
-    top.plot(x, [r["mlm_loss"] for r in train], color="#56B4E9", alpha=0.5, linewidth=0.8, label="training")
+    marker = "o" if len(x) == 1 else ""  # a point is no line
+    top.plot(x, [r["mlm_loss"] for r in train], marker, color="#56B4E9", alpha=0.5, linewidth=0.8, label="training")
     top.plot(x, _smooth([r["mlm_loss"] for r in train]), color="#0072B2", label="training, smoothed")
     top.plot([r["step"] for r in validation], [r["validation_mlm_loss"] for r in validation], color="#D55E00",
              marker="o", markersize=4, label="validation")

@@ -1029,6 +1029,26 @@ def test_a_label_of_dollars_is_drawn_as_it_is(tmp_path):
     assert (tmp_path / "confusion.png").stat().st_size > 1000
 
 
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize(("labels", "drawn"), [(["a", "b"], ["a", "b"]), (["\u4e2d\u6587", "b"], ["0", "1"]),
+                                               (["a" * 30 + "b", "a" * 30 + "c"], ["0", "1"])])
+def test_labels_that_cannot_be_drawn_are_numbered(labels, drawn, tmp_path, monkeypatch):
+    shown = []
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda figure, path, **_: shown.extend(
+        tick.get_text() for tick in figure.axes[0].get_xticklabels()))
+    show.plot_confusion(tmp_path / "confusion.png", [0, 1], [1, 1], labels)
+    assert shown == drawn
+
+
+def test_a_single_row_is_drawn(tmp_path, monkeypatch):
+    lines = []
+    monkeypatch.setattr("matplotlib.axes.Axes.plot", lambda axis, x, y, marker, **_: lines.append((len(x), marker)))
+    monkeypatch.setattr("matplotlib.axes.Axes.legend", lambda *_, **__: None)
+    for rows in (1, 2):
+        show.plot_loss(tmp_path / "loss.png", [{"seed": 1, "step": i, "loss": 1.0} for i in range(rows)], "f1")
+    assert [line for line in lines if line[0]] == [(1, "o"), (2, "")]
+
+
 def test_a_model_or_another_run_is_not_written_over(start, tmp_path):
     chosen = settings("classification", start, tmp_path)
     config = (start / "config.json").read_bytes()

@@ -484,6 +484,15 @@ def test_slow_steps_have_an_eta(monkeypatch):
     assert "ETA 48:30:00" in re.sub(r"\x1b\[[0-9;]*m", "", shown.getvalue())  # 970 steps of three minutes
 
 
+def test_a_dumb_terminal_is_told_in_lines(monkeypatch, capsys):
+    dumb = Console(file=io.StringIO(), force_terminal=True, _environ={"TERM": "dumb"})
+    monkeypatch.setattr(pretrain.report, "console", dumb)
+    with pretrain.report.progress(1000, 0, 1e12) as bar, pretrain.report.counter("rows") as count:
+        bar.show(10, {"loss": 6.0, "tokens_per_sec": 10.0}, 1e10)
+        count(3)
+    assert capsys.readouterr().out.startswith("step 10/1000  loss 6.000") and not dumb.file.getvalue()
+
+
 def test_what_is_shown_is_no_markup(capsys):
     pretrain.report.header({"data": "set[v2]"})
     pretrain.report.note(line := "a long line, of a path that is not to be folded: " * 3 + "run[v2]")

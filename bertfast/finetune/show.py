@@ -72,7 +72,8 @@ def plot_loss(path: Path, rows: list[dict], metric: str) -> None:
         own = [row for row in rows if row["seed"] == seed]
         for axis, name, marker in ((top, "loss", ""), (bottom, f"dev_{metric}", "o")):
             points = [(row["step"], row[name]) for row in own if name in row]
-            axis.plot([x for x, _ in points], [y for _, y in points], marker=marker, markersize=4, label=f"seed {seed}")
+            axis.plot([x for x, _ in points], [y for _, y in points], marker="o" if len(points) == 1 else marker,
+                      markersize=4, label=f"seed {seed}")
     top.set_ylabel("training loss")
     top.legend(fontsize=9)
     bottom.set_ylabel(f"{metric} (dev)")
@@ -83,9 +84,12 @@ def plot_loss(path: Path, rows: list[dict], metric: str) -> None:
 def plot_confusion(path: Path, gold: list[int], guess: list[int], labels: list[str]) -> None:
     """confusion.png: rows are the true labels, columns the predicted ones, shades the share of each row.
 
-    Of more than 40 labels those most often confused are drawn.
+    Of more than 40 labels those most often confused are drawn; labels that the font lacks, or that are the same once
+    cut, as their numbers.
     """
     plt = pyplot()
+    from matplotlib.font_manager import FontProperties, findfont, get_font
+
     counts = np.zeros((len(labels), len(labels)), np.int64)
     np.add.at(counts, (gold, guess), 1)
     wrong = counts.sum(0) + counts.sum(1) - 2 * counts.diagonal()
@@ -94,7 +98,10 @@ def plot_confusion(path: Path, gold: list[int], guess: list[int], labels: list[s
     size = 3 + 0.3 * len(drawn)
     figure, axis = plt.subplots(figsize=(size, size), layout="constrained")
     axis.imshow(counts / np.maximum(1, counts.sum(1, keepdims=True)), cmap="Blues", vmin=0, vmax=1)
-    names = [labels[i][:24] for i in drawn]
+    names, known = [labels[i][:24] for i in drawn], get_font(findfont(FontProperties())).get_charmap()
+    if len(set(names)) < len(names) or not set(map(ord, "".join(names))) <= known.keys():
+        names = [str(i) for i in drawn]
+        figure.supxlabel("numbers: see id2label in checkpoint/config.json", fontsize=8)
     axis.set_xticks(range(len(drawn)), names, rotation=90, parse_math=False)  # a label's dollars are no formula
     axis.set_yticks(range(len(drawn)), names, parse_math=False)
     axis.set_xlabel("predicted")
