@@ -94,7 +94,8 @@ def pretrain(
     long_length: Annotated[int, typer.Option(help="Sequence length of the second phase.")] = 512,
     long_share: Annotated[float, typer.Option(help="Share of the steps in the second phase.")] = 0.1,
     precision: Annotated[str, typer.Option(help="auto, fp32, bf16 or fp16.")] = "auto",
-    recompute: Annotated[bool, typer.Option("--recompute", help="Keep layer inputs only: less memory.")] = False,
+    recompute: Annotated[bool, typer.Option("--recompute/--no-recompute",
+                                            help="Keep layer inputs only: less memory.")] = False,
     cuda_graph: Annotated[bool, typer.Option("--cuda-graph/--no-cuda-graph",
                                              help="On a GPU, replay the step as one CUDA graph.")] = True,
     seed: Annotated[int, typer.Option(help="Everything random is a function of it.")] = 1,
@@ -257,7 +258,7 @@ def finetune(
     Columns are found by their usual names (of --dev first by those of --train), or named by you; what was understood
     is printed, with three examples, before training starts. OUT/checkpoint is the best so far at any moment (so Ctrl-C
     loses nothing), a folder that transformers loads; OUT also holds metrics.json, predictions.jsonl (of the dev file),
-    loss.png, confusion.png.
+    loss.png and, where a text has one label, confusion.png.
 
     Example: bertfast finetune --task classification --model runs/mine/checkpoint-20000 --train train.tsv --dev dev.tsv
     --out runs/sst2

@@ -302,9 +302,9 @@ def generate(model, batch: PackedBatch, start: int, end: int, max_new: int = 128
     """What the model writes for each source of a packed batch: ids without the final `end`.
 
     Beam search of width `beams`, greedy at 1: hypotheses end with the token `end` and are ranked by log-probability
-    over length ** length_penalty (as in transformers; Wu et al. 2016 have ((5 + length) / 6) in the length's place); a
-    source is done when `beams` have ended and none in progress is ahead of the worst of them. start: what the decoder of
-    (a) begins with. The model must be in eval mode.
+    over length ** length_penalty (as in transformers; Wu et al. 2016 have (5 + length) / 6 in the length's place); a
+    source is done when `beams` have ended and none in progress is ahead of the worst of them. start: what the decoder
+    of (a) begins with. The model must be in eval mode.
     """
     state, logits = model.begin(batch, start, max_new)
     n, vocabulary, device = logits.shape[0], logits.shape[1], logits.device
