@@ -1115,6 +1115,9 @@ def test_parity_takes_as_many_classes_as_columns_for_no_rows():
 def test_parity_hides_no_nan():
     found = patch_parity.Parity(a=patch_parity.Deviation(1e-7, 0, 0), b=patch_parity.Deviation(float("nan"), 0, 0))
     assert found.worst()[0] == "b"
+    name = f"grad of model.{'encoder.layer.10.' * 3}output.dense.weight"
+    shown = str(patch_parity.Parity({name: patch_parity.Deviation(0, 0, 0)})).splitlines()[1]
+    assert shown.startswith("grad of ") and "output.dense.weight  " in shown
 
 
 class _Silent(nn.Module):
