@@ -107,7 +107,8 @@ def _run(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Tensor]:
     inputs = {k: v.to(dtype) if isinstance(v, Tensor) and v.is_floating_point() else v for k, v in batch.items()}
     tensors = dict(_tensors(model(**inputs)))
     mask = batch.get("attention_mask")
-    if isinstance(mask, Tensor) and mask.dim() == 2:
+    if isinstance(mask, Tensor) and mask.dim() in (2, 3):
+        mask = mask.flatten(0, -2)  # multiple choice has (B, C, S)
         classes = {cls.__name__ for module in model.modules() for cls in type(module).__mro__}
         flat = "ElectraForPreTraining" in classes  # one number for each token; elsewhere (B, S) may be S classes
         for name, t in tensors.items():

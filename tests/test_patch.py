@@ -1125,6 +1125,12 @@ def test_parity_reads_tuples(changes, name):
     assert name in found and found.worst()[1].patched < 1e-5
 
 
+def test_parity_cuts_padding_from_the_hidden_states_of_multiple_choice():
+    cls = modeling_bert.BertForMultipleChoice
+    found = bertfast.parity(build(cls), {**inputs_of(cls), "output_hidden_states": True})
+    assert found["hidden_states.1"].patched < 1e-5
+
+
 def test_parity_takes_as_many_classes_as_columns_for_no_rows():
     model = build(modeling_bert.BertForSequenceClassification)
     model.classifier = nn.Linear(64, S)
