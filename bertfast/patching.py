@@ -78,12 +78,12 @@ def patch(model: nn.Module) -> Report:
 
     Nothing else changes: the classes of models, the parameters (the same objects), state_dict, signatures, outputs;
     rows at padding are zeros, unless a head, a replaced part or what follows in a Sequential may read them.
-    BertForMaskedLM and BertForPreTraining, in training with labels, compute the loss without the logits and return None
-    for them; skip_logits=False, return_dict=False or a hook forces them, and skip_logits=True skips them in eval too. A
-    batch with no masked word has loss 0 for them then. Attentions, masks that are not padding masks, and layers with
-    hooks inside, or with parts not known to act row by row, run as the original. Decoders and models of other families
-    are left alone. Patching twice does nothing more. Returns a Report, and warns of everything that it says is left
-    alone. Raises UserError where there is nothing to patch.
+    BertForMaskedLM and BertForPreTraining, in training with labels, compute the loss without the logits, in fp32 in a
+    bf16 model too, and return None for them; skip_logits=False, return_dict=False or a hook forces them, and
+    skip_logits=True skips them in eval too. A batch with no masked word has loss 0 for them then. Attentions, masks
+    that are not padding masks, and layers with hooks inside, or with parts not known to act row by row, run as the
+    original. Decoders and models of other families are left alone. Patching twice does nothing more. Returns a Report,
+    and warns of everything that it says is left alone. Raises UserError where there is nothing to patch.
     """
     report = Report()
     for name, module in model.named_modules():
