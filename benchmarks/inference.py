@@ -97,10 +97,12 @@ def _turns(encode: Callable, texts: list[str], device: torch.device) -> Iterator
 
 def _longest(model: Path) -> int:
     """Tokens of the longest input, as sentence-transformers would cut it."""
-    limit = read_json(model / "config.json").get("max_position_embeddings", 512)
-    if (model / "sentence_bert_config.json").exists():
-        limit = min(limit, read_json(model / "sentence_bert_config.json").get("max_seq_length") or limit)
-    return limit
+    positions = read_json(model / "config.json").get("max_position_embeddings", 512)
+    for name, entry in (("sentence_bert_config.json", "max_seq_length"), ("tokenizer_config.json", "model_max_length")):
+        limit = read_json(model / name).get(entry) if (model / name).exists() else None
+        if limit:
+            return min(limit, positions)
+    return positions
 
 
 # ---- the suite
@@ -154,8 +156,14 @@ def run(*, model: Path, text: Path, batches: list[int], sentences: int, rounds: 
     if not (model / "config.json").is_file():
         raise UserError(f"{model} is not a checkpoint's folder: it has no config.json")
     pooling = read_json(model / "1_Pooling/config.json") if (model / "1_Pooling/config.json").exists() else {}
-    if not pooling.get("pooling_mode_mean_tokens", True):
+    modes = {name for name, on in pooling.items() if name.startswith("pooling_mode_") and on}
+    if pooling.get("pooling_mode", "mean") != "mean" or modes - {"pooling_mode_mean_tokens"}:
         raise UserError(f"{model} does not pool by the mean of its tokens, which is what this benchmark compares")
+    modules = read_json(model / "modules.json") if (model / "modules.json").exists() else []
+    kinds = [module["type"].rpartition(".")[2] for module in modules]
+    if more := [kind for kind in kinds if kind not in ("Transformer", "Pooling", "Normalize")]:
+        raise UserError(f"{model} has a {more[0]} module: this benchmark compares means of an encoder's tokens alone")
+    config = read_json(model / "config.json")
     lines = read_sentences(text, sentences)
     rows: list[dict] = []
     stopped = False
@@ -166,7 +174,7 @@ def run(*, model: Path, text: Path, batches: list[int], sentences: int, rounds: 
         if stopped:
             break
     counts = [len(x.split()) for x in lines]
-    settings = {"model": model.name, "hidden_size": read_json(model / "config.json")["hidden_size"],
+    settings = {"model": model.name, "hidden_size": config.get("hidden_size", config.get("dim")),  # DistilBERT's
                 "sentences": len(lines), "words": {"least": min(counts), "median": int(np.median(counts)),
                                                    "most": max(counts)}, "rounds": rounds}
     return {"suite": "inference", **contest.provenance(threads), "settings": settings, "stopped_early": stopped,

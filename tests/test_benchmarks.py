@@ -377,6 +377,30 @@ def test_other_embeddings_and_another_start_are_refused():
     assert list(quality._same_start(starts)) == ["far fp32", "wrong labels fp32"]
 
 
+@pytest.mark.parametrize(("name", "content", "message"), [
+    ("1_Pooling/config.json", {"pooling_mode": "cls"}, "does not pool by the mean"),
+    ("1_Pooling/config.json", {"pooling_mode_mean_tokens": True, "pooling_mode_max_tokens": True}, "does not pool by"),
+    ("modules.json", [{"type": f"library.{kind}"} for kind in ("Transformer", "Pooling", "Dense")], "a Dense module"),
+])
+def test_models_that_are_more_than_a_mean_have_no_embeddings_to_compare(name, content, message, tmp_path):
+    (tmp_path / "1_Pooling").mkdir()
+    for file, value in (("config.json", {}), (name, content)):
+        (tmp_path / file).write_text(json.dumps(value))
+    with pytest.raises(UserError, match=message):
+        inference.run(model=tmp_path, text=tmp_path / "text", batches=[1], sentences=1, rounds=1, threads=1)
+
+
+def test_distilbert_and_old_and_new_files_of_sentence_transformers_are_read(tmp_path, monkeypatch):
+    monkeypatch.setattr(contest, "contest", lambda *arguments: ({}, False))
+    for name, values in (("config.json", {"dim": 64, "max_position_embeddings": 512}), ("text", "a"),
+                         ("tokenizer_config.json", {"model_max_length": 256})):
+        (tmp_path / name).write_text(json.dumps(values))
+    found = inference.run(model=tmp_path, text=tmp_path / "text", batches=[1], sentences=1, rounds=1, threads=1)
+    assert found["settings"]["hidden_size"] == 64 and inference._longest(tmp_path) == 256
+    (tmp_path / "sentence_bert_config.json").write_text(json.dumps({"max_seq_length": 384}))
+    assert inference._longest(tmp_path) == 384
+
+
 def test_a_slower_machine_or_a_quick_yardstick_is_no_regression():
     row = {"key": "k", "contender": "bertfast", "failed": "", "median": 1.0, "share": 0.5, "spread": 0.0}
     result = lambda **changes: {"suite": "ops", "rows": [{**row, **changes}]}
