@@ -171,26 +171,39 @@ def _relative(a: Tensor, b: Tensor) -> float:
     return error if error == error else float("inf")  # a NaN compares as smaller than everything
 
 
-def measure(op: str, shape: tuple, dtype: str, calls: dict[str, Callable], rounds: int) -> list[dict]:
-    """Rows of one op and shape, one a contender and direction: {"median": seconds a call, "share": of the peak, …}."""
+def prepare(op: str, shape: tuple, dtype: str) -> tuple[dict[str, Tensor], Side]:
+    """The tensors of an op and shape on the device, and the op's definition on them in fp32."""
     case, device = CASES[op], machine.choose_device()
-    p = 0.1 if case.dropout else 0.0
     tensors = case.inputs(shape, DTYPES[dtype])
     if op == "masked_vocab_projection":
         tensors["labels"] = tensors["labels"].clamp(min=0)  # all slots used
         tensors["hidden"] = tensors["hidden"] / 12  # no peaked rows: subnormal gradients are slow for everyone
     tensors = {n: t.to(device) for n, t in tensors.items()}
-    truth = side(case.eager, case, {n: t.float() if t.is_floating_point() else t for n, t in tensors.items()})
+    exact = {n: t.float() if t.is_floating_point() else t for n, t in tensors.items()}
+    return tensors, side(case.eager, case, exact)
+
+
+def refusal(name: str, found: Side, truth: Side, case: Case, dtype: str) -> str:
+    """Why a contender is refused: whose difference from the definition is too large; "" if none is."""
+    ours = name == "bertfast"
+    error, where = difference(found, truth, 0.1 if ours and case.dropout else 0.0, case.differentiable)
+    allowed = (AGREES if ours else TORCH_AGREES)[dtype]
+    return f"refused: {where} differs from the definition by {error:.2g} (allowed {allowed})" if error > allowed else ""
+
+
+def measure(op: str, shape: tuple, dtype: str, calls: dict[str, Callable], rounds: int) -> list[dict]:
+    """Rows of one op and shape, one a contender and direction: {"median": seconds a call, "share": of the peak, …}."""
+    case, device = CASES[op], machine.choose_device()
+    p = 0.1 if case.dropout else 0.0
+    tensors, truth = prepare(op, shape, dtype)
     costs = roofline.COSTS[op](shape, DTYPES[dtype].itemsize)
     key = f"{op} {shape_name(shape)} {dtype}"
     sides, failed = {}, {}
     for name, call in calls.items():
         sides[name] = side(call, case, tensors)
         try:
-            error, where = difference(sides[name], truth, p if name == "bertfast" else 0.0, case.differentiable)
-            allowed = (AGREES if name == "bertfast" else TORCH_AGREES)[dtype]
-            if error > allowed:
-                failed[name] = f"refused: {where} differs from the definition by {error:.2g} (allowed {allowed})"
+            if refused := refusal(name, sides[name], truth, case, dtype):
+                failed[name] = refused
             for _ in range(3):
                 sides[name].forward_and_backward(p)
         except Exception as error:
@@ -262,17 +275,22 @@ def shape_name(shape: tuple) -> str:
     return "x".join(map(str, shape))
 
 
+def dtypes() -> list[str]:
+    """Without bf16 where a step of it would take minutes."""
+    return [name for name in DTYPES if name == "fp32" or machine.multiplies_bf16(machine.choose_device())]
+
+
 def run(*, quick: bool, only: list[str], rounds: int, threads: int) -> dict:
     """The whole table, or its quick form, or some ops of it: the result as JSON's types."""
     machine.keep_pages()
     torch.set_num_threads(threads)
     rows: list[dict] = []
     stopped = False
-    dtypes = [name for name in DTYPES if name == "fp32" or machine.multiplies_bf16(machine.choose_device())]
+    chosen = dtypes()
     table = TABLES["quick" if quick else "whole"]
     try:
         for op in only or table:
-            for dtype in dtypes if op in table else []:
+            for dtype in chosen if op in table else []:
                 calls = {"bertfast": CASES[op].fused, "eager": BEST[op]}
                 if machine.choose_device().type == "cuda":
                     calls |= peers(op)
@@ -283,7 +301,7 @@ def run(*, quick: bool, only: list[str], rounds: int, threads: int) -> dict:
                     rows += measure(op, shape, dtype, calls, rounds)
                     contest.console.print(rows[-1]["key"].rpartition(" ")[0], highlight=False)
         for preset in ["mini"] if quick else ["mini", "base"]:
-            for dtype in dtypes if not only or "adamw_step" in only else []:
+            for dtype in chosen if not only or "adamw_step" in only else []:
                 rows += optimizer_rows(preset, dtype, rounds)
     except KeyboardInterrupt:
         stopped = True

@@ -1,7 +1,7 @@
 """The ops under pytest-benchmark (`pytest benchmarks`): its statistics, histograms and stored comparisons.
 
-Forward and backward together, grouped by op, shape and dtype. `bertfast bench ops` is the one that takes turns, checks
-results against the definition and gives shares of the peak.
+Forward and backward together, grouped by op, shape and dtype, each checked against the definition first. `bertfast
+bench ops` is the one that takes turns and gives shares of the peak.
 """
 
 import pytest
@@ -9,9 +9,7 @@ import torch
 from bertfast.benchmarks import ops, roofline
 from bertfast.benchmarks.cases import CASES
 
-from bertfast import machine
-
-TABLE = [(op, shape, dtype) for op, shapes in ops.TABLES["quick"].items() for shape in shapes for dtype in ops.DTYPES]
+TABLE = [(op, shape, dtype) for op, shapes in ops.TABLES["quick"].items() for shape in shapes for dtype in ops.dtypes()]
 
 
 @pytest.mark.parametrize("contender", ["bertfast", "eager", "compiled"])
@@ -20,8 +18,10 @@ def test_op(benchmark, op, shape, dtype, contender):
     torch._dynamo.reset()
     make = {"bertfast": lambda: CASES[op].fused, "eager": lambda: ops.BEST[op],
             "compiled": lambda: torch.compile(ops.BEST[op], dynamic=False)}
-    tensors = {n: t.to(machine.choose_device()) for n, t in CASES[op].inputs(shape, ops.DTYPES[dtype]).items()}
+    tensors, truth = ops.prepare(op, shape, dtype)
     side = ops.side(make[contender](), CASES[op], tensors)
+    refused = ops.refusal(contender, side, truth, CASES[op], dtype)
+    assert not refused, refused
     p = 0.1 if CASES[op].dropout else 0.0
     benchmark.group = f"{op} {ops.shape_name(shape)} {dtype}"
     benchmark.pedantic(side.forward_and_backward, (p,), rounds=7, iterations=3, warmup_rounds=2)

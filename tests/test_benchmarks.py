@@ -505,6 +505,20 @@ def test_the_optimiser_is_compared_and_checked(monkeypatch):
         assert "refused" in ours["failed"] and not eager["failed"]
 
 
+def test_the_ops_under_pytest_benchmark_use_all_slots_and_are_checked(monkeypatch):
+    from bertfast.benchmarks import test_ops
+
+    seen = []
+    benchmark = SimpleNamespace(pedantic=lambda call, arguments, **options: seen.append(call.__self__), extra_info={},
+                                stats=SimpleNamespace(stats=SimpleNamespace(median=1.0)))
+    test_ops.test_op(benchmark, "masked_vocab_projection", (12, 32, 100), "fp32", "bertfast")
+    assert int(seen[0].tensors["labels"].min()) >= 0
+    monkeypatch.setitem(ops.BEST, "bias_gelu", lambda t, p: CASES["bias_gelu"].fused(t, p) * 1.01)
+    with pytest.raises(AssertionError, match="refused: "):
+        test_ops.test_op(benchmark, "bias_gelu", (24, 32), "fp32", "eager")
+    assert len(seen) == 1
+
+
 # ---- reports
 
 
