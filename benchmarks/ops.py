@@ -287,6 +287,8 @@ def run(*, quick: bool, only: list[str], rounds: int, threads: int) -> dict:
     rows: list[dict] = []
     stopped = False
     chosen = dtypes()
+    for name in DTYPES.keys() - chosen:
+        contest.console.print(f"{name} {contest.NO_BF16}")
     table = TABLES["quick" if quick else "whole"]
     try:
         for op in only or table:

@@ -326,6 +326,11 @@ def test_bf16_is_left_out_where_its_products_are_a_fallback(monkeypatch):
     assert (outcomes["x fp32"].failed, len(outcomes["x fp32"].turns)) == ("", 1)
     precision, reason = machine.choose_precision("bf16", torch.device("cpu"))
     assert precision == "bf16" and "fp32 is many times faster" in reason
+    monkeypatch.setattr(ops, "TABLES", {"quick": {}})
+    monkeypatch.setattr(machine, "keep_pages", lambda: None)
+    with contest.console.capture() as told:
+        assert ops.run(quick=True, only=["bias_gelu"], rounds=1, threads=torch.get_num_threads())["rows"] == []
+    assert told.get() == f"bf16 {contest.NO_BF16}\n"
 
 
 def test_freed_pages_are_kept_and_huge():
