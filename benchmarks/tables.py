@@ -67,11 +67,14 @@ def sweep(found: list[dict]) -> dict:
             family = row["contender"].split(" ")[0]
             if family not in best or row["tokens_per_second"] > best[family]["tokens_per_second"]:
                 best[family] = row
+        about = [settings["preset"], str(settings["length"]), f"{settings['fill']:.0%}", f"{settings['tokens']:,}",
+                 str(result["threads"])]
         if (ours := best.get("bertfast")) is None:
+            reasons = [row["failed"] for row in result["rows"] if row["contender"].startswith("bertfast")]
+            lines.append([*about, next(filter(None, reasons), "not measured"), *[""] * 4])
             continue
         lines.append([
-            settings["preset"], str(settings["length"]), f"{settings['fill']:.0%}", f"{settings['tokens']:,}",
-            str(result["threads"]), ours["dtype"], f"{ours['tokens_per_second']:,.0f}",
+            *about, ours["dtype"], f"{ours['tokens_per_second']:,.0f}",
             *[f"{ours['tokens_per_second'] / best[family]['tokens_per_second']:.2f}" if family in best else "–"
               for family in ("HF", "plain")], f"{ours['share']:.0%}" if "share" in ours else "–",
         ])

@@ -570,6 +570,9 @@ def test_a_readme_is_filled_from_results_and_only_there(tmp_path):
     hardware = result["hardware"]
     where = f"{hardware['cores']} cores of {hardware['cpu']}: step.json, step_thread.json.\n<!-- end -->"
     assert several.endswith(where)
+    lost = made([{**plain[0], "failed": "refused: losses"}, plain[2]], "pretrain", settings=STEP_SETTINGS)
+    lines = report.rewrite("<!-- bench step* -->\n<!-- end -->", full | {"step_2": lost})
+    assert "| mini | 128 | 100% | 2,048 | 1 | refused: losses |  |  |  |  |\n" in lines
     with pytest.raises(UserError, match="no result nothing.json"):
         report.rewrite("<!-- bench nothing -->\n<!-- end -->", found)
     with pytest.raises(UserError, match="no result in"):
