@@ -23,9 +23,11 @@ def draw(found: dict[str, dict], folder: Path) -> list[Path]:
     written = []
     for name, result in found.items():
         if result["suite"] in drawers and any(not row["failed"] for row in result["rows"]):
-            figure = drawers[result["suite"]](result)
-            save_figure(figure, folder / f"{name}.png")
-            written.append(folder / f"{name}.png")
+            with tables.readable(folder / f"{name}.json", "picture"):
+                figure = drawers[result["suite"]](result)
+            if figure is not None:
+                save_figure(figure, folder / f"{name}.png")
+                written.append(folder / f"{name}.png")
     return written
 
 
@@ -75,6 +77,8 @@ def _inference(result: dict):
 def _roofline(result: dict):
     """Our ops: share of the machine's peak (copy bandwidth or GEMM rate) over the bytes they move."""
     rows = [r for r in tables.measured(result, "share") if r["contender"] == "bertfast"]
+    if not rows:
+        return None
     kinds = list(dict.fromkeys(r["op"] for r in rows))
     dtypes = list(dict.fromkeys(r["dtype"] for r in rows))
     size = 3 + 4 * len(dtypes), 5

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from bertfast.benchmarks import contest
-from bertfast.benchmarks.tables import sweep, tables
+from bertfast.benchmarks.tables import readable, sweep, tables
 from rich.table import Table
 
 from bertfast.files import UserError, create_folder, read_json, write_bytes
@@ -41,10 +41,8 @@ def results(folder: Path) -> dict[str, dict]:
         if not isinstance(value, dict) or "suite" not in value:
             continue
         found[path.stem] = load(path)
-        try:
+        with readable(path, "table"):
             markdown(value)
-        except (LookupError, TypeError, ValueError, ArithmeticError) as error:
-            raise UserError(f"{path} is damaged or of another version: it gives no table ({error!r})") from error
     if not found:
         raise UserError(f"there is no result in {folder}: run bertfast bench first")
     return found

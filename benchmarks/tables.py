@@ -5,7 +5,9 @@ label what they say by colour.
 """
 
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
 
 from bertfast.files import UserError
 
@@ -29,6 +31,15 @@ def tables(result: dict) -> list[dict]:
 def colour(contender: str) -> str:
     families = (("bertfast", OURS), ("plain", PLAIN), ("HF", THEIRS), ("transformers", THEIRS), ("sentence", THEIRS))
     return next((shade for name, shade in families if contender.startswith(name)), OTHER)
+
+
+@contextmanager
+def readable(path: Path, what: str) -> Iterator[None]:
+    """Raises UserError, naming the file, for whatever a damaged result raises on its way to a table or picture."""
+    try:
+        yield
+    except (LookupError, TypeError, ValueError, ArithmeticError, AttributeError, RuntimeError) as error:
+        raise UserError(f"{path} is damaged or of another version: it gives no {what} ({error!r})") from error
 
 
 def measured(result: dict, value: str = "median") -> list[dict]:

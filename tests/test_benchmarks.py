@@ -609,6 +609,12 @@ def test_a_damaged_result_is_named(tmp_path):
         for read in (lambda: report.load(path), lambda: report.results(tmp_path)):
             with pytest.raises(UserError, match=f"step.json .*{message}"):
                 read()
+    for value, what in (({**good, "rows": [{**row, "spread": float("nan")}]}, "picture"),
+                        (made([{"key": "k", "contender": "random, frozen", "failed": "", "metrics": {}}], "transfer",
+                              settings={"model": "m"}), "table")):
+        path.write_text(json.dumps(value))
+        with pytest.raises(UserError, match=f"step.json is damaged or of another version: it gives no {what}"):
+            plots.draw(report.results(tmp_path), tmp_path)
     path.write_text(json.dumps(bare))  # enough to be compared, but not to be shown
     assert report.load(path) == bare
     with pytest.raises(UserError, match="step.json is damaged or of another version.*versions"):
@@ -708,6 +714,8 @@ def test_every_suite_has_tables_and_pictures(op_rows, tmp_path):
     drawn = plots.draw(found, tmp_path)
     assert [p.stem for p in drawn] == ["ops", "ops_whole", "pretrain", "inference", "quality"]
     assert all(p.read_bytes().startswith(b"\x89PNG") for p in drawn)
+    ours_refused = [{**r, "failed": "refused" * (r["contender"] == "bertfast")} for r in op_rows["as it is"]]
+    assert plots.draw({"ops": made(ours_refused)}, tmp_path) == []
     larger = made([{**peak[0], "peak_bytes": 2**31}, peak[1]], "memory")
     assert [row["why"] for row in report.compare(found["memory"], larger)] == ["2.00 times as large (allowed 1.05)"]
     gpu = [r for r in found["roofline"]["rows"] if "H100" in r["contender"]]
