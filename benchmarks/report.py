@@ -132,6 +132,8 @@ def compare(before: dict, after: dict) -> list[dict]:
         why = None
         if now is None or now["failed"]:
             why = f"failed: {now['failed']}" if now else "is missing"
+        elif value not in now:
+            why = f"has no {value}"
         else:
             shares = value == "median" and "share" in was and "share" in now
             worse = min(now[value] / was[value], was["share"] / now["share"] if shares else float("inf"))
@@ -167,6 +169,8 @@ def load(path: Path) -> dict:
         for name in ("median", "peak_bytes", "share"):
             if name in row and not (isinstance(row[name], (int, float)) and row[name] > 0):
                 raise UserError(f"{path} is damaged: row {number} has a {name} that is no number above 0")
+        if not isinstance(spread := row.get("spread", 0), (int, float)) or not spread >= 0:
+            raise UserError(f"{path} is damaged: row {number} has a spread that is no number from 0 on")
     return result
 
 

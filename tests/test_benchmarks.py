@@ -603,13 +603,17 @@ def test_a_damaged_result_is_named(tmp_path):
         ({**good, "rows": [row, {"key": "k", "contender": "c"}]}, "row 2 has no failed"),
         *(({**good, "rows": [{**row, "median": value}]}, "row 1 has a median that is no number above 0")
           for value in (0, None, "1")),
+        *(({**good, "rows": [{**row, "spread": value}]}, "row 1 has a spread that is no number from 0 on")
+          for value in (-1, None, "1", float("nan"))),
         *(({**good, name: None}, f"has no {name}") for name in ("settings", "hardware", "versions")),
     ):
         path.write_text(json.dumps(damaged))
         for read in (lambda: report.load(path), lambda: report.results(tmp_path)):
             with pytest.raises(UserError, match=f"step.json .*{message}"):
                 read()
-    for value, what in (({**good, "rows": [{**row, "spread": float("nan")}]}, "picture"),
+    empty = {name: value for name, value in row.items() if name != "median"}
+    assert [r["why"] for r in report.compare(good, {**good, "rows": [empty]})] == ["has no median"]
+    for value, what in (({**good, "rows": [empty]}, "picture"),
                         (made([{"key": "k", "contender": "random, frozen", "failed": "", "metrics": {}}], "transfer",
                               settings={"model": "m"}), "table")):
         path.write_text(json.dumps(value))
