@@ -316,7 +316,7 @@ def report(folder: Annotated[Path, typer.Argument(help="Where the results lie.")
 @bench.command()
 def compare(before: Annotated[Path, typer.Argument(help="A result.")],
             after: Annotated[Path, typer.Argument(help="A later result of the same suite.")]) -> None:
-    """Name what got slower beyond the spread of both, or stopped working; exit code 1 if anything did.
+    """Name what got slower beyond the spread of both, learned less, or stopped working; exit code 1 if anything did.
 
     Example: bertfast bench compare main.json branch.json
     """

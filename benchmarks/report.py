@@ -110,7 +110,7 @@ def update(readmes: list[Path], found: dict[str, dict]) -> list[Path]:
 
 
 def compare(before: dict, after: dict) -> list[dict]:
-    """What got slower beyond the spread, or failed: [{"key", "contender", "why"}], only of contenders of ours.
+    """What got slower beyond the spread, failed, or learned less: [{"key", "contender", "why"}], only of ours.
 
     Where a row has its share of what the machine reached in the same run, that must have fallen as well as the time
     grown, so that neither another clock nor a yardstick that was quick once is called a regression; of memory, peaks
@@ -140,9 +140,26 @@ def compare(before: dict, after: dict) -> list[dict]:
             allowed = 1 + max(NOISE, was.get("spread", 0.0) + now.get("spread", 0.0))
             if worse > allowed:
                 why = f"{worse:.2f} times as {'large' if value == 'peak_bytes' else 'slow'} (allowed {allowed:.2f})"
+            else:
+                why = _learned_less(was, now, allowed)
         if why:
             found.append({"key": key, "contender": contender, "why": why})
     return found
+
+
+def _learned_less(was: dict, now: dict, allowed: float) -> str | None:
+    """How the model that was trained got worse, or None: in a target, its last loss or its accuracy."""
+    for before, after in zip(was.get("reached", ()), now.get("reached", ())):
+        if before is not None and (after is None or after > allowed * before):
+            return f"takes {f'{after:.1f} s' if after else 'for ever'} to a target that took {before:.1f} s"
+    if was.get("curve") and now.get("curve"):
+        before, after = was["curve"][-1][2], now["curve"][-1][2]
+        if not after <= (1 + NOISE) * before:
+            return f"ends at a loss of {after:.3f}, before {before:.3f}"
+    before, after = was.get("accuracy"), now.get("accuracy")
+    if before is not None and after is not None and (1 + NOISE) * after < before:
+        return f"has an accuracy of {after:.3f}, before {before:.3f}"
+    return None
 
 
 def changed_settings(before: dict, after: dict) -> list[tuple[str, Any, Any]]:

@@ -541,6 +541,20 @@ def test_a_slower_trainer_is_noticed_and_results_without_times_are_refused():
         report.compare(scores, scores)
 
 
+def test_a_model_that_learns_less_is_noticed():
+    why = lambda was, now: [row["why"] for row in report.compare(*(made([{
+        "key": "k", "contender": "bertfast fp32", "failed": "", "median": 1.0, "spread": 0.0, **more}], "quality")
+        for more in (was, now)))]
+    curve = lambda loss: {"curve": [[0, 0.0, 7.0], [10, 5.0, loss]]}
+    assert why({"reached": [9.0, None]}, {"reached": [9.1, 5.0]}) == why(curve(5.0), curve(5.1)) == []
+    assert why({"reached": [9.0]}, {"reached": [None]}) == ["takes for ever to a target that took 9.0 s"]
+    assert why({"reached": [9.0]}, {"reached": [10.0]}) == ["takes 10.0 s to a target that took 9.0 s"]
+    for loss, shown in ((7.0, "7.000"), (float("nan"), "nan")):
+        assert why(curve(5.0), curve(loss)) == [f"ends at a loss of {shown}, before 5.000"]
+    assert why({"accuracy": 0.9}, {"accuracy": 0.5}) == ["has an accuracy of 0.500, before 0.900"]
+    assert why({"accuracy": 0.9}, {"accuracy": 0.89}) == why({"accuracy": 0.9}, {"accuracy": None}) == []
+
+
 def test_readmes_say_what_the_results_say():
     found = report.results(ROOT / "benchmarks/results")
     for name in ("README.md", "benchmarks/README.md"):
