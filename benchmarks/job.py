@@ -10,7 +10,8 @@ from bertfast.report import read_metrics
 
 
 def run(folder: Path) -> dict:
-    """The result as JSON's types, a row a phase. Raises UserError where the folder holds no finished run."""
+    """The result as JSON's types, a row a phase. Raises UserError where the folder holds no finished run, or a
+    phase has no speed or loss."""
     config, metrics, settings = read_json(folder / "config.json"), read_metrics(folder), stored_settings(folder)
     last = {r["validation_length"]: r for r in metrics if "validation_length" in r and r["step"] == settings.steps}
     if not last:
@@ -18,7 +19,9 @@ def run(folder: Path) -> dict:
     tokens, rows = settings.tokens * settings.micro_batches, []
     for begin, end, length in settings.phases():
         samples = [tokens / r["tokens_per_sec"] for r in metrics if "lr" in r and begin < r["step"] <= end]
-        found = {name.removeprefix("validation_"): value for name, value in last[length].items()}
+        found = {name.removeprefix("validation_"): value for name, value in last.get(length, {}).items()}
+        if not samples or found.get("mlm_loss") is None:  # null where it was infinite
+            raise UserError(f"{folder / 'metrics.jsonl'} has no speed or no validation loss of sequences of {length}")
         rows.append({"key": f"S={length}", "contender": f"bertfast {config['precision']}", "failed": "",
                      "samples": samples, **contest.middle(samples), **found, "steps": end - begin})
     data = config["data"]

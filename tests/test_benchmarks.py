@@ -663,7 +663,12 @@ def test_a_finished_run_is_a_result(causal, words, tmp_path):
     with pytest.raises(UserError, match="has not come to its end"):
         job.run(tmp_path)
     found = {"validation_mlm_loss": 5.5, "validation_mlm_accuracy": 0.2}
-    rows += [{"step": 20, "validation_length": length, **found} for length in (128, 512)]
+    ends = [{"step": 20, "validation_length": length, **found} for length in (128, 512)]
+    for lost in (rows[2:] + ends, [*rows, {**ends[0], "validation_mlm_loss": None}, ends[1]]):
+        (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in lost))
+        with pytest.raises(UserError, match="no speed or no validation loss of sequences of 128"):
+            job.run(tmp_path)
+    rows += ends
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     bench_job = lambda out: CliRunner().invoke(cli.app, ["bench", "job", str(tmp_path), "--out", str(out)])
     for out in (tmp_path / "result.json", tmp_path / "results/job.json"):  # beside the picture, and elsewhere
