@@ -31,7 +31,7 @@ def read_rows(path: str, count: int | None = None) -> list[tuple[str, int]]:
         with open(path, encoding="utf-8", newline="") as file:
             rows = list(csv.reader(file, delimiter="\t", quoting=csv.QUOTE_NONE))[1:]
         return [(sentence, int(label)) for sentence, label in rows][:count]
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, csv.Error) as error:
         raise UserError(f"{path}: a header, then sentence, tab, class as a number are wanted: {error}") from error
 
 
@@ -114,6 +114,8 @@ def run(*, model: str, train: str, dev: str, count: int, rounds: int, seed: int,
     n_train, n_dev = len(read_rows(train, count)), len(read_rows(dev))
     if n_train < rounds * BATCH:
         raise UserError(f"{train} has {n_train} sentences, fewer than {rounds} turns of one batch of {BATCH}")
+    if not n_dev:
+        raise UserError(f"{dev} has no sentence to judge by")
     arguments = {"model": model, "train": train, "dev": dev, "count": count, "rounds": rounds, "seed": seed}
     entrants = [Contender("machine", contest.yardstick, {}),
                 *(Contender(name, fine_tuning, {"contender": name, **arguments}) for name in CONTENDERS)]

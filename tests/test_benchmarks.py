@@ -1,5 +1,6 @@
 """The harness: it measures what it says, refuses what computes something else, and catches what got slower."""
 
+import csv
 import importlib
 import io
 import itertools
@@ -29,6 +30,7 @@ from bertfast.benchmarks import (
     quality,
     report,
     roofline,
+    trainer,
 )
 from bertfast.benchmarks.cases import CASES
 from bertfast.benchmarks.contest import Contender
@@ -414,6 +416,20 @@ def test_a_slower_machine_or_a_quick_yardstick_is_no_regression():
         "1.67 times as slow (allowed 1.05)"]
     before, after = ({**result(), "hardware": {"cpu": cpu}, "versions": {"torch": "2.13"}} for cpu in "ab")
     assert report.changed_settings(before, after) == [("cpu", "a", "b")]
+
+
+@pytest.mark.parametrize(("dev", "message"), [("sentence\tlabel\n", "has no sentence to judge by"),
+                                              (f"sentence\tlabel\n{'a' * 131073}\t1\n", "field larger than")])
+def test_a_dev_file_that_judges_nothing_is_told_before_training(dev, message, tmp_path, monkeypatch):
+    monkeypatch.setattr(trainer, "find", lambda model: None)
+    monkeypatch.setattr(contest, "contest", None)
+    (tmp_path / "train.tsv").write_text("sentence\tlabel\n" + "a\t1\n" * 32)
+    (tmp_path / "dev.tsv").write_text(dev)
+    limit = csv.field_size_limit(131072)  # Python's, which reading for fine-tuning raises
+    with pytest.raises(UserError, match=f"dev.tsv.* {message}"):
+        trainer.run(model="", train=str(tmp_path / "train.tsv"), dev=str(tmp_path / "dev.tsv"), count=32, rounds=1,
+                    seed=0, threads=1)
+    csv.field_size_limit(limit)
 
 
 def test_all_left_out_is_a_result_too(monkeypatch):
