@@ -83,8 +83,9 @@ def pretrain(data: DataOption = None, preset: Preset = "mini", tokens: Tokens = 
 
 @bench.command()
 def memory(data: DataOption = None, preset: Preset = "mini", tokens: Tokens = 2048, length: Length = 128,
-           fill: Fill = 1.0, rounds: Rounds = 3, threads: Threads = None, quick: Quick = False, at_once: AtOnce = 0,
-           out: Out = None) -> None:
+           fill: Fill = 1.0,
+           rounds: Annotated[int, typer.Option(min=1, help="Turns of each contender; the least is reported.")] = 3,
+           threads: Threads = None, quick: Quick = False, at_once: AtOnce = 0, out: Out = None) -> None:
     """Peak memory of a pretraining step, with the system's default allocator, of the same contenders.
 
     Example: bertfast bench memory --preset base --at-once 4 --out results/memory_base.json
