@@ -381,6 +381,8 @@ def main() -> int:
     parser.add_argument("--peers", nargs="?", type=Path, const=Path(), metavar="FOLDER",
                         help="instead: beside other projects' kernels, see benchmarks/aot_peers.py")
     options = parser.parse_args()
+    if options.peers is not None and (options.full or options.arch or options.only or options.summary):
+        parser.error("--peers compiles everything for sm_80 and sm_90: it takes --json alone")
     from bertfast.benchmarks import aot_peers, contest, report
 
     names = options.arch or ("80,86,89,90,100,120,gfx942" if options.full else "80,90,100,120")
@@ -394,6 +396,8 @@ def main() -> int:
             return 0
         reports = pool.map(report_architecture, archs, repeat(options.full), repeat(options.only))
         rows = list(chain.from_iterable(reports))
+    if not rows:
+        parser.error(f"no case's name contains {options.only!r}")
     show(rows)
     save(rows, options.json)
     if options.summary:

@@ -25,6 +25,16 @@ def test_every_launch_of_a_training_step_compiles(tmp_path):
         assert done.stdout.count(f" launches          bf16 step of {step} ") == 3
 
 
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
+@pytest.mark.parametrize(("arguments", "message"), [
+    (["--arch", "90", "--only", "no such case"], "no case's name contains 'no such case'"),
+    (["--peers", "--only", "step"], "--peers compiles everything for sm_80 and sm_90"),
+])
+def test_what_compiles_nothing_or_is_not_heeded_is_refused(arguments, message):
+    done = subprocess.run([sys.executable, "benchmarks/aot.py", *arguments], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2 and message in done.stderr
+
+
 @pytest.mark.full
 @pytest.mark.skipif(importlib.util.find_spec("liger_kernel") is None, reason="liger-kernel is not installed")
 def test_peers_are_compiled_beside_ours(tmp_path):
