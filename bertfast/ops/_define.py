@@ -66,6 +66,8 @@ def define(schema: str, reference: Callable, fake: Callable | None = None, kerne
 def _is_differentiated(args) -> bool:
     """Whether a derivative is asked for of what an op without an autograd node would make a constant."""
     backward, forward = torch.is_grad_enabled(), forward_mode()
+    if not (backward or forward):  # in inference a look at each tensor would take as long as a small product
+        return False
     tensors = [t for a in args for t in (a if isinstance(a, list) else [a]) if isinstance(t, torch.Tensor)]
     return any(backward and t.requires_grad or forward and forward_ad.unpack_dual(t).tangent is not None
                for t in tensors)
