@@ -276,7 +276,7 @@ def shape_name(shape: tuple) -> str:
 
 
 def dtypes() -> list[str]:
-    """Without bf16 where a step of it would take minutes."""
+    """Those that are worth measuring: bf16 only where its products are no fallback."""
     return [name for name in DTYPES if name == "fp32" or machine.multiplies_bf16(machine.choose_device())]
 
 

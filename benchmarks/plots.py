@@ -4,14 +4,11 @@ from collections.abc import Callable
 from itertools import cycle
 from pathlib import Path
 
-import matplotlib
+from bertfast.benchmarks import tables
 
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402
-from bertfast.benchmarks import tables  # noqa: E402
+from bertfast.report import pyplot, save_figure
 
-from bertfast.report import save_figure  # noqa: E402
-
+plt = pyplot()
 MARKERS = {"forward": "o", "backward": "s", "both": "D"}
 SHADES = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")  # Okabe and Ito's
 LINES = ("-", "--", ":", "-.")
