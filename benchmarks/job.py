@@ -5,8 +5,8 @@ from pathlib import Path
 from bertfast.benchmarks import contest
 
 from bertfast.files import UserError, read_json
-from bertfast.pretrain import stored_settings
 from bertfast.report import read_metrics
+from bertfast.run_folder import stored_settings
 
 
 def run(folder: Path) -> dict:

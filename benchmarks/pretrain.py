@@ -4,7 +4,7 @@ All take the same sequences, start from the same weights, train with AdamW (ours
 which costs nobody time), the same clipping and learning rate, both losses, dropout 0.1. Before the clock starts, each
 makes two optimiser steps with dropout off: both losses must agree to 1e-3 and the gradient norms to 1 % with Hugging
 Face's eager fp32, which covers forward, backward and update.
-tokens/s counts real tokens only. Useful FLOPs are bertfast.pretrain.useful_flops, the share that of the GEMM rate which
+tokens/s counts real tokens only. Useful FLOPs are bertfast.model.useful_flops, the share that of the GEMM rate which
 the same run measured in the contender's own dtype.
 """
 
@@ -25,9 +25,9 @@ from bertfast.batch import PackedBatch
 from bertfast.config import BertConfig
 from bertfast.data.dataset import Dataset
 from bertfast.files import UserError
-from bertfast.model import BertForPreTraining
+from bertfast.model import BertForPreTraining, useful_flops
+from bertfast.ops.dropout import step_seed
 from bertfast.optim import Optimizer
-from bertfast.pretrain import step_seed, useful_flops
 from bertfast.step_graph import Call, StepGraph
 
 ADAMW = {"betas": (0.9, 0.98), "eps": 1e-6, "weight_decay": 0.01}

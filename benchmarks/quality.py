@@ -18,8 +18,9 @@ from bertfast.benchmarks.pretrain import LOSS_AGREES, SETUPS, padded
 
 from bertfast.batch import PackedBatch
 from bertfast.data.dataset import Dataset
-from bertfast.pretrain import Run, Settings, learning_rate
+from bertfast.pretrain import Run
 from bertfast.report import Window
+from bertfast.run_folder import Settings
 
 TARGETS = (0.3, 0.5, 0.7)  # nats below the unigram entropy
 
@@ -68,7 +69,7 @@ def hugging_face(settings: dict, every: int, checkpoint: str, attention: str, bf
             loss.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), run.settings.max_grad_norm)
             for group in optimizer.param_groups:
-                group["lr"] = learning_rate(run.settings, run.step)
+                group["lr"] = run.settings.learning_rate(run.step)
             optimizer.step()
             optimizer.zero_grad()
             run.step += 1

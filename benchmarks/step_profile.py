@@ -13,8 +13,8 @@ from bertfast import machine
 from bertfast.data.dataset import Dataset
 from bertfast.files import UserError
 from bertfast.model import BertForPreTraining
+from bertfast.ops.dropout import step_seed
 from bertfast.optim import Optimizer
-from bertfast.pretrain import step_seed
 
 STEPS = 8
 TURNS = 3  # of the yardstick, before the steps and after

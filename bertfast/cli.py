@@ -127,7 +127,7 @@ def pretrain(
     from bertfast import pretrain as engine
     from bertfast import processes, report
     from bertfast.data.prepare import prepare
-    from bertfast.pretrain import Settings, latest, stored_settings
+    from bertfast.run_folder import FREE, Settings, check_folder, latest, stored_settings
 
     if LAUNCHED > 1:
         processes.join()
@@ -146,7 +146,7 @@ def pretrain(
             report.note(f"no checkpoint in {out} yet: beginning this run anew")
         elif own_data.exists() and not Path(settings.data).exists():  # moved with the run, whose checkpoint knows it
             settings.data = str(own_data)
-        settings = replace(settings, **{name: given.pop(name) for name in engine.FREE if name in given})
+        settings = replace(settings, **{name: given.pop(name) for name in FREE if name in given})
         changed = [_typed(n, v, getattr(settings, n)) for n, v in given.items() if getattr(settings, n) != v]
         if changed:
             raise UserError(f"{out} cannot be resumed with other settings: {', '.join(changed)}")
@@ -160,7 +160,7 @@ def pretrain(
         new = {"data": str(own_data), "micro_batches": processes.count(), **given}
         settings = Settings(**new)
         settings.check()
-    engine.check_folder(out, resume)  # before a run's own data could be replaced
+    check_folder(out, resume)  # before a run's own data could be replaced
     if data is None and Path(settings.data).resolve() == own_data.resolve() and not (begun and own_data.exists()):
         report.note("no --data: learning from the documentation on this machine")
         if processes.is_first():

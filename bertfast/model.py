@@ -357,3 +357,18 @@ def _initialise(module: nn.Module, std: float) -> None:
     if isinstance(module, nn.Embedding) and module.padding_idx is not None:
         with torch.no_grad():
             module.weight[module.padding_idx].zero_()
+
+
+def useful_flops(config: BertConfig, batch: PackedBatch) -> float:
+    """FLOPs of a training step on a packed batch that the result needs: real tokens, last layer on read rows,
+    masked-only projection; the backward is twice the forward."""
+    H, I, L = config.hidden_size, config.intermediate_size, config.num_hidden_layers
+    lengths = batch.cu_seqlens.diff().double()
+    reads = batch.cu_seqlens_read.diff().double()
+    tokens, read = float(lengths.sum()), float(reads.sum())
+    rows = tokens * ((L - 1) * (4 * H * H + 2 * H * I) + 2 * H * H) + read * (2 * H * H + 2 * H * I)
+    rows += batch.n_masked * (H * H + config.vocab_size * H)
+    scores = (L - 1) * float((lengths * lengths).sum()) + float((lengths * reads).sum())
+    if config.is_decoder:  # half of them are masked
+        scores /= 2
+    return 3 * (2 * rows + 4 * H * scores)

@@ -8,177 +8,35 @@ random is a function of (seed, step, position): a run that was interrupted and r
 import hashlib
 import json
 import math
-import re
 import shlex
-import shutil
-import signal
 import sys
-import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext, suppress
-from dataclasses import asdict, dataclass, fields, replace
+from collections.abc import Callable
+from contextlib import nullcontext, suppress
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from . import machine, processes, report
 from .batch import PackedBatch
-from .checkpoint import find, read_tensors, refuse_others, run_settings
+from .checkpoint import find, read_tensors
 from .config import BertConfig
 from .data.dataset import Dataset, Loader
 from .data.tokenizer import Tokenizer
-from .files import UserError, atomic_folder, create_folder, locked, read_json, sha256, write_json
+from .files import UserError, create_folder, locked, write_json
 from .initial import start_from_counts, with_ordinary_tables
-from .model import BertForMaskedLM, BertForPreTraining, BertLMHeadModel
-from .optim import Optimizer, check_numbers, linear_schedule
+from .model import BertForMaskedLM, BertForPreTraining, BertLMHeadModel, useful_flops
+from .ops.dropout import step_seed
+from .optim import Optimizer
+from .run_folder import FREE, Settings, check_folder, latest, read_trainer, step_of, write_checkpoint
 from .step_graph import Call, StepGraph
 from .version import __version__
 
-KEEP_CHECKPOINTS = 2
-LARGEST_STEP = 2**27  # tokens; a step's batches are held together, in some 60 bytes a token
-FREE = ("data", "recompute", "cuda_graph")  # may differ in a resumed run: they change no numbers (data: its path)
 PATIENCE = 10  # steps skipped in a row before the run stops
-
-
-@dataclass
-class Settings:
-    """What defines a run; stored in RUN/config.json, and what --resume goes on with."""
-
-    data: str
-    preset: str = "mini"
-    model_config: str | None = None  # a config.json instead of a preset
-    init_from: str | None = None  # a checkpoint to go on training from
-    start: str = "counts"  # or "normal": see bertfast.initial
-    steps: int = 1000
-    tokens: int = 2048  # token budget of one packed batch
-    micro_batches: int = 1  # a step, of all processes together
-    lr: float = 1e-3
-    warmup: float = 0.1  # share of the steps
-    optimizer: str = "adamw"
-    weight_decay: float = 0.01
-    max_grad_norm: float = 1.0
-    dropout: float | None = None  # of a new model 0.1, else the checkpoint's
-    mlm_probability: float = 0.15
-    whole_word_masking: bool = False
-    nsp: bool = True
-    causal: bool = False  # predict the next word instead (BertLMHeadModel): nothing is masked, no pairs
-    short_length: int = 128  # sequence length of the first phase
-    long_length: int = 512  # and of the second
-    long_share: float = 0.1  # share of the steps in the second phase
-    precision: str = "auto"
-    recompute: bool = False
-    cuda_graph: bool = True  # on a GPU, replay each phase's step as one graph
-    seed: int = 1
-    log_every: int = 10
-    eval_every: int = 200
-    save_every: int = 500
-    tensorboard: bool = False
-
-    def phases(self) -> list[tuple[int, int, int]]:
-        """(first step, end, sequence length) of each phase that has steps."""
-        short = self.steps - round(self.steps * self.long_share)
-        both = [(0, short, self.short_length), (short, self.steps, self.long_length)]
-        return [phase for phase in both if phase[1] > phase[0]]
-
-    @property
-    def pairs(self) -> bool:
-        """Whether sequences are pairs of segments, whose next-sentence loss is learned."""
-        return self.nsp and not self.causal
-
-    def check(self) -> None:
-        """Raises UserError for settings no run can have."""
-        for field in fields(self):
-            kind: Any = field.type
-            value, allowed = getattr(self, field.name), kind | int if kind in (float, float | None) else kind
-            if not isinstance(value, allowed) or (isinstance(value, bool) and kind is not bool):
-                words = {int: "a whole number", bool: "true or false", str: "text", str | None: "text"}
-                raise UserError(f"{field.name} must be {words.get(kind, 'a number')}, got {value!r}")
-        for name in ("steps", "micro_batches", "log_every", "eval_every", "save_every"):
-            if not 1 <= getattr(self, name) <= 10**12:
-                raise UserError(f"--{name.replace('_', '-')} must be between 1 and 10^12")
-        if self.tokens * self.micro_batches > LARGEST_STEP:
-            raise UserError(f"{self.tokens * self.micro_batches:,} tokens a step (--tokens times --micro-batches) are "
-                            f"too many: {LARGEST_STEP:,} at most")
-        if not 0 <= self.long_share <= 1 or not 0 <= self.warmup <= 1:
-            raise UserError("--long-share and --warmup are shares, between 0 and 1")
-        if self.optimizer not in ("adamw", "lamb"):
-            raise UserError(f"optimizer {self.optimizer!r} is unknown; known: adamw, lamb")
-        if self.start not in ("counts", "normal"):
-            raise UserError(f"--start {self.start!r} is unknown; known: counts, normal")
-        if self.causal and (self.whole_word_masking or self.mlm_probability != Settings.mlm_probability):
-            raise UserError("--causal masks nothing: leave --whole-word-masking and --mlm-probability away")
-        check_numbers(lr=self.lr, weight_decay=self.weight_decay, max_grad_norm=self.max_grad_norm,
-                      dropout=self.dropout, seed=self.seed)
-        machine.check_precision(self.precision)
-        BertConfig.preset(self.preset)
-        if (self.preset != "mini") + bool(self.model_config) + bool(self.init_from) > 1:
-            raise UserError("--preset, or --model-config, or --init-from: one of them says what the model is")
-        for _, _, length in self.phases():
-            if length < 8:
-                raise UserError(f"a sequence length of {length} is out of range: 8 at least")
-            if self.tokens < length:
-                raise UserError(f"a budget of {self.tokens} tokens is smaller than a sequence of {length} (--tokens)")
-
-
-def learning_rate(settings: Settings, step: int) -> float:
-    """Linear warm-up, then linear decay to 0 (Devlin et al. 2019); `step` counts from 0."""
-    return linear_schedule(settings.lr, settings.warmup, settings.steps, step)
-
-
-def step_seed(seed: int, step: int, micro_batch: int = 0) -> int:
-    """The dropout key of one forward: 64 well-mixed bits (the finaliser of SplitMix64, Steele et al. 2014)."""
-    mask = 2**64 - 1
-    z = (seed * 0x9E3779B97F4A7C15 + step * 0xD1B54A32D192ED03 + micro_batch * 0x8CB92BA72F3D8DD7 + 1) & mask
-    z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9 & mask
-    z = (z ^ (z >> 27)) * 0x94D049BB133111EB & mask
-    z ^= z >> 31
-    return z - 2**64 if z >= 2**63 else z
-
-
-def useful_flops(config: BertConfig, batch: PackedBatch) -> float:
-    """FLOPs of a training step on a packed batch that the result needs: real tokens, last layer on read rows,
-    masked-only projection; the backward is twice the forward."""
-    H, I, L = config.hidden_size, config.intermediate_size, config.num_hidden_layers
-    lengths = batch.cu_seqlens.diff().double()
-    reads = batch.cu_seqlens_read.diff().double()
-    tokens, read = float(lengths.sum()), float(reads.sum())
-    rows = tokens * ((L - 1) * (4 * H * H + 2 * H * I) + 2 * H * H) + read * (2 * H * H + 2 * H * I)
-    rows += batch.n_masked * (H * H + config.vocab_size * H)
-    scores = (L - 1) * float((lengths * lengths).sum()) + float((lengths * reads).sum())
-    if config.is_decoder:  # half of them are masked
-        scores /= 2
-    return 3 * (2 * rows + 4 * H * scores)
-
-
-@contextmanager
-def stop_on_interrupt(run: Any) -> Iterator[None]:
-    """The first Ctrl-C or SIGTERM sets run.stopping, to the exit code, for the end of the step in progress; the second
-    interrupts at once, but in several processes, to which torchrun passes on what the terminal sent them already.
-
-    As an exception anywhere it could strike inside C++, which aborts. Only a main thread has signals.
-    """
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def handle(number: int, _) -> None:
-        run.stopping = run.stopping or 128 + number
-        if processes.count() == 1:
-            restore()
-
-    def restore() -> None:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
-
-    previous = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    finally:
-        restore()
 
 
 class Run:
@@ -189,7 +47,7 @@ class Run:
         self.folder, self.settings = folder, settings
         settings.check()
         self.device = machine.choose_device()
-        trainer = self.trainer = _trainer_state(checkpoint) if checkpoint else {}
+        trainer = self.trainer = read_trainer(checkpoint) if checkpoint else {}
         now = asdict(settings)
         changed = [f"{name} {value} (now {now[name]})" for name, value in trainer.get("settings", {}).items()
                    if name not in FREE and now.get(name, value) != value]
@@ -231,7 +89,7 @@ class Run:
         self.loader_state: dict | None = None
         self.window_state: dict | None = None
         self.peak = machine.gemm_rate(dtype, self.device) * processes.count()
-        self.stopping = 0  # see stop_on_interrupt
+        self.stopping = 0  # see processes.stop_on_interrupt
         self.validated = True  # whether the step has had its validation, if it is to have one
         self.saved = 0  # the step of the newest checkpoint
 
@@ -322,7 +180,7 @@ class Run:
         """
         settings, first = self.settings, processes.is_first()
         results: dict[int, dict] = {}
-        with (locked(self.folder, self.folder) if first else nullcontext(), stop_on_interrupt(self),
+        with (locked(self.folder, self.folder) if first else nullcontext(), processes.stop_on_interrupt(self),
               report.progress(settings.steps, self.step, self.peak, settings.causal) as bar):
             if first:
                 self._write_config()
@@ -344,20 +202,12 @@ class Run:
                         self.step += 1
                         self.validated = not self._validation_is_due()
                         if self.step % settings.log_every == 0 or self.step in (end, settings.steps):
-                            row = window.row(self.step, learning_rate(settings, self.step - 1), norm, length)
-                            row["skipped"] = int(self.optimizer.n_skipped.item())
-                            if metrics:
-                                metrics.write(row)
-                            self._tell(bar.show, self.step, row, window.flops_per_second)
+                            self._log(metrics, bar, window, norm, length)
                             window = report.Window()
                             self._is_healthy(results)
                     else:
                         began = time.perf_counter()
-                        for n, result in self._validate(length).items():
-                            results[n] = result
-                            if metrics:
-                                metrics.write({"step": self.step, "validation_length": n, **result})
-                            self._tell(bar.note, self.step, n, result)
+                        results |= self._validate(metrics, bar, length)
                         window.paused(time.perf_counter() - began)
                     stopping = self._is_to_stop()
                     due = self.step // settings.save_every > self.saved // settings.save_every
@@ -377,7 +227,7 @@ class Run:
     def _write_config(self) -> None:
         """config.json, under the folder's lock. Raises UserError where another run has been there since `start`."""
         newest = latest(self.folder)
-        check_folder(self.folder, resume=not newest or _step_of(newest) == self.saved)
+        check_folder(self.folder, resume=not newest or step_of(newest) == self.saved)
         write_json(self.folder / "config.json", {
             "settings": asdict(self.settings), "bertfast": __version__, "torch": torch.__version__,
             "precision": self.precision, "threads": torch.get_num_threads(), "data": self.train_data.manifest,
@@ -404,15 +254,30 @@ class Run:
     def _validation_is_due(self) -> bool:
         return self.step % self.settings.eval_every == 0 or self.step in [end for _, end, _ in self.settings.phases()]
 
-    def _validate(self, length: int) -> dict[int, dict]:
-        """This step's validation by sequence length, after the last step at all; {} where a stop cut it short."""
+    def _log(self, metrics: report.Metrics | None, bar: Any, window: report.Window, norm: torch.Tensor,
+             length: int) -> None:
+        """The row of a window of steps, written and shown."""
+        row = window.row(self.step, self.settings.learning_rate(self.step - 1), norm, length)
+        row["skipped"] = int(self.optimizer.n_skipped.item())
+        if metrics:
+            metrics.write(row)
+        self._tell(bar.show, self.step, row, window.flops_per_second)
+
+    def _validate(self, metrics: report.Metrics | None, bar: Any, length: int) -> dict[int, dict]:
+        """This step's validation, written and shown, by sequence length, after the last step of all lengths; {} where
+        a stop cut it short."""
         last = self.step == self.settings.steps
         lengths = [n for _, _, n in self.settings.phases()] if last else [length]
         found = {n: self.evaluate(n, max_batches=256 if last else 32) for n in lengths}
         self.validated = None not in found.values()
-        return {n: result for n, result in found.items() if self.validated and result}
+        results = {n: result for n, result in found.items() if self.validated and result}
+        for n, result in results.items():
+            if metrics:
+                metrics.write({"step": self.step, "validation_length": n, **result})
+            self._tell(bar.note, self.step, n, result)
+        return results
 
-    def _train_step(self, micro: list[PackedBatch], window: "report.Window") -> torch.Tensor:
+    def _train_step(self, micro: list[PackedBatch], window: report.Window) -> torch.Tensor:
         settings = self.settings
         masked, pairs, tokens = (int(n) for n in processes.total(
             sum(b.n_masked for b in micro), sum(int((b.next_sentence_label >= 0).sum()) for b in micro),
@@ -424,7 +289,7 @@ class Run:
             self.step_graph = StepGraph(self.model, self.optimizer, captured=calls if self.replayed else None)
         numbers = range(processes.rank(), settings.micro_batches, processes.count())  # of our batches in the step
         seeds = [step_seed(settings.seed, self.step, i) for i in numbers]
-        norm = self.step_graph(calls, seeds, learning_rate(settings, self.step), (masked, pairs))
+        norm = self.step_graph(calls, seeds, settings.learning_rate(self.step), (masked, pairs))
         for out, host in zip(self.step_graph.outputs, micro):
             window.add(out, host, self.step_graph.scale, masked, pairs, useful_flops(self.config, host))
         return norm
@@ -498,36 +363,24 @@ class Run:
     # ---- checkpoints
 
     def save(self) -> None:
-        """Write checkpoint-<step>, a Hugging Face folder and the state to go on from, atomically; keep two.
+        """Write this step's checkpoint, from the first process alone.
 
         The last one of a run has tables of the ordinary size, for whoever fine-tunes it; it computes the same, where
         LayerNorm's eps is next to nothing (beside 1e-5 the tables' size counts, and they stay as they are).
         """
-        path = self.folder / f"checkpoint-{self.step}"
         self._check_agreement()
-        if not processes.is_first():
-            self.saved = self.step
-            return
-        with atomic_folder(path) as folder:
+        if processes.is_first():
             masters = self.optimizer.master_state()
             weights = {n: masters[n] for n in self.model.state_dict() if n in masters}
             last, new = self.step == self.settings.steps, not self.settings.init_from
             if last and new and self.settings.start == "counts" and self.config.layer_norm_eps <= 1e-9:
                 weights = with_ordinary_tables(weights)
-            self.model.save_pretrained(folder, weights)
-            self.tokenizer.save(folder)
-            save_file(self.optimizer.state_dict(), folder / "optimizer.safetensors")
             trainer = {
                 "step": self.step, "tokens_seen": self.tokens_seen, "settings": asdict(self.settings),
                 "precision": self.precision, "loader": self.loader_state, "window": self.window_state,
                 "data_files": self.train_data.manifest["files"],
-                "files": {path.name: sha256(path) for path in sorted(folder.iterdir())},
             }
-            write_json(folder / "trainer.json", {**trainer, "checksum": _checksum(trainer)})
-        for old in _numbered(self.folder)[:-KEEP_CHECKPOINTS]:
-            shutil.rmtree(old, ignore_errors=True)
-        for leftover in self.folder.glob(".checkpoint-[0-9]*.tmp"):  # of a process killed while it wrote
-            shutil.rmtree(leftover, ignore_errors=True)
+            write_checkpoint(self.folder, trainer, self.model, weights, self.tokenizer, self.optimizer.state_dict())
         self.saved = self.step
 
     @torch.no_grad()
@@ -558,65 +411,6 @@ class Run:
         self.validated = not processes.total(missing if processes.is_first() else 0)[0]
 
 
-def _step_of(path: Path) -> int:
-    return int(path.name.removeprefix("checkpoint-"))
-
-
-def _numbered(folder: Path) -> list[Path]:
-    """A run's checkpoints, the newest last; checkpoint-best and the like are the user's own."""
-    return sorted((p for p in folder.glob("checkpoint-*") if re.fullmatch(r"checkpoint-[0-9]+", p.name)), key=_step_of)
-
-
-def latest(folder: Path) -> Path | None:
-    """The newest checkpoint of a run's folder."""
-    return next((p for p in reversed(_numbered(folder)) if (p / "trainer.json").exists()), None)
-
-
-def _trainer_state(checkpoint: Path) -> dict[str, Any]:
-    """What a checkpoint says of the run. Raises UserError where any of its files is damaged."""
-    remedy = f"delete {checkpoint}, and --resume goes on from the one before"
-    try:
-        trainer = read_json(checkpoint / "trainer.json")
-    except UserError as error:
-        if isinstance(error.__cause__, OSError):  # it cannot be read, and may be whole
-            raise
-        raise UserError(f"{error}: {remedy}") from error
-    if not isinstance(trainer, dict) or {"step", "tokens_seen", "precision", "loader", "data_files"} - set(trainer):
-        raise UserError(f"{checkpoint / 'trainer.json'} is damaged: {remedy}")
-    checksum = trainer.pop("checksum", None)
-    if checksum or "files" in trainer:  # checkpoints of before have neither
-        damaged = ["trainer.json"] if checksum != _checksum(trainer) else [
-            name for name, expected in trainer["files"].items() if sha256(checkpoint / name) != expected]
-        if damaged:
-            raise UserError(f"{checkpoint / damaged[0]} is damaged (its checksum differs): {remedy}")
-    return trainer
-
-
-def _checksum(trainer: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(trainer, sort_keys=True).encode()).hexdigest()
-
-
-def stored_settings(folder: Path) -> Settings:
-    """What a run's config.json says. Raises UserError where it is not one of ours."""
-    values = run_settings(folder) or {}
-    known = {f.name for f in fields(Settings)}
-    if "data" not in values or set(values) - known:
-        raise UserError(f"{folder / 'config.json'} is not that of a pretraining run")
-    settings = Settings(**values)
-    try:
-        settings.check()
-    except UserError as error:
-        raise UserError(f"{folder / 'config.json'} is damaged: {error}") from error
-    return settings
-
-
-def check_folder(folder: Path, resume: bool) -> None:
-    """Raises UserError where the folder holds what a run there would spoil, or a run it does not resume."""
-    refuse_others(folder, "data", ("metrics.jsonl", "loss.png"))
-    if (checkpoint := latest(folder)) and not resume:
-        raise UserError(f"{folder} already holds a run ({checkpoint.name}): add --resume, or choose another --out")
-
-
 def start(folder: Path, settings: Settings, resume: bool) -> Run:
     """A run ready to train, new or resumed.
 
@@ -633,5 +427,3 @@ def start(folder: Path, settings: Settings, resume: bool) -> Run:
     if first:
         create_folder(folder)
     return run
-
-

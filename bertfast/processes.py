@@ -8,8 +8,11 @@ and shows anything. On GPUs gradients go over NCCL, all else, and everything on 
 
 import atexit
 import os
+import signal
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -87,3 +90,30 @@ def _told() -> Iterator[None]:
     except RuntimeError as error:
         reason = str(error).splitlines()[0].partition(". This is")[0]
         raise UserError(f"lost the other processes: {reason}") from error
+
+
+@contextmanager
+def stop_on_interrupt(run: Any) -> Iterator[None]:
+    """The first Ctrl-C or SIGTERM sets run.stopping, to the exit code, for the end of the step in progress; the second
+    interrupts at once, but in several processes, to which torchrun passes on what the terminal sent them already.
+
+    As an exception anywhere it could strike inside C++, which aborts. Only a main thread has signals.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def handle(number: int, _) -> None:
+        run.stopping = run.stopping or 128 + number
+        if count() == 1:
+            restore()
+
+    def restore() -> None:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+    previous = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        restore()

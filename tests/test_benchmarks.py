@@ -40,7 +40,8 @@ from typer.testing import CliRunner
 import bertfast
 from bertfast import cli, machine
 from bertfast.files import UserError
-from bertfast.pretrain import Settings, useful_flops
+from bertfast.model import useful_flops
+from bertfast.run_folder import Settings
 
 ROOT = Path(__file__).parent.parent
 TINY = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64,

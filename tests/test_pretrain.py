@@ -27,12 +27,15 @@ from rich.console import Console
 from safetensors.torch import load_file, save_file
 
 import bertfast
-from bertfast import cli, machine, pretrain
+from bertfast import cli, machine, pretrain, processes, run_folder
 from bertfast.data.prepare import prepare
 from bertfast.files import UserError, locked
 from bertfast.fill_mask import FillMask
+from bertfast.model import useful_flops
+from bertfast.ops.dropout import step_seed
 from bertfast.optim import Optimizer
-from bertfast.pretrain import Settings, learning_rate, start, step_seed, useful_flops
+from bertfast.pretrain import start
+from bertfast.run_folder import Settings
 
 
 @pytest.fixture(scope="module")
@@ -126,7 +129,7 @@ def rows(folder):
 
 
 def final_state(folder):
-    last = pretrain.latest(folder)
+    last = run_folder.latest(folder)
     return {**load_file(last / "model.safetensors"), **load_file(last / "optimizer.safetensors")}
 
 
@@ -155,7 +158,7 @@ def test_a_run_learns_and_leaves_everything_behind(corpus, tmp_path, capsys):
     assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
     assert sorted(p.name for p in tmp_path.glob("checkpoint-*")) == [
         "checkpoint-236", "checkpoint-240", "checkpoint-80-keep", "checkpoint-best"]
-    assert pretrain.latest(tmp_path) == last
+    assert run_folder.latest(tmp_path) == last
 
     last = tmp_path / "checkpoint-240"
     assert {p.stat().st_mode & 0o777 for p in last.iterdir()} == {last.stat().st_mode & 0o666}
@@ -238,7 +241,7 @@ def test_a_stop_is_heard_in_validation_which_is_made_up_for(at, corpus, tmp_path
     stopped.evaluate = stop
     with pytest.raises(KeyboardInterrupt, match="143"):
         stopped.train()
-    assert pretrain._step_of(pretrain.latest(tmp_path / "stopped")) == at
+    assert run_folder.step_of(run_folder.latest(tmp_path / "stopped")) == at
     assert rows(tmp_path / "stopped")[-1]["step"] == at and "loss" in rows(tmp_path / "stopped")[-1]
     again = start(tmp_path / "stopped", chosen, resume=True)
     assert again.step == at and not again.validated
@@ -255,8 +258,8 @@ def test_a_stop_as_the_last_validation_ends_comes_too_late(corpus, tmp_path, cap
     run = start(tmp_path, settings(corpus, steps=2), resume=False)
     validate = run._validate
 
-    def stop(length):
-        found = validate(length)
+    def stop(*arguments):
+        found = validate(*arguments)
         run.stopping = 143 if run.step == 2 else 0
         return found
 
@@ -270,18 +273,18 @@ def test_a_stop_as_the_last_validation_ends_comes_too_late(corpus, tmp_path, cap
 
 def test_a_checkpoint_with_a_changed_byte_is_not_gone_on_from(corpus, tmp_path):
     start(tmp_path, settings(corpus, steps=1), resume=False).train()
-    last = pretrain.latest(tmp_path)
+    last = run_folder.latest(tmp_path)
     for file in last.iterdir():
         good = file.read_bytes()
         at = good.index(b'"batch": 1') + 9 if file.name == "trainer.json" else len(good) - 9
         file.write_bytes(good[:at] + bytes([good[at] ^ 2]) + good[at + 1 :])
         with pytest.raises(UserError, match=f"{file.name} is damaged .its checksum differs.: delete"):
-            start(tmp_path, pretrain.stored_settings(tmp_path), resume=True)
+            start(tmp_path, run_folder.stored_settings(tmp_path), resume=True)
         file.write_bytes(good)
     trainer = json.loads((last / "trainer.json").read_text())
     del trainer["files"], trainer["checksum"]  # as checkpoints were before
     (last / "trainer.json").write_text(json.dumps(trainer))
-    assert start(tmp_path, pretrain.stored_settings(tmp_path), resume=True).step == 1
+    assert start(tmp_path, run_folder.stored_settings(tmp_path), resume=True).step == 1
 
 
 def test_a_checkpoint_half_written_is_cleared_away(corpus, tmp_path):
@@ -333,7 +336,7 @@ def test_two_processes_do_not_train_one_run(corpus, tmp_path):
     run.train()
     with pytest.raises(UserError, match="already holds a run .checkpoint-8.: add --resume"):
         second.train()
-    assert pretrain.stored_settings(tmp_path).seed == 1
+    assert run_folder.stored_settings(tmp_path).seed == 1
 
 
 def test_the_closing_table_of_a_run_without_a_finite_loss(corpus, tmp_path, capsys):
@@ -371,7 +374,7 @@ def test_resuming_needs_only_the_checkpoint_and_the_text(source, corpus, tmp_pat
     assert command(capsys, monkeypatch, *args, "--data", tmp_path / "moved") == (0, "")
     again = final_state(out)
     assert again.keys() == whole.keys() and all(torch.equal(again[n], whole[n]) for n in whole)
-    assert pretrain.stored_settings(out).data == str(tmp_path / "moved")
+    assert run_folder.stored_settings(out).data == str(tmp_path / "moved")
 
 
 def test_resuming_before_the_first_checkpoint_begins_the_same_run(corpus, tmp_path, capsys, monkeypatch):
@@ -386,10 +389,10 @@ def test_resuming_before_the_first_checkpoint_begins_the_same_run(corpus, tmp_pa
     assert code == 2 and "other settings: --steps 3 (it began with 2)" in line
     shutil.rmtree(out / "data")
     assert command(capsys, monkeypatch, *args) == (0, "")
-    assert pretrain.stored_settings(out) == chosen and pretrain.latest(out).name == "checkpoint-2"
+    assert run_folder.stored_settings(out) == chosen and run_folder.latest(out).name == "checkpoint-2"
     shutil.rmtree(out / "checkpoint-2")
     assert command(capsys, monkeypatch, *args, "--data", corpus / "data") == (0, "")
-    assert pretrain.stored_settings(out).data == str(corpus / "data")
+    assert run_folder.stored_settings(out).data == str(corpus / "data")
 
 
 def test_resuming_with_settings_that_change_no_numbers(corpus, tmp_path, capsys, monkeypatch):
@@ -400,7 +403,7 @@ def test_resuming_with_settings_that_change_no_numbers(corpus, tmp_path, capsys,
     code, line = command(capsys, monkeypatch, *args, "--no-nsp", "--causal", "--seed", 2)
     assert code == 2 and line.endswith("with other settings: --no-nsp, --causal, --seed 2 (it began with 1)")
     assert command(capsys, monkeypatch, *args) == (0, "")
-    stored, again = pretrain.stored_settings(tmp_path), final_state(tmp_path)
+    stored, again = run_folder.stored_settings(tmp_path), final_state(tmp_path)
     assert stored.recompute and not stored.cuda_graph
     assert again.keys() == whole.keys() and all(torch.equal(again[n], whole[n]) for n in whole)
 
@@ -427,7 +430,7 @@ def test_a_moved_run_finds_its_own_data(corpus, tmp_path, capsys, monkeypatch):
     shutil.rmtree(tmp_path / "run/checkpoint-2")
     (tmp_path / "run").rename(tmp_path / "moved")
     assert command(capsys, monkeypatch, "pretrain", "--out", tmp_path / "moved", "--resume") == (0, "")
-    assert pretrain.latest(tmp_path / "moved").name == "checkpoint-2"
+    assert run_folder.latest(tmp_path / "moved").name == "checkpoint-2"
 
 
 def test_going_on_takes_the_checkpoints_dropout_and_casing(corpus, tmp_path):
@@ -538,7 +541,7 @@ def test_every_step_has_its_learning_rate_and_seeds_of_its_own(corpus, tmp_path,
     micro = [run._loader(run.train_data, 32).batch(i) for i in range(2)]
     for run.step in range(8):
         run._train_step(micro, pretrain.report.Window())
-    assert [lr for lr, _ in seen] == [learning_rate(chosen, step) for step in range(8)]
+    assert [lr for lr, _ in seen] == [chosen.learning_rate(step) for step in range(8)]
     assert len({seed for _, seeds in seen for seed in seeds}) == 16
 
 
@@ -583,7 +586,7 @@ def test_rows_say_what_training_and_validation_came_to(corpus, tmp_path):
         for row, own in zip(found, (batches[:4], batches[4:]), strict=True):
             assert {**row, **judged(run.model, own)} == pytest.approx(row, rel=1e-4)
             assert row["loss"] == pytest.approx(row["mlm_loss"] + row["nsp_loss"])
-            assert row["lr"] == learning_rate(chosen, row["step"] - 1)
+            assert row["lr"] == chosen.learning_rate(row["step"] - 1)
         whole = list(run.validation[32].validation_batches())
         (row,) = (r for r in rows(tmp_path) if "validation_length" in r)
         assert len(whole) > 2
@@ -627,7 +630,7 @@ def test_a_run_goes_on_in_the_precision_it_began_with(corpus, tmp_path, monkeypa
 def test_a_second_ctrl_c_interrupts_at_once():
     run, before = SimpleNamespace(stopping=0), signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
-        with pytest.raises(KeyboardInterrupt), pretrain.stop_on_interrupt(run):
+        with pytest.raises(KeyboardInterrupt), processes.stop_on_interrupt(run):
             signal.raise_signal(signal.SIGINT)
             assert run.stopping == 130
             signal.raise_signal(signal.SIGINT)
@@ -924,7 +927,7 @@ def test_validation_draws_no_dropout_and_training_goes_on_with_it(corpus, tmp_pa
 
 def test_schedule_and_seeds():
     s = Settings(data="", steps=100, warmup=0.1, lr=1.0)
-    rates = [learning_rate(s, step) for step in range(100)]
+    rates = [s.learning_rate(step) for step in range(100)]
     assert rates[0] == pytest.approx(0.1) and max(rates) == rates[9] == rates[10] == 1.0
     assert rates[99] == pytest.approx(1 / 90) and all(a > b for a, b in zip(rates[10:], rates[11:]))
     seeds = {step_seed(1, step, micro) for step in range(100) for micro in range(2)}
@@ -1030,7 +1033,7 @@ def test_every_mistake_is_one_line(corpus, tmp_path, capsys, monkeypatch):
         out = [] if "--out" in args else ["--out", tmp_path / "run"]
         code, line = command(capsys, monkeypatch, "pretrain", *args, *out)
         assert code == 2 and line.startswith("bertfast: ") and message in line, (message, code, line)
-    edited = lambda **changes: json.dumps({"settings": {**vars(pretrain.stored_settings(done)), **changes}})
+    edited = lambda **changes: json.dumps({"settings": {**vars(run_folder.stored_settings(done)), **changes}})
     untouched = edited()
     for path, content, message in [(done / "config.json", edited(lr=0.5), "with other settings: lr 0.001 (now 0.5)"),
                                    (done / "config.json", edited(steps="4"), "steps must be a whole number, got '4'"),
@@ -1092,8 +1095,8 @@ def test_ctrl_c_and_sigterm_write_a_checkpoint(number, code, corpus, tmp_path):
         time.sleep(0.1)
     first.send_signal(number)
     output, _ = first.communicate(timeout=60)
-    checkpoint = pretrain.latest(out)
-    assert checkpoint and rows(out)[-1]["step"] == pretrain._step_of(checkpoint)
+    checkpoint = run_folder.latest(out)
+    assert checkpoint and rows(out)[-1]["step"] == run_folder.step_of(checkpoint)
     assert first.returncode == code
     assert output.endswith(f"\nstopped; {checkpoint}. Go on with: bertfast pretrain --out '{out}' --resume\n")
 
@@ -1107,7 +1110,7 @@ def test_output_that_cannot_be_written_stops_with_a_checkpoint(corpus, tmp_path)
     run.stdout.close()  # as head does
     said = run.stderr.read()
     assert run.wait() == 2 and said == (f"bertfast: cannot write the output: Broken pipe\nstopped; "
-        f"{pretrain.latest(tmp_path)}. Go on with: bertfast pretrain --out {tmp_path} --resume\n")
+        f"{run_folder.latest(tmp_path)}. Go on with: bertfast pretrain --out {tmp_path} --resume\n")
 
 
 def in_processes(*args, ranks=({}, {}), **options):
@@ -1144,7 +1147,7 @@ def test_two_processes_train_as_one(corpus, tmp_path, monkeypatch):
     for a, b in zip(rows(tmp_path / "one"), rows(tmp_path / "two"), strict=True):
         assert a.keys() == b.keys()
         assert all(b[k] == pytest.approx(a[k], rel=1e-5) for k in a if k != "tokens_per_sec"), (a, b)
-    trainers = [json.loads((pretrain.latest(tmp_path / n) / "trainer.json").read_text()) for n in ("one", "two")]
+    trainers = [json.loads((run_folder.latest(tmp_path / n) / "trainer.json").read_text()) for n in ("one", "two")]
     for name in ("tokens_seen", "loader", "settings"):
         assert trainers[0][name] == trainers[1][name]
 
@@ -1163,15 +1166,15 @@ def test_processes_begin_a_run_and_stop_together(corpus, tmp_path):
     os.killpg(run.pid, signal.SIGINT)
     output, _ = run.communicate(timeout=120)
     assert " ".join(output.split()).count("Go on with: bertfast pretrain") == 1, output
-    checkpoint = pretrain.latest(tmp_path)
-    assert checkpoint and rows(tmp_path)[-1]["step"] == pretrain._step_of(checkpoint)
-    assert pretrain.stored_settings(tmp_path).micro_batches == 2  # one a process, where nothing else is said
+    checkpoint = run_folder.latest(tmp_path)
+    assert checkpoint and rows(tmp_path)[-1]["step"] == run_folder.step_of(checkpoint)
+    assert run_folder.stored_settings(tmp_path).micro_batches == 2  # one a process, where nothing else is said
 
 
 def test_at_a_stop_all_processes_wait_for_the_checkpoint(corpus, tmp_path, monkeypatch):
     run = start(tmp_path, settings(corpus), resume=False)
     there = []
-    monkeypatch.setattr(pretrain.processes, "wait", lambda: there.append(pretrain.latest(tmp_path)))
+    monkeypatch.setattr(pretrain.processes, "wait", lambda: there.append(run_folder.latest(tmp_path)))
     run.stopping = 143
     with pytest.raises(KeyboardInterrupt):
         run.train()
@@ -1201,7 +1204,8 @@ def test_without_triton_and_extension_it_trains_and_says_why_it_is_slow(corpus, 
 import sys
 from pathlib import Path
 sys.modules["triton"] = None  # importing it raises ImportError
-from bertfast.pretrain import start, Settings
+from bertfast.pretrain import start
+from bertfast.run_folder import Settings
 run = start(Path({str(tmp_path / 'run')!r}), Settings(**{vars(settings(corpus, steps=3))!r}), False)
 print(run.describe("")["kernels"], "|", run.describe("")["loader"])
 run.train()

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 import bertfast
-from bertfast import pretrain
+from bertfast import pretrain, run_folder
 from bertfast.data.prepare import prepare
 from bertfast.files import UserError
 from bertfast.model import unpad
@@ -93,7 +93,7 @@ def settings(tmp_path_factory):
     prepare([str(folder / "text.txt")], folder / "data", vocab_size=400, workers=1)
     sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
     (folder / "model.json").write_text(json.dumps({"model_type": "bert", "max_position_embeddings": 64, **sizes}))
-    return lambda **changes: pretrain.Settings(**{
+    return lambda **changes: run_folder.Settings(**{
         "data": str(folder / "data"), "model_config": str(folder / "model.json"), "steps": 8, "tokens": 256,
         "short_length": 32, "long_length": 64, "long_share": 0.25, "lr": 3e-3, "precision": "fp32", "log_every": 1,
         "save_every": 1, **changes,
@@ -103,7 +103,7 @@ def settings(tmp_path_factory):
 def rows(folder):
     """What a run wrote down but for its speed, and its last checkpoint's tensors."""
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    last = pretrain.latest(folder)
+    last = run_folder.latest(folder)
     tensors = {**load_file(last / "model.safetensors"), **load_file(last / "optimizer.safetensors")}
     return [{k: v for k, v in line.items() if k != "tokens_per_sec"} for line in lines], tensors
 

@@ -23,7 +23,7 @@ from bertfast.files import UserError
 from bertfast.finetune.batches import Item, Sequence, pack, rounded, sequence
 from bertfast.finetune.read import NAMED, Row, Table, open_table
 from bertfast.heads import BertForFeatures
-from bertfast.pretrain import useful_flops
+from bertfast.model import useful_flops
 from bertfast.step_graph import Call, on_device
 
 NAMES = {  # role -> the column names it is known by, the likeliest first; compared in lower case

@@ -33,8 +33,9 @@ from bertfast.finetune.read import Table, refuse_names
 from bertfast.finetune.tag import Tagging
 from bertfast.finetune.task import LEARNING_RATES, Example, Settings, Task
 from bertfast.finetune.write import Writing
+from bertfast.ops.dropout import step_seed
 from bertfast.optim import Optimizer, check_numbers, linear_schedule
-from bertfast.pretrain import step_seed, stop_on_interrupt
+from bertfast.processes import stop_on_interrupt
 from bertfast.seq2seq import BertForSeq2Seq, read_config
 from bertfast.step_graph import Call, StepGraph, signature
 from bertfast.version import __version__

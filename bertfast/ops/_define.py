@@ -250,5 +250,3 @@ def implementation(name: str, device: str, loaded: dict[str, str]) -> str:
     if has_kernel or loaded[device].startswith(("reference", "no ")):
         return loaded[device]
     return f"{'PyTorch' if name in _cpu_only else 'reference'}: no {loaded[device]} kernel for this op"
-
-

@@ -89,6 +89,16 @@ def draw_seed(device: torch.device) -> Tensor:
     return torch.randint(-(2**62), 2**62, (1,), device=device)
 
 
+def step_seed(seed: int, step: int, micro_batch: int = 0) -> int:
+    """The dropout key of one forward: 64 well-mixed bits (the finaliser of SplitMix64, Steele et al. 2014)."""
+    mask = 2**64 - 1
+    z = (seed * 0x9E3779B97F4A7C15 + step * 0xD1B54A32D192ED03 + micro_batch * 0x8CB92BA72F3D8DD7 + 1) & mask
+    z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9 & mask
+    z = (z ^ (z >> 27)) * 0x94D049BB133111EB & mask
+    z ^= z >> 31
+    return z - 2**64 if z >= 2**63 else z
+
+
 def _reference(x, p, seed, row_key, stream):
     return dropout_scale(x.to(accumulate_dtype(x)), p, seed, row_key, stream).to(x.dtype)
 
