@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from bertfast.benchmarks import contest
+from bertfast.benchmarks import contest, pretrain
 from bertfast.benchmarks.contest import Contender, Outcome
 
 from bertfast.finetune.batches import Item, by_budget
@@ -128,7 +128,6 @@ class Peer:
 # ---- one contender
 
 CHECKED = 8  # examples of the steps that must agree
-LOSS_AGREES = {"fp32": 1e-3, "bf16": 2e-3}  # relative; bf16 against fp32
 CONTENDERS = ("transformers fp32", "transformers bf16", "bertfast fp32", "bertfast bf16")
 FEATURES = "bertfast features"
 REFERENCE = CONTENDERS[0]
@@ -184,17 +183,7 @@ def training(contender: str, settings: dict, window: float) -> Iterator[dict]:
 
 def agreement(facts: dict[str, dict]) -> dict[str, str]:
     """Whose losses, dropout off, are not the reference's: {name: reason}."""
-    refused = {}
-    wanted = facts[REFERENCE]["losses"] if REFERENCE in facts else None
-    for name, found in facts.items():
-        if wanted is None and "losses" in found:
-            refused[name] = f"refused: {REFERENCE} failed, and nothing else says what is right"
-        allowed = LOSS_AGREES[name.split()[-1]] if "losses" in found else 0
-        for i, (value, reference) in enumerate(zip(found.get("losses", []), wanted or [])):
-            if not abs(value - reference) <= allowed * abs(reference):
-                refused.setdefault(name, f"refused: loss of step {i + 1} with dropout off: {value:.5g}, the "
-                                         f"reference's {reference:.5g}")
-    return refused
+    return pretrain.agreement(facts, REFERENCE)
 
 
 def rows(key: str, settings: Settings, window: float, rounds: int, threads: int) -> tuple[list[dict], bool]:

@@ -17,6 +17,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -27,6 +28,7 @@ from bertfast.benchmarks.cases import CASES, Case, run
 from bertfast.kernels import masked_vocab_projection
 
 from bertfast import BertConfig, BertForPreTraining, PackedBatch, ops
+from bertfast.finetune.batches import Sequence, pack
 from bertfast.heads import (
     BertForMultipleChoice,
     BertForQuestionAnswering,
@@ -109,19 +111,10 @@ def packed_batch(config: BertConfig, tokens: int, length: int, seed: int, device
     """Full sequences of random words, 15 % of them to be predicted."""
     g = torch.Generator().manual_seed(seed)
     n, picked = tokens // length, length * 15 // 100
-    offsets = torch.stack([torch.randperm(length - 1, generator=g)[:picked].sort().values + 1 for _ in range(n)])
-    position, sequence = torch.arange(tokens) % length, torch.arange(tokens) // length
-    starts = torch.arange(n).unsqueeze(1)
-    read_rows = torch.cat([starts * length, offsets + starts * length], 1).flatten()  # [CLS], then the masked rows
-    in_read = (starts * (picked + 1) + torch.arange(1, picked + 1)).flatten()
-    ids = torch.randint(1000, config.vocab_size, (tokens,), generator=g)
-    return PackedBatch(
-        input_ids=ids, token_type_ids=(position >= length // 2).long(), position_ids=position,
-        cu_seqlens=torch.arange(0, tokens + 1, length).int(), max_seqlen=length, row_key=(sequence << 32) + position,
-        read_rows=read_rows, cu_seqlens_read=torch.arange(0, n * (picked + 1) + 1, picked + 1).int(),
-        cls_index=torch.arange(n) * (picked + 1), mask_index=in_read, labels=ids[read_rows[in_read]],
-        next_sentence_label=torch.arange(n) % 2, n_tokens=tokens, n_masked=n * picked, n_sequences=n,
-    ).to(device)  # fmt: skip
+    offsets = [torch.randperm(length - 1, generator=g)[:picked].sort().values + 1 for _ in range(n)]
+    ids = torch.randint(1000, config.vocab_size, (n, length), generator=g)
+    sequences = [Sequence(row.numpy(), length // 2, at.numpy(), row[at].numpy()) for row, at in zip(ids, offsets)]
+    return replace(pack(sequences), next_sentence_label=torch.arange(n) % 2, n_masked=n * picked).to(device)
 
 
 def trained(preset: str, dtype, tokens: int, length: int, device: str, steps: int = 3, graph: bool = False):

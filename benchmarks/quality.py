@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from bertfast.benchmarks import contest
 from bertfast.benchmarks.contest import Contender, timed
-from bertfast.benchmarks.pretrain import LOSS_AGREES, SETUPS, padded
+from bertfast.benchmarks.pretrain import SETUPS, agreement, padded
 
 from bertfast.batch import PackedBatch
 from bertfast.data.dataset import Dataset
@@ -150,12 +150,6 @@ def run(*, data: str, preset: str, steps: int, tokens: int, length: int, lr: flo
 
 
 def _same_start(facts: dict[str, dict]) -> dict[str, str]:
-    """Who does not start from the first one's losses, in validation and its own training, within 1e-3 (bf16: 2e-3)."""
-    first = next((found for found in facts.values() if found), {"loss": 0.0, "losses": []})
-    refused: dict[str, str] = {}
-    for name, found in facts.items():
-        allowed = LOSS_AGREES["bf16" if "bf16" in name else "fp32"]
-        for loss, wanted in zip([found["loss"], *found["losses"]], [first["loss"], *first["losses"]], strict=True):
-            if not abs(loss - wanted) <= allowed * wanted:
-                refused.setdefault(name, f"refused: starts at a loss of {loss:.5f}, the first at {wanted:.5f}")
-    return refused
+    """Who does not start from the first one's losses, in validation and its own training: {name: why}."""
+    starts = {name: {"losses": [found["loss"], *found["losses"]]} for name, found in facts.items()}
+    return agreement(starts, next(iter(starts), ""))
