@@ -64,7 +64,9 @@ class BertLayer(nn.Module):
 
     def after_attention(self, context: Tensor, x: Tensor, rows: Rows) -> Tensor:
         """The rest of the layer, from self-attention's output `context` and the layer's input x."""
-        x = self.attention["output"](context, x, rows)
+        return self.feed_forward(self.attention["output"](context, x, rows), rows)
+
+    def feed_forward(self, x: Tensor, rows: Rows) -> Tensor:
         up, gelu_bias = self.intermediate(x)
         return self.output(up, x, rows, gelu_bias)
 

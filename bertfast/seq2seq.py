@@ -66,8 +66,7 @@ class DecoderLayer(BertLayer):
         """The rest of the layer, from self-attention's output."""
         x = self.attention["output"](context, x, rows)
         x = self.crossattention["output"](self.crossattention["self"](x, rows, keys_values, source), x, rows)
-        up, gelu_bias = self.intermediate(x)
-        return self.output(up, x, rows, gelu_bias)
+        return self.feed_forward(x, rows)
 
 
 class Decoder(nn.Module):
