@@ -47,7 +47,11 @@ def measured(result: dict, value: str = "median") -> list[dict]:
 
 
 def _failures(result: dict, columns: int) -> list[list[str]]:
-    return [[row["contender"], row["failed"], *[""] * (columns - 2)] for row in result["rows"] if row["failed"]]
+    """A line a reason, of all whom it kept out."""
+    names: dict[str, list[str]] = {}
+    for row in result["rows"]:
+        names.setdefault(row["failed"], []).append(row["contender"])
+    return [[", ".join(those), why, *[""] * (columns - 2)] for why, those in names.items() if why]
 
 
 def _pretrain(result: dict) -> list[dict]:
@@ -372,7 +376,7 @@ def _aot_peers(result: dict) -> list[dict]:
             lines.append([
                 operation, row["contender"], each("registers"), each("spill"), each("warps"),
                 each("occupancy", "{:.0%}"), f"{row['instructions']:.1f}", f"{row['bytes']:.1f}",
-                result["remarks"][operation] if row["contender"] == "bertfast" else "",
+                result["remarks"][operation] if row["contender"] == "bertfast" and not made else "",  # once is enough
             ])
         made.append({"title": f"compiled for {arch}, bf16, BERT-base (computed, not measured)", "columns": columns,
                      "rows": lines})
