@@ -230,7 +230,7 @@ def roofline(preset: Preset = "mini", tokens: Tokens = 2048, length: Length = 12
     Example: bertfast bench roofline --preset base
     """
     import torch
-    from bertfast.benchmarks import contest, roofline
+    from bertfast.benchmarks import contest, ops, roofline
 
     roofline.bounds(preset, tokens, length, vocab_size, [])  # a mistake is told before anything is measured
     torch.set_num_threads(_threads(threads))
@@ -239,7 +239,7 @@ def roofline(preset: Preset = "mini", tokens: Tokens = 2048, length: Length = 12
     found = [next(measuring) for _ in range(3)]
     best = {name: max(turn[name] for turn in found) for name in found[0]}
     here = [roofline.Machine(f"this machine, {name}", best[name], best["copy"], predicted=False)
-            for name in ("fp32", "bf16")]
+            for name in ops.dtypes()]
     _finish({"suite": "roofline", **contest.provenance(_threads(threads)), "machine": best,
              **roofline.bounds(preset, tokens, length, vocab_size, here)}, out)
 
