@@ -22,7 +22,7 @@ def _writable(out: Path | None) -> Path | None:
             try:
                 report.load(out)
             except UserError as error:
-                raise UserError(f"{out} is there already, and no result: choose another --out") from error
+                raise UserError(f"{out} exists already and holds no result: choose another --out") from error
     return out
 
 
@@ -34,7 +34,7 @@ Out = Annotated[Path | None, typer.Option(
     callback=_writable, help="Write the result as JSON (NAME.json; `report` reads the folder).")]
 Threads = Annotated[int | None, typer.Option(min=1, help="Threads of each contender; by default torch's choice.")]
 Rounds = Annotated[int, typer.Option(min=1, help="Turns of each contender, interleaved; medians are reported.")]
-Quick = Annotated[bool, typer.Option("--quick", help="Without what torch.compile has to compile first.")]
+Quick = Annotated[bool, typer.Option("--quick", help="Leave out what torch.compile has to compile first.")]
 DataOption = Annotated[str | None, typer.Option(help="A prepared set; by default ids of Zipf's frequencies, V=30522.")]
 Preset = Annotated[str, typer.Option(help="tiny, mini, small, medium, base or large.")]
 Length = Annotated[int, typer.Option(min=8, help="Length of the longest sequence, S.")]

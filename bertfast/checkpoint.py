@@ -137,7 +137,7 @@ def refuse_others(folder: Path, setting: str, written: Sequence[str]) -> None:
         if setting not in (run_settings(folder) or {}):
             raise UserError(f"{folder} holds a model or another run: choose another --out")
     elif found := [name for name in written if (folder / name).exists()]:
-        raise UserError(f"{folder} holds {found[0]}, which is of no run: choose another --out")
+        raise UserError(f"{folder} holds {found[0]}, which no run wrote: choose another --out")
 
 
 def read_tensors(folder: Path) -> dict[str, Tensor]:

@@ -85,7 +85,7 @@ def pretrain(
     weight_decay: Annotated[float, typer.Option(help="On matrices and tables only.")] = 0.01,
     max_grad_norm: Annotated[float, typer.Option(help="Gradient clipping; 0 turns it off.")] = 1.0,
     start: Annotated[str, typer.Option(help="A new model's weights: counts (of words) or normal.")] = "counts",
-    dropout: Annotated[float | None, typer.Option(help="Hidden and attention (0.1; the checkpoint's).")] = None,
+    dropout: Annotated[float | None, typer.Option(help="Of hidden and attention (0.1, or the checkpoint's).")] = None,
     mlm_probability: Annotated[float, typer.Option(help="Share of the tokens that are predicted.")] = 0.15,
     whole_word_masking: Annotated[bool, typer.Option("--whole-word-masking", help="Mask whole words.")] = False,
     nsp: Annotated[bool, typer.Option("--nsp/--no-nsp", help="Next-sentence prediction.")] = True,
@@ -156,7 +156,7 @@ def pretrain(
         for one, other in IDLE:
             if given.get(one) and given.get(other):
                 one, other = (name.replace("_", "-") for name in (one, other))
-                raise UserError(f"--{other} says nothing beside --{one}: leave it away")
+                raise UserError(f"--{other} has no effect beside --{one}: remove it")
         new = {"data": str(own_data), "micro_batches": processes.count(), **given}
         settings = Settings(**new)
         settings.check()
@@ -219,12 +219,12 @@ def finetune(
     choices: Annotated[str | None, typer.Option(help="Columns of the options, with commas between.")] = None,
     columns: Annotated[str | None, typer.Option(help="Names of all columns, for files without a header.")] = None,
     multi_label: Annotated[bool, typer.Option("--multi-label", help="A row may have any number of labels.")] = False,
-    label_separator: Annotated[str, typer.Option(help="What stands between them in one field.")] = ",",
+    label_separator: Annotated[str, typer.Option(help="Separator of several labels in one field.")] = ",",
     symmetric: Annotated[bool, typer.Option("--symmetric", help="Regression: average both orders of a pair.")] = False,
     characters: Annotated[bool, typer.Option("--characters", help="Tagging: learn word boundaries (Chinese).")] = False,
     max_length: Annotated[int | None, typer.Option(help="Tokens of a sequence or window (512; qa 384).")] = None,
     stride: Annotated[int, typer.Option(min=0, help="Tokens that windows of a long text share (tagging, qa).")] = 128,
-    max_answer_length: Annotated[int, typer.Option(min=1, help="Tokens of an answer (qa).")] = 30,
+    max_answer_length: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens (qa).")] = 30,
     epochs: Annotated[float, typer.Option(min=0, help="How often each example is seen.")] = 3.0,
     steps: Annotated[int | None, typer.Option(min=1, help="Optimiser steps, instead of epochs.")] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Examples (windows) a step.")] = 32,
@@ -232,22 +232,22 @@ def finetune(
     lr: Annotated[float | None, typer.Option(help="Peak learning rate (5e-5; with --features 5e-3).")] = None,
     warmup: Annotated[float, typer.Option(help="Share of the steps with a rising learning rate.")] = 0.1,
     weight_decay: Annotated[float, typer.Option(help="On matrices and tables only.")] = 0.01,
-    layer_decay: Annotated[float, typer.Option(help="Factor on the learning rate, a layer downwards.")] = 1.0,
+    layer_decay: Annotated[float, typer.Option(help="Factor on the learning rate for each layer downwards.")] = 1.0,
     max_grad_norm: Annotated[float, typer.Option(help="Gradient clipping; 0 turns it off.")] = 1.0,
     dropout: Annotated[float | None, typer.Option(help="Instead of the checkpoint's.")] = None,
     freeze: Annotated[str, typer.Option(help="none, embeddings, a number of layers from below, or all.")] = "none",
     features: Annotated[bool, typer.Option("--features", help="Encode once, train a mix of layers only.")] = False,
-    static: Annotated[bool, typer.Option("--static", help="Of the words' own vectors, not of layers.")] = False,
+    static: Annotated[bool, typer.Option("--static", help="With --features: the word embeddings alone.")] = False,
     style: Annotated[str, typer.Option(help="seq2seq: encoder-decoder or prefix-lm.")] = "encoder-decoder",
     max_target_length: Annotated[int, typer.Option(min=2, help="Tokens that are written at most (seq2seq).")] = 128,
     beams: Annotated[int, typer.Option(min=1, help="Beam search; 1 is greedy (seq2seq).")] = 1,
     length_penalty: Annotated[float, typer.Option(help="Beam search: 0 favours short texts.")] = 1.0,
     precision: Annotated[str, typer.Option(help="auto, fp32, bf16 or fp16.")] = "auto",
-    metric: Annotated[str | None, typer.Option(help="Which one decides (accuracy, f1, mcc, pearson, …).")] = None,
-    eval_every: Annotated[int | None, typer.Option(min=1, help="Steps between evaluations; an epoch.")] = None,
-    patience: Annotated[int, typer.Option(min=0, help="Stop after so many evaluations without a better one.")] = 0,
+    metric: Annotated[str | None, typer.Option(help="The metric that decides: accuracy, f1, mcc, pearson, …")] = None,
+    eval_every: Annotated[int | None, typer.Option(min=1, help="Steps between evaluations (an epoch).")] = None,
+    patience: Annotated[int, typer.Option(min=0, help="Evaluations without a better one until it stops; 0: never.")] = 0,
     seed: Annotated[int, typer.Option(help="Order, dropout and the new head are functions of it.")] = 1,
-    seeds: Annotated[int, typer.Option(min=1, help="Train so many times; mean and spread are reported.")] = 1,
+    seeds: Annotated[int, typer.Option(min=1, help="Trainings, each of another seed; reports mean and spread.")] = 1,
     log_every: Annotated[int, typer.Option(min=1, help="Steps between rows of metrics.jsonl.")] = 10,
     cuda_graph: Annotated[bool, typer.Option("--cuda-graph/--no-cuda-graph",
                                              help="On a GPU, replay steps whose shapes recur as CUDA graphs.")] = True,

@@ -34,7 +34,7 @@ def join() -> None:
     try:
         dist.init_process_group("cpu:gloo,cuda:nccl" if gpus else "gloo")
     except (RuntimeError, ValueError) as error:
-        raise UserError(f"cannot meet the other processes: {error}") from error
+        raise UserError(f"cannot connect to the other processes: {error}") from error
     atexit.register(dist.destroy_process_group)
 
 

@@ -93,13 +93,13 @@ class Settings:
         if self.start not in ("counts", "normal"):
             raise UserError(f"--start {self.start!r} is unknown; known: counts, normal")
         if self.causal and (self.whole_word_masking or self.mlm_probability != Settings.mlm_probability):
-            raise UserError("--causal masks nothing: leave --whole-word-masking and --mlm-probability away")
+            raise UserError("--causal masks nothing: remove --whole-word-masking and --mlm-probability")
         check_numbers(lr=self.lr, weight_decay=self.weight_decay, max_grad_norm=self.max_grad_norm,
                       dropout=self.dropout, seed=self.seed)
         machine.check_precision(self.precision)
         BertConfig.preset(self.preset)
         if (self.preset != "mini") + bool(self.model_config) + bool(self.init_from) > 1:
-            raise UserError("--preset, or --model-config, or --init-from: one of them says what the model is")
+            raise UserError("give one of --preset, --model-config and --init-from")
         for _, _, length in self.phases():
             if length < 8:
                 raise UserError(f"a sequence length of {length} is out of range: 8 at least")

@@ -781,7 +781,7 @@ def test_a_result_that_the_disk_refuses_is_on_the_terminal(op_rows, tmp_path, ca
     (["bench", "trainer", "--model", "nowhere", "--train", "x", "--dev", "x"], "no checkpoint at nowhere"),
     (["bench", "roofline", "--out", "file/x.json"], "cannot create file"),
     (["bench", "roofline", "--out", "folder"], "cannot write folder: it is a folder"),
-    (["bench", "roofline", "--out", "file"], "file is there already, and no result: choose another --out"),
+    (["bench", "roofline", "--out", "file"], "file exists already and holds no result: choose another --out"),
     (["bench", "finetune", "--task", "qa", "--model", "nowhere", "--train", "x"], "nowhere"),
 ])
 def test_mistakes_are_one_line(arguments, message, tmp_path, monkeypatch, capsys):

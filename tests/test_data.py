@@ -471,7 +471,7 @@ def test_causal_batches_predict_each_next_token(dataset: Dataset) -> None:
             n += len(read)
         assert n == batch.n_masked == batch.n_tokens - batch.n_sequences and (batch.labels[n:] == -100).all()
     masked = Loader(dataset, 3, 64, 512, nsp=False)
-    with pytest.raises(UserError, match="cannot resume, the batches would be others: mlm_probability was 0.15, is 0.0"):
+    with pytest.raises(UserError, match="cannot resume, the batches would differ: mlm_probability was 0.15, is 0.0"):
         loader.load_state_dict(masked.state_dict())
 
 

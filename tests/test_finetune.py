@@ -608,9 +608,9 @@ FAULTS = {  # name: (task, content of train.tsv or .jsonl, options, what the one
                              '"answer_start": [1]}}', {}, "train.jsonl:1: answers needs a list of texts"),
     "pair of a tagging": ("tagging", "1\tX\n", {"text_pair": "1"},
                           "--text-pair is for classification and regression and multiple-choice and qa"),
-    "tags of characters": ("tagging", "1\tX\n", {"characters": True, "label": "2"}, "--label says nothing beside"),
+    "tags of characters": ("tagging", "1\tX\n", {"characters": True, "label": "2"}, "--label has no effect beside"),
     "names of named columns": ("classification", '{"text": "a", "label": "x"}', {"columns": ["text", "label"]},
-                               "train.jsonl names its columns itself: leave --columns out"),
+                               "train.jsonl names its own columns: remove --columns"),
     "no tags": ("tagging", '{"tokens": ["a"], "tags": [null]}', {}, "train.jsonl:1: tags is not a list of tags"),
     **{f"{name} {value}": ("classification", "text\tlabel\na\tx\nb\ty\n", {name: value}, message)
        for name, value, message in (
@@ -621,7 +621,7 @@ FAULTS = {  # name: (task, content of train.tsv or .jsonl, options, what the one
         ("label_separator", "", "--label-separator is empty"), ("choices", ["a"], "--choices is for"),
         ("beams", 4, "--beams is for seq2seq"), ("max_answer_length", 5, "--max-answer-length is for qa"),
         ("max_target_length", 5, "--max-target-length is for"), ("length_penalty", 0.0, "--length-penalty is for"),
-        ("stride", 4, "--stride is for tagging and qa"), ("label_separator", ";", "it goes with --multi-label"),
+        ("stride", 4, "--stride is for tagging and qa"), ("label_separator", ";", "--label-separator needs --multi-label"),
         ("freeze", "\u00b2", "--freeze"))},
 }
 
@@ -890,7 +890,7 @@ def test_static_features_are_the_words_own_vectors(start, tmp_path):
     expected = torch.nn.functional.layer_norm(table[ids[0]], table.shape[1:]).mean(0)
     for vector in model.features(unpad(ids)[0]):  # the order of the words is nothing to it
         torch.testing.assert_close(vector.float(), expected[None], rtol=1e-3, atol=1e-3)
-    with pytest.raises(UserError, match="--static says which features"):
+    with pytest.raises(UserError, match="--static needs --features"):
         finetune(tmp_path / "other", replace(chosen, features=False), "")
 
 
@@ -1066,7 +1066,7 @@ def test_files_of_ones_own_are_not_written_over(start, tmp_path):
     for name in ("predictions.jsonl", "metrics.json", "metrics.jsonl", "loss.png", "confusion.png", "checkpoint"):
         (tmp_path / "mine").mkdir()
         (tmp_path / "mine" / name).write_text("precious")
-        with pytest.raises(UserError, match=f"mine holds {name}, which is of no run: choose another --out"):
+        with pytest.raises(UserError, match=f"mine holds {name}, which no run wrote: choose another --out"):
             finetune(tmp_path / "mine", chosen, "", overwrite=True)
         assert (tmp_path / "mine" / name).read_text() == "precious"
         shutil.rmtree(tmp_path / "mine")
@@ -1094,7 +1094,7 @@ def test_predict_reads_what_training_read(start, tmp_path):
     assert predict_file(predictor, tmp_path / "test.tsv", out)["rows"] == 4
     data = tmp_path / "data.jsonl"
     data.write_text('{"text": "a", "label": "b"}\n')
-    with pytest.raises(UserError, match="data.jsonl names its columns itself: leave --columns out"):
+    with pytest.raises(UserError, match="data.jsonl names its own columns: remove --columns"):
         predict_file(predictor, data, out, ["sentence1", "sentence2"])
     with pytest.raises(UserError, match="no predictions: choose another --out"):
         predict_file(predictor, tmp_path / "test.tsv", data)
@@ -1255,7 +1255,7 @@ def test_a_model_of_one_segment_reads_no_pairs(start, tmp_path):
     finetune(tmp_path / "run", chosen, "")
     before = {p: p.read_bytes() for p in (tmp_path / "run").rglob("*") if p.is_file()}
     for kind in ("pairs", "qa", "multiple-choice", "prefix-lm"):
-        with pytest.raises(UserError, match=r"one tells no two segments apart \(type_vocab_size 1\)"):
+        with pytest.raises(UserError, match=r"one has one token type \(type_vocab_size 1\)"):
             finetune(tmp_path / "run", settings(kind, folder, tmp_path, steps=1), "", overwrite=True)
     assert {p: p.read_bytes() for p in (tmp_path / "run").rglob("*") if p.is_file()} == before
     FineTuning(tmp_path, settings("pairs", folder, tmp_path, features=True, static=True)).model_for(1)

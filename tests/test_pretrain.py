@@ -317,7 +317,7 @@ def test_a_row_of_something_else_is_one_line(corpus, tmp_path, capsys, monkeypat
 @pytest.mark.parametrize("name", ["metrics.jsonl", "loss.png"])
 def test_files_of_ones_own_are_not_written_over(name, corpus, tmp_path):
     (tmp_path / name).write_text("precious")
-    with pytest.raises(UserError, match=f"holds {name}, which is of no run: choose another --out"):
+    with pytest.raises(UserError, match=f"holds {name}, which no run wrote: choose another --out"):
         start(tmp_path, settings(corpus), resume=False)
     assert (tmp_path / name).read_text() == "precious"
 
@@ -1015,10 +1015,10 @@ def test_every_mistake_is_one_line(corpus, tmp_path, capsys, monkeypatch):
         ((["--data", data, *small, "--dropout", 1.5]), "dropout"),
         ((["--data", data, *small, "--out", read_only / "run"]), "cannot create"),
         ((["--data", foreign, *small[2:], "--init-from", last]), "with another vocabulary than that of"),
-        ((["--data", data, *small, "--init-from", last]), "one of them says what the model is"),
-        ((["--data", data, *small, "--preset", "mini"]), "--preset says nothing beside --model-config: leave it away"),
-        ((["--data", data, *small[2:], "--init-from", last, "--start", "normal"]), "--start says nothing beside"),
-        ((["--data", data, *small, "--causal", "--nsp"]), "--nsp says nothing beside --causal"),
+        ((["--data", data, *small, "--init-from", last]), "give one of --preset"),
+        ((["--data", data, *small, "--preset", "mini"]), "--preset has no effect beside --model-config: remove it"),
+        ((["--data", data, *small[2:], "--init-from", last, "--start", "normal"]), "--start has no effect beside"),
+        ((["--data", data, *small, "--causal", "--nsp"]), "--nsp has no effect beside --causal"),
         ((["--data", data, *small, "--micro-batches", 1_000_000]), "256,000,000 tokens a step"),
         ((["--data", data, *small, "--tokens", 10**30]), "tokens a step"),
         ((["--data", data, *small, "--steps", 10**400]), "--steps must be between 1 and 10^12"),

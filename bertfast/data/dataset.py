@@ -261,7 +261,7 @@ class Loader:
         if state["settings"] != self._settings():
             theirs, ours = state["settings"], self._settings()
             changed = [f"{key} was {theirs.get(key)}, is {ours[key]}" for key in ours if theirs.get(key) != ours[key]]
-            raise UserError(f"cannot resume, the batches would be others: {'; '.join(changed)}")
+            raise UserError(f"cannot resume, the batches would differ: {'; '.join(changed)}")
         if state["batch"] % self.world_size:
             raise UserError(f"cannot resume on {self.world_size} ranks: {state['batch']} batches were used so far")
         self.position = state["batch"] // self.world_size

@@ -326,7 +326,7 @@ def _processes(workers: int) -> Iterator[InOrder]:
             while running:
                 yield running.popleft().result()
         except BrokenProcessPool as error:
-            raise UserError("a worker process was killed, perhaps for want of memory: try fewer --workers") from error
+            raise UserError("a worker process was killed, probably for lack of memory: try fewer --workers") from error
 
     previous = os.environ.get("TOKENIZERS_PARALLELISM")
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the library would warn of its threads, which do not survive a fork

@@ -108,7 +108,7 @@ def predict_file(predictor: Predictor, source: Path, out: Path, columns: list[st
         raise UserError(f"{out} is {'the input' if out.is_file() else 'no file'}: choose another --out")
     if any(path.is_relative_to(predictor.folder) for path in map(without_links, (out, out.parent))):
         raise UserError(f"{out} lies in the model's folder: choose another --out")
-    other = UserError(f"{out} is there already, and no predictions: choose another --out")  # a slip must cost no file
+    other = UserError(f"{out} exists already and holds no predictions: choose another --out")
     earlier = _first_object(out) if out.exists() else {}
     if earlier is None:
         raise other

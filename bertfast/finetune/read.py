@@ -47,7 +47,7 @@ class Table:
 def refuse_names(path: str | Path, columns: list[str] | None) -> None:
     """Raises UserError where columns are given to a file that names its own."""
     if columns and Path(path).suffix.lower() in NAMED:
-        raise UserError(f"{path} names its columns itself: leave --columns out")
+        raise UserError(f"{path} names its own columns: remove --columns")
 
 
 def open_table(path: str | Path, columns: list[str] | None = None, words: bool = False,

@@ -82,7 +82,7 @@ class FineTuning:
         # the words' own vectors know no segments
         parts = (s for item in self.train_items + self.dev_items for s in item.sequences)
         if config.type_vocab_size < 2 and not settings.static and any(s.second < len(s.ids) for s in parts):
-            raise UserError(f"{settings.model} tells no two segments apart (type_vocab_size 1), and this task reads "
+            raise UserError(f"{settings.model} has one token type (type_vocab_size 1), but this task reads "
                             "pairs: a question and its context, two texts, or a source and its target")
         self.lengths = np.array([item.n_tokens for item in self.train_items])
         per_epoch = -(-len(self.train_items) // settings.batch_size)
@@ -353,17 +353,17 @@ def check(settings: Settings) -> None:
             raise UserError(f"--{name.replace('_', '-')} is for {' and '.join(tasks)}")
     refuse_names(settings.train, settings.columns)
     if settings.characters and settings.label:
-        raise UserError("--label says nothing beside --characters, which makes its own")
+        raise UserError("--label has no effect beside --characters, which makes its own labels: remove it")
     if settings.style not in ("encoder-decoder", "prefix-lm"):
         raise UserError(f"--style {settings.style}: say encoder-decoder or prefix-lm")
     if settings.features and (settings.freeze != "none" or settings.layer_decay != 1):
-        raise UserError("--features trains no part of the encoder: leave --freeze and --layer-decay out")
+        raise UserError("--features trains no part of the encoder: remove --freeze and --layer-decay")
     if settings.static and not settings.features:
-        raise UserError("--static says which features: it goes with --features")
+        raise UserError("--static needs --features")
     if not settings.label_separator:
         raise UserError("--label-separator is empty")
     if settings.label_separator != usual.label_separator and not settings.multi_label:
-        raise UserError("--label-separator stands between the labels of a row: it goes with --multi-label")
+        raise UserError("--label-separator needs --multi-label")
     if not (0 < settings.epochs <= 1e12 and (settings.steps is None or 0 < settings.steps <= 10**12)):
         raise UserError("--epochs and --steps must be more than 0, and 10^12 at most")
     if not abs(settings.length_penalty) <= 10:
