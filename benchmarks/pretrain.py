@@ -108,10 +108,12 @@ def _batch(ids, lengths, longest, generator, special) -> PackedBatch:
     P = int(np.ceil(0.15 * batch.n_tokens)) + B
     room = lambda t, size, value=0: F.pad(t, (0, size - len(t)), value=value)
     return replace(
-        batch, cu_seqlens=room(batch.cu_seqlens, B + 1, batch.n_tokens), max_seqlen=int(longest),
-        read_rows=room(batch.read_rows, P + B), cu_seqlens_read=room(batch.cu_seqlens_read, B + 1, len(batch.read_rows)),
-        cls_index=room(batch.cls_index, B), mask_index=room(batch.mask_index, P), labels=room(batch.labels, P, -100),
-        next_sentence_label=room(torch.tensor(pairs), B, -100), n_masked=len(batch.labels))
+        batch, max_seqlen=int(longest), cu_seqlens=room(batch.cu_seqlens, B + 1, batch.n_tokens),
+        cu_seqlens_read=room(batch.cu_seqlens_read, B + 1, len(batch.read_rows)),
+        read_rows=room(batch.read_rows, P + B), cls_index=room(batch.cls_index, B),
+        mask_index=room(batch.mask_index, P), labels=room(batch.labels, P, -100),
+        next_sentence_label=room(torch.tensor(pairs), B, -100), n_masked=len(batch.labels),
+    )
 
 
 def padded(batch: PackedBatch, length: int, pad_id: int = 0) -> dict[str, torch.Tensor]:

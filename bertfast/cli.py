@@ -245,7 +245,7 @@ def finetune(
     precision: Annotated[str, typer.Option(help="auto, fp32, bf16 or fp16.")] = "auto",
     metric: Annotated[str | None, typer.Option(help="The metric that decides: accuracy, f1, mcc, pearson, …")] = None,
     eval_every: Annotated[int | None, typer.Option(min=1, help="Steps between evaluations (an epoch).")] = None,
-    patience: Annotated[int, typer.Option(min=0, help="Evaluations without a better one until it stops; 0: never.")] = 0,
+    patience: Annotated[int, typer.Option(min=0, help="Stop after so many evaluations without a gain; 0: never.")] = 0,
     seed: Annotated[int, typer.Option(help="Order, dropout and the new head are functions of it.")] = 1,
     seeds: Annotated[int, typer.Option(min=1, help="Trainings, each of another seed; reports mean and spread.")] = 1,
     log_every: Annotated[int, typer.Option(min=1, help="Steps between rows of metrics.jsonl.")] = 10,

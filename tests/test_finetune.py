@@ -621,7 +621,7 @@ FAULTS = {  # name: (task, content of train.tsv or .jsonl, options, what the one
         ("label_separator", "", "--label-separator is empty"), ("choices", ["a"], "--choices is for"),
         ("beams", 4, "--beams is for seq2seq"), ("max_answer_length", 5, "--max-answer-length is for qa"),
         ("max_target_length", 5, "--max-target-length is for"), ("length_penalty", 0.0, "--length-penalty is for"),
-        ("stride", 4, "--stride is for tagging and qa"), ("label_separator", ";", "--label-separator needs --multi-label"),
+        ("stride", 4, "--stride is for tagging and qa"), ("label_separator", ";", "needs --multi-label"),
         ("freeze", "\u00b2", "--freeze"))},
 }
 
