@@ -53,7 +53,6 @@ bench: install
 	$(if $(DATA),$(BENCH) quality --data $(DATA) --steps 1200 --dropout 0 --out $(RESULTS)/quality.json)
 	$(BENCH) roofline --preset mini --out $(RESULTS)/roofline_mini.json
 	$(BENCH) roofline --preset base --tokens 32768 --out $(RESULTS)/roofline_base.json
-	$(BENCH) roofline --preset large --tokens 32768 --out $(RESULTS)/roofline_large.json
 	$(BENCH) profile --preset mini --out $(RESULTS)/profile_mini.json
 	$(BENCH) profile --preset small --out $(RESULTS)/profile_small.json
 	$(BENCH) profile --preset base --tokens 1024 --out $(RESULTS)/profile_base.json
