@@ -428,17 +428,13 @@ void backward(const Problem& p, const Saved<scalar_t>& s, Heads<scalar_t> dq, He
   zero_rows(dv, p, p.cu_k[p.n_sequences], p.n_keys);
 }
 
-// bf16 in Pairs where that is the faster way: AMD's vdpbf16ps (Zen 4 on) does twice the work of an fp32 FMA in the
-// same time; Intel's issues once in two cycles, half the rate of its two FMA ports (measured on Emerald Rapids: 87 and
-// 179 GFLOP/s a core).
 template <typename scalar_t, typename F>
 void with_words(F&& f) {
   if constexpr (!std::is_same_v<scalar_t, c10::BFloat16>) {
     f(scalar_t());
   } else {
 #if defined(__AVX512BF16__)
-    static const bool pairs = !__builtin_cpu_is("intel");
-    if (pairs) return f(Pair());
+    if (pairs_are_fast()) return f(Pair());
 #endif
     f(float());
   }

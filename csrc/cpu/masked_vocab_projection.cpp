@@ -35,15 +35,6 @@ constexpr int64_t TABLE_BYTES = int64_t{8} << 20;    // of a weight that the las
 
 int64_t div_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-#if defined(__AVX512BF16__)
-// vdpbf16ps: AMD runs one in the time of one fp32 multiply-add, Intel in that of four, so that there, without AMX,
-// widening bf16 to fp32 is twice as fast.
-bool pairs_are_fast() {
-  __builtin_cpu_init();
-  return __builtin_cpu_is("amd") || amx_works();
-}
-#endif
-
 // ---- softmax of a tile ----
 
 inline void store_kept(at::Half* p, F32 a) {
@@ -427,7 +418,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> run(const at::Tensor& hidden_, co
   const auto counts = DISPATCH_SCALAR(hidden.scalar_type(), "masked_vocab_projection", [&] {
 #if defined(__AVX512BF16__)
     if constexpr (std::is_same_v<scalar_t, c10::BFloat16>)
-      if (pairs_are_fast()) return project<scalar_t, Pair>(hidden, weight, bias, index, targets, scale, dhidden, dweight, accumulate, dbias);
+      if (pairs_are_fast() || amx_works()) return project<scalar_t, Pair>(hidden, weight, bias, index, targets, scale, dhidden, dweight, accumulate, dbias);
 #endif
     return project<scalar_t, acc_t<scalar_t>>(hidden, weight, bias, index, targets, scale, dhidden, dweight, accumulate, dbias);
   });
