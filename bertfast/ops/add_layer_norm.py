@@ -11,8 +11,7 @@ backward (c1, c2 are row means):
 import torch
 from torch import Tensor
 
-from ._define import define, distinct, node, once_differentiable
-from .bias_gelu import accumulate_dtype
+from ._define import accumulate_dtype, define, distinct, node, once_differentiable
 from .dropout import dropout_scale
 
 

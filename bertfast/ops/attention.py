@@ -18,8 +18,7 @@ import math
 import torch
 from torch import Tensor
 
-from ._define import define, distinct, node, once_differentiable
-from .bias_gelu import accumulate_dtype
+from ._define import accumulate_dtype, define, distinct, node, once_differentiable
 from .dropout import keep_mask, keep_scale, require_seed
 
 MOST_HEADS = 256  # in the low byte of a counter's word, below the stream

@@ -17,8 +17,7 @@ The fused ops draw it themselves; `dropout` is for where there is nothing to fus
 import torch
 from torch import Tensor
 
-from ._define import define, once_differentiable
-from .bias_gelu import accumulate_dtype
+from ._define import accumulate_dtype, define, once_differentiable
 
 MULTIPLIERS = 0xD2511F53, 0xCD9E8D57
 KEY_STEPS = 0x9E3779B9, 0xBB67AE85

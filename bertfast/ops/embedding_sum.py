@@ -9,9 +9,8 @@ are segment sums, in a fixed order, so that a step is reproducible; the row of `
 import torch
 from torch import Tensor
 
-from ._define import define, once_differentiable
+from ._define import accumulate_dtype, define, once_differentiable
 from .add_layer_norm import layer_norm, layer_norm_backward
-from .bias_gelu import accumulate_dtype
 from .dropout import dropout_scale
 
 

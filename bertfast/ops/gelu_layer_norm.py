@@ -7,9 +7,9 @@ The backward is LayerNorm's into dg, then GELU's: dx = dg * GELU'(x + bias), dbi
 import torch
 from torch import Tensor
 
-from ._define import define, once_differentiable
+from ._define import accumulate_dtype, define, once_differentiable
 from .add_layer_norm import layer_norm, layer_norm_backward
-from .bias_gelu import accumulate_dtype, gelu, gelu_derivative
+from .bias_gelu import gelu, gelu_derivative
 
 
 def _gelu_layer_norm_fwd(x, bias, weight, ln_bias, eps):

@@ -17,8 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ._define import define, forward_mode, once_differentiable
-from .bias_gelu import accumulate_dtype
+from ._define import accumulate_dtype, define, forward_mode, once_differentiable
 
 IGNORE_INDEX = -100
 FP16_BOOST = 2.0**12  # of a mean's gradients in fp16: a loss scale comes after them, when those of most words are zero
