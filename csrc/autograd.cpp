@@ -60,7 +60,7 @@ Tensor joined(at::TensorList tensors) {
 Optional given(const Tensor& t) { return t.defined() ? Optional(t) : std::nullopt; }
 Tensor saved(const Optional& t) { return t.value_or(Tensor()); }
 
-// What every backward begins with: as PyTorch's once_differentiable, but told at once.
+// What every backward begins with: _define.once_differentiable's twin, since PyTorch's own misses constant gradients.
 variable_list saved_variables(AutogradContext* ctx) {
   TORCH_CHECK(!at::GradMode::is_enabled(), "bertfast's ops have no second derivative: create_graph=True is not for them");
   return ctx->get_saved_variables();
