@@ -6,6 +6,7 @@ from pathlib import Path
 
 from bertfast.benchmarks import tables
 
+from bertfast.machine import threads
 from bertfast.report import pyplot, save_figure
 
 plt = pyplot()
@@ -53,7 +54,7 @@ def _bars(result: dict):
     axes.set_xlabel("real tokens per second (× the best Hugging Face set-up; thin line: spread)")
     settings = result["settings"]
     axes.set_title(f"pretraining step, preset {settings['preset']}, sequences of up to {settings['length']}, "
-                   f"{settings['fill']:.0%} full, {result['threads']} threads", fontsize=11, loc="left")
+                   f"{settings['fill']:.0%} full, {threads(result['threads'])}", fontsize=11, loc="left")
     return figure
 
 
@@ -121,6 +122,6 @@ def _quality(result: dict):
     axes.set_xlabel("seconds of training (validation not counted)")
     axes.set_ylabel("validation masked-LM loss, nats")
     axes.set_title(f"preset {settings['preset']}, {settings['tokens']:,} tokens a step, the same batches, start and "
-                   f"schedule, {result['threads']} threads", fontsize=11, loc="left")
+                   f"schedule, {threads(result['threads'])}", fontsize=11, loc="left")
     axes.spines[["top", "right"]].set_visible(False)
     return figure

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from bertfast.files import UserError
+from bertfast.machine import threads
 
 OURS, PLAIN, THEIRS, OTHER = "#D55E00", "#009E73", "#0072B2", "#999999"
 
@@ -66,7 +67,7 @@ def _pretrain(result: dict) -> list[dict]:
     rates = "; GEMM " + ", ".join(f"{n} {peaks[n] / 1e9:,.0f}" for n in ("fp32", "bf16")) + " GFLOP/s" if peaks else ""
     title = (f"preset {settings['preset']}: {settings['tokens']} real tokens a step in {settings['sequences']} "
              f"sequences of up to {settings['length']} ({settings['fill']:.0%} full), vocabulary "
-             f"{settings['vocab_size']:,}, {result['threads']} threads{rates}")
+             f"{settings['vocab_size']:,}, {threads(result['threads'])}{rates}")
     return [{"title": title, "columns": columns, "rows": lines + _failures(result, len(columns))}]
 
 
@@ -108,7 +109,7 @@ def _job(result: dict) -> list[dict]:
     ] for r in result["rows"]]
     title = (f"a run of `bertfast pretrain`, preset {settings['preset']}, {settings['tokens']:,} tokens a step, of a "
              f"text of {settings['text_tokens']:,} tokens (unigram entropy {settings['unigram_entropy']:.3f} nats, "
-             f"vocabulary {settings['vocab_size']:,}), {result['threads']} threads")
+             f"vocabulary {settings['vocab_size']:,}), {threads(result['threads'])}")
     return [{"title": title, "columns": columns, "rows": lines}]
 
 
@@ -120,7 +121,7 @@ def _memory(result: dict) -> list[dict]:
               f"{r['activation_bytes'] / peer:.2f}" if peer else "–"]
              for r in sorted(rows, key=lambda r: r["peak_bytes"])]
     title = (f"peak memory of a step, preset {settings['preset']}: {settings['tokens']} tokens, sequences of up to "
-             f"{settings['length']}, vocabulary {settings['vocab_size']:,}, {result['threads']} threads")
+             f"{settings['length']}, vocabulary {settings['vocab_size']:,}, {threads(result['threads'])}")
     return [{"title": title, "columns": columns, "rows": lines + _failures(result, len(columns))}]
 
 
@@ -149,7 +150,7 @@ def _ops(result: dict) -> list[dict]:
             ])
         columns = ["op and shape", "direction", *[f"{n}, µs" for n in names], "× the best other", "rate", "of the peak"]
         if lines:
-            made.append({"title": f"ops in {dtype}, {result['threads']} threads", "columns": columns, "rows": lines})
+            made.append({"title": f"ops in {dtype}, {threads(result['threads'])}", "columns": columns, "rows": lines})
     return made
 
 
@@ -177,7 +178,7 @@ def _ops_in_short(result: dict) -> list[dict]:
                 f"{largest['rate'] / 1e9:,.0f} {'GFLOP/s' if largest['flops'] else 'GB/s'}", f"{largest['share']:.0%}",
             ])
         if rows:
-            made.append({"title": f"ops in {dtype}, {result['threads']} threads, all shapes", "columns": columns,
+            made.append({"title": f"ops in {dtype}, {threads(result['threads'])}, all shapes", "columns": columns,
                          "rows": lines})
     failed = [r for r in result["rows"] if r["failed"]]
     if failed:
@@ -194,7 +195,7 @@ def _inference(result: dict) -> list[dict]:
         lines = [[r["contender"], f"{1 / r['median']:,.0f}", f"{peer / r['median']:.2f}" if peer else "–",
                   f"{r['difference']:.1e}", f"{r['cosine']:.5f}", f"{r['spread']:.0%}"] for r in rows]
         failed = _failures({"rows": [r for r in result["rows"] if r["key"] == key]}, len(columns))
-        made.append({"title": f"sentence embeddings, {key}, {result['threads']} threads", "columns": columns,
+        made.append({"title": f"sentence embeddings, {key}, {threads(result['threads'])}", "columns": columns,
                      "rows": lines + failed})
     return made
 
@@ -208,7 +209,7 @@ def _quality(result: dict) -> list[dict]:
               f"{r['curve'][-1][2]:.3f}", f"{r['curve'][-1][1]:,.0f}"] for r in rows]
     title = (f"time to a validation loss so far below the unigram entropy ({settings['unigram_entropy']:.3f} nats): "
              f"preset {settings['preset']}, {settings['steps']:,} steps of {settings['tokens']:,} tokens, "
-             f"{result['threads']} threads")
+             f"{threads(result['threads'])}")
     return [{"title": title, "columns": columns, "rows": lines + _failures(result, len(columns))}]
 
 
@@ -247,7 +248,7 @@ def _profile(result: dict) -> list[dict]:
     lines.append(["step", f"{1e3 * total:,.1f}", "100%", f"{1e3 * bound:,.1f}", f"{bound / total:.0%}"])
     title = (f"where the time of our step goes: preset {settings['preset']} in {settings['precision']}, "
              f"{settings['tokens']} tokens, sequences of {settings['length']}, vocabulary {settings['vocab_size']:,}, "
-             f"{result['threads']} threads")
+             f"{threads(result['threads'])}")
     columns = ["kind of op", "measured, ms", "of the step", "lower bound, ms", "reached"]
     return [{"title": title, "columns": columns, "rows": lines}]
 
@@ -291,7 +292,7 @@ def _finetune(result: dict) -> list[dict]:
         ] for r in rows]
         lines += [[key, *line] for line in _failures(here, len(columns) - 1)]
     title = (f"samples of fine-tuning a second, {result['settings']['model']}, turns of "
-             f"{result['settings']['window']:.0f} s, {result['threads']} threads")
+             f"{result['settings']['window']:.0f} s, {threads(result['threads'])}")
     return [{"title": title, "columns": columns, "rows": lines}]
 
 
@@ -303,7 +304,7 @@ def _trainer(result: dict) -> list[dict]:
               f"{r['accuracy']:.3f}" if r["accuracy"] is not None else "–", f"within {r['deviation']:.0e}",
               f"{r['spread']:.0%}"] for r in rows]
     title = (f"transformers' Trainer, {settings['model']}, an epoch of {settings['sentences']:,} sentences, "
-             f"{result['threads']} threads")
+             f"{threads(result['threads'])}")
     return [{"title": title, "columns": columns, "rows": lines + _failures(result, len(columns))}]
 
 

@@ -103,6 +103,10 @@ def keep_pages() -> str:
     return "glibc keeps freed pages (mallopt)" + (", huge ones where Linux has them (madvise)" if advised else "")
 
 
+def threads(n: int) -> str:
+    return f"{n} thread{'s' * (n != 1)}"
+
+
 def describe() -> dict[str, str]:
     """What `bertfast doctor` prints: versions, devices, precision, kernels, allocator."""
     from .ops import backends
@@ -113,7 +117,7 @@ def describe() -> dict[str, str]:
     rows = {
         "bertfast": __version__,
         "python": f"{platform.python_version()} on {platform.system()} {platform.machine()}",
-        "torch": f"{torch.__version__}, {torch.get_num_threads()} threads",
+        "torch": f"{torch.__version__}, {threads(torch.get_num_threads())}",
         "cpu": torch.backends.cpu.get_cpu_capability()
         + (" with bf16" if torch.cpu._is_avx512_bf16_supported() else ", no bf16"),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else "none found",

@@ -749,6 +749,8 @@ def test_every_suite_has_tables_and_pictures(op_rows, tmp_path):
     for name, result in found.items():
         assert all(len(row) == len(t["columns"]) for t in report.tables(result) for row in t["rows"]), name
         assert json.loads(json.dumps(result)) == result
+    assert "2 threads;" in report.tables({**found["pretrain"], "threads": 2})[0]["title"]
+    assert "1 thread;" in report.tables({**found["pretrain"], "threads": 1})[0]["title"]
     assert report.tables(found["transfer"])[0]["rows"][-1][:3] == ["sst2", "random, frozen", "no memory"]
     assert report.tables(found["ops_whole"])[0]["rows"][0][:3] == ["bias_gelu", "forward", "1"]
     drawn = plots.draw(found, tmp_path)
