@@ -147,7 +147,7 @@ def trainable(contender: str, settings: Settings, folder: Path) -> tuple[FineTun
 
     def ours(items: list[Item], step: int) -> tuple[torch.Tensor | float, float]:
         window = Window()
-        work._step(model, optimizer, items, settings.seed, step, window)
+        work.train_step(model, optimizer, items, settings.seed, step, window)
         return window.loss, window.flops
 
     return work, ours
@@ -164,7 +164,7 @@ def training(contender: str, settings: dict, window: float) -> Iterator[dict]:
         losses = [float(step(alike, number)[0]) for number in (1, 2)]
         yield {} if contender == FEATURES else {"losses": losses}
         work, step = trainable(contender, chosen, Path(folder))
-        batches = work._batches(chosen.seed)
+        batches = work.batches(chosen.seed)
         steps = cycle(range(1, work.steps + 1))
         while True:
             step(next(batches), next(steps))  # the caches are someone else's by now

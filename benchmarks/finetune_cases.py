@@ -118,7 +118,7 @@ def train(contender: str, settings: dict, folder: Path, threads: int) -> dict[st
         scores.pop("seed")
     else:
         work = FineTuning(folder, chosen)
-        peer, batches, steps = Peer(work, chosen.precision == "bf16"), work._batches(chosen.seed), work.steps
+        peer, batches, steps = Peer(work, chosen.precision == "bf16"), work.batches(chosen.seed), work.steps
         for step in range(1, steps + 1):
             peer.step(next(batches), work.learning_rate(step))
         scores = peer.evaluate()

@@ -29,11 +29,11 @@ def bertfast(settings: dict, every: int, checkpoint: str) -> Iterator[dict]:
     """Our loop."""
     run = Run(Path(checkpoint), Settings(**settings))
     length = run.settings.short_length
-    batches = iter(run._loader(run.train_data, length))
+    batches = iter(run.loader(run.train_data, length))
 
     def advance(n: int) -> None:
         for _ in range(n):
-            run._train_step([next(batches)], Window())
+            run.train_step([next(batches)], Window())
             run.step += 1
 
     validate = lambda: run.evaluate(length)["validation_mlm_loss"]
@@ -56,7 +56,7 @@ def hugging_face(settings: dict, every: int, checkpoint: str, attention: str, bf
         [{"params": matrices, "weight_decay": run.settings.weight_decay}, {"params": others, "weight_decay": 0.0}],
         lr=run.settings.lr, betas=run.optimizer.betas, eps=run.optimizer.eps, fused=True)
     call = torch.compile(model, dynamic=True) if compiled else model
-    batches = iter(run._loader(run.train_data, length))
+    batches = iter(run.loader(run.train_data, length))
 
     def loss_of(batch: PackedBatch) -> torch.Tensor:
         inputs = {name: t.to(device) for name, t in padded(batch, length, pad_id).items()}
@@ -89,7 +89,7 @@ def hugging_face(settings: dict, every: int, checkpoint: str, attention: str, bf
 def _losses(run: Run, loss_of: Callable, model: torch.nn.Module) -> list[float]:
     """A contender's own model on two batches, with dropout off."""
     model.eval()
-    loader = run._loader(run.train_data, run.settings.short_length)
+    loader = run.loader(run.train_data, run.settings.short_length)
     losses = [float(loss_of(loader.batch(i))) for i in range(2)]
     model.train()
     return losses

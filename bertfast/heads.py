@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from .batch import PackedBatch
 from .checkpoint import Checkpointed
 from .config import BertConfig
-from .model import BertModel, _first_rows, _initialise, _packed
+from .model import BertModel, first_rows, initialise, packed
 from .ops import dropout
 from .ops.dropout import draw_seed
 from .ops.masked_vocab_projection import IGNORE_INDEX
@@ -91,7 +91,7 @@ class Headed(Checkpointed):
         self.p = config.hidden_dropout_prob if dropout is None else dropout
         self.stream = 3 * config.num_hidden_layers + 1  # dropout's next free site: see bertfast.nn
         linear = nn.Linear(config.hidden_size, self.n_outputs(config))
-        _initialise(linear, config.initializer_range)
+        initialise(linear, config.initializer_range)
         setattr(self, self.head, linear)
 
     def n_outputs(self, config: BertConfig) -> int:
@@ -113,7 +113,7 @@ class Headed(Checkpointed):
         causal = self.config.is_decoder
         x = self.bert.encode(batch, seed, read=not causal)
         bounds = batch.cu_seqlens if causal else batch.cu_seqlens_read
-        pooled = self.bert.pool(_first_rows(x, bounds, last=causal))
+        pooled = self.bert.pool(first_rows(x, bounds, last=causal))
         if len(x):  # not all of it padding
             pooled = self._dropped(pooled, batch.row_key[batch.read_rows[batch.cls_index]], seed)
         return self.classifier(pooled)
@@ -133,7 +133,7 @@ class BertForSequenceClassification(Headed):
         A labelled call without config.extra["problem_type"] decides as transformers does: one label is regression,
         integer labels single-label, floats multi-label.
         """
-        batch, _ = _packed(input_ids, attention_mask, token_type_ids, position_ids)
+        batch, _ = packed(input_ids, attention_mask, token_type_ids, position_ids)
         logits = self._classify_cls(batch, seed)
         if orders > 1:
             logits = logits.view(-1, orders, logits.shape[1]).mean(1)
@@ -169,7 +169,7 @@ class BertForMultipleChoice(Headed):
             n_options = [input_ids.shape[1]] * input_ids.shape[0]
             flat = [None if t is None else t.flatten(0, 1)
                     for t in (input_ids, attention_mask, token_type_ids, position_ids)]
-            batch, _ = _packed(*flat)
+            batch, _ = packed(*flat)
         scores = self._classify_cls(batch, seed).squeeze(1)
         logits = options_apart(scores, n_options)
         return HeadOutput(_cross_entropy(logits, labels, scale) if labels is not None else None, logits)
@@ -184,7 +184,7 @@ class BertForTokenClassification(Headed):
 
         Raises ValueError for a label on a padded position, which has no logits.
         """
-        batch, padding = _packed(input_ids, attention_mask, token_type_ids, position_ids, labels)
+        batch, padding = packed(input_ids, attention_mask, token_type_ids, position_ids, labels)
         seed = self._seed(seed, batch.input_ids.device)
         if padding is None:
             x, rows = self.bert.encode(batch, seed)[batch.mask_index], batch.read_rows[batch.mask_index]
@@ -212,7 +212,7 @@ class BertForQuestionAnswering(Headed):
                 end_positions=None, *, seed=None, scale: Tensor | None = None) -> HeadOutput:
         """start_positions, end_positions: (B,) or (B, 1) int64, positions in their sequences (0 = [CLS] = no answer
         here); one outside its sequence is ignored."""
-        batch, padding = _packed(input_ids, attention_mask, token_type_ids, position_ids)
+        batch, padding = packed(input_ids, attention_mask, token_type_ids, position_ids)
         x = self.bert.encode(batch, self._seed(seed, batch.input_ids.device), read=False)
         logits = self.qa_outputs(x)
         out = HeadOutput(logits=logits)

@@ -171,7 +171,7 @@ class BertModel(Checkpointed):
         self.encoder = nn.ModuleDict({"layer": layers})
         self.pooler = Pooler(config.hidden_size) if add_pooling_layer else None
         self.recompute = False
-        self.apply(lambda module: _initialise(module, config.initializer_range))
+        self.apply(lambda module: initialise(module, config.initializer_range))
 
     def dropout_seed(self, seed: Tensor | None, device: torch.device) -> Tensor | None:
         """The key of a forward's dropout: `seed`, or in training drawn from torch's generator; None drops nothing."""
@@ -225,13 +225,13 @@ class BertModel(Checkpointed):
     def forward(self, input_ids, attention_mask=None, token_type_ids=None, position_ids=None, *, seed=None,
                 output_hidden_states: bool = False) -> ModelOutput:
         """input_ids: a PackedBatch, or (B, S) ids with the usual padded arguments."""
-        batch, padding = _packed(input_ids, attention_mask, token_type_ids, position_ids)
+        batch, padding = packed(input_ids, attention_mask, token_type_ids, position_ids)
         states: list[Tensor] | None = [] if output_hidden_states else None
         x = self.encode(batch, seed, read=False, hidden_states=states)
         restore = padding.restore if padding else lambda rows: rows
         return ModelOutput(
             last_hidden_state=restore(x),
-            pooler_output=self.pool(_first_rows(x, batch.cu_seqlens)) if self.pooler else None,
+            pooler_output=self.pool(first_rows(x, batch.cu_seqlens)) if self.pooler else None,
             hidden_states=tuple(restore(s) for s in states) if states is not None else None,
         )
 
@@ -252,7 +252,7 @@ class _Pretraining(Checkpointed):
             )
         if self.nsp:
             self.cls["seq_relationship"] = nn.Linear(config.hidden_size, 2)
-        self.cls.apply(lambda module: _initialise(module, config.initializer_range))
+        self.cls.apply(lambda module: initialise(module, config.initializer_range))
 
     def forward(self, input_ids, attention_mask=None, token_type_ids=None, position_ids=None, labels=None,
                 next_sentence_label=None, *, seed=None, mlm_scale: Tensor | None = None,
@@ -263,7 +263,7 @@ class _Pretraining(Checkpointed):
         count in the whole global batch, times the loss scale). Without labels, logits are returned instead.
         """
         packed_call = isinstance(input_ids, PackedBatch)
-        batch, padding = _packed(input_ids, attention_mask, token_type_ids, position_ids, labels, next_sentence_label)
+        batch, padding = packed(input_ids, attention_mask, token_type_ids, position_ids, labels, next_sentence_label)
         with_labels = packed_call or labels is not None or next_sentence_label is not None
         x = self.bert.encode(batch, seed, read=with_labels)
         heads: Any = self.cls
@@ -277,7 +277,7 @@ class _Pretraining(Checkpointed):
             logits = heads["predictions"].logits(x, self.bert.embeddings.word_embeddings.weight)
             out.logits = padding.restore(logits) if padding else logits
         if self.nsp:
-            cls = _first_rows(x, batch.cu_seqlens_read if with_labels else batch.cu_seqlens)
+            cls = first_rows(x, batch.cu_seqlens_read if with_labels else batch.cu_seqlens)
             out.seq_relationship_logits = heads["seq_relationship"](self.bert.pool(cls))
             if packed_call or next_sentence_label is not None:
                 self._next_sentence_loss(out, out.seq_relationship_logits.float(), batch.next_sentence_label, nsp_scale)
@@ -333,13 +333,13 @@ class BertLMHeadModel(_Pretraining):
         return super().forward(input_ids, attention_mask, token_type_ids, position_ids, labels, *arguments, **named)
 
 
-def _packed(input_ids, attention_mask, token_type_ids, position_ids, labels=None, next_sentence_label=None):
+def packed(input_ids, attention_mask, token_type_ids, position_ids, labels=None, next_sentence_label=None):
     if isinstance(input_ids, PackedBatch):
         return input_ids, None
     return unpad(input_ids, attention_mask, token_type_ids, position_ids, labels, next_sentence_label)
 
 
-def _first_rows(x: Tensor, cu_seqlens: Tensor, last: bool = False) -> Tensor:
+def first_rows(x: Tensor, cu_seqlens: Tensor, last: bool = False) -> Tensor:
     """[CLS]: the first row of every sequence, zeros for an empty one, (T, H) -> (B, H); (R, H) with cu_seqlens_read.
 
     last: the last row instead.
@@ -350,7 +350,7 @@ def _first_rows(x: Tensor, cu_seqlens: Tensor, last: bool = False) -> Tensor:
     return x[rows.clamp(0, x.shape[0] - 1)].masked_fill(empty.unsqueeze(1), 0.0)
 
 
-def _initialise(module: nn.Module, std: float) -> None:
+def initialise(module: nn.Module, std: float) -> None:
     """Linear and embedding weights N(0, std), biases 0, LayerNorm 1 and 0, the padding row 0."""
     if isinstance(module, (nn.Linear, nn.Embedding)):
         nn.init.normal_(module.weight, std=std)

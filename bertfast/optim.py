@@ -157,7 +157,7 @@ class Optimizer:
 
     def state_dict(self) -> dict[str, Tensor]:
         """Moments and counters, flat, ready for safetensors; the masters are in the model file."""
-        state = {name: getattr(self, name) for name in _COUNTERS}
+        state = {name: getattr(self, name) for name in COUNTERS}
         for group in self.groups:
             for kind in ("exp_avg", "exp_avg_sq"):
                 state.update({f"{kind}.{n}": t for n, t in zip(group.names, getattr(group, kind + "s"))})
@@ -165,7 +165,7 @@ class Optimizer:
 
     def load_state_dict(self, masters: dict[str, Tensor], state: dict[str, Tensor]) -> None:
         """Restore both. Raises UserError where tensors are missing or of another shape."""
-        targets: dict[str, Tensor] = {name: getattr(self, name) for name in _COUNTERS}
+        targets: dict[str, Tensor] = {name: getattr(self, name) for name in COUNTERS}
         for group in self.groups:
             for kind in ("exp_avg", "exp_avg_sq"):
                 targets.update({f"{kind}.{n}": t for n, t in zip(group.names, getattr(group, kind + "s"))})
@@ -190,7 +190,7 @@ def _release(embeddings: Embeddings, sink: GradientSink | None) -> None:
         embeddings.sink = None
 
 
-_COUNTERS = ("step_count", "loss_scale", "good_steps", "n_skipped", "skipped_in_a_row")
+COUNTERS = ("step_count", "loss_scale", "good_steps", "n_skipped", "skipped_in_a_row")
 
 
 class _Part:

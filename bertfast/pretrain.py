@@ -65,7 +65,7 @@ class Run:
             raise UserError(f"{checkpoint} was trained on other data than {settings.data} holds now")
         self.validation_data = Dataset(settings.data, split="validation")
         self.tokenizer = self.train_data.tokenizer
-        self.validation = {n: self._loader(self.validation_data, n, validation=True) for _, _, n in settings.phases()}
+        self.validation = {n: self.loader(self.validation_data, n, validation=True) for _, _, n in settings.phases()}
         self.model = self._build_model(checkpoint).to(self.device).train()
         self.config = self.model.config
         longest = max(length for _, _, length in settings.phases())
@@ -188,7 +188,7 @@ class Run:
             for start, end, length in settings.phases():
                 if self.step > end or (self.step == end and self.validated):
                     continue
-                loader, window = self._loader(self.train_data, length), report.Window()
+                loader, window = self.loader(self.train_data, length), report.Window()
                 if self.loader_state and self.step > start:
                     loader.load_state_dict(self.loader_state)
                     if self.window_state and first:
@@ -198,7 +198,7 @@ class Run:
                 while self.step < end or not self.validated:
                     if self.validated:
                         micro = [next(batches) for _ in range(settings.micro_batches // processes.count())]
-                        norm = self._train_step(micro, window)
+                        norm = self.train_step(micro, window)
                         self.step += 1
                         self.validated = not self._validation_is_due()
                         if self.step % settings.log_every == 0 or self.step in (end, settings.steps):
@@ -277,7 +277,7 @@ class Run:
             self._tell(bar.note, self.step, n, result)
         return results
 
-    def _train_step(self, micro: list[PackedBatch], window: report.Window) -> torch.Tensor:
+    def train_step(self, micro: list[PackedBatch], window: report.Window) -> torch.Tensor:
         settings = self.settings
         masked, pairs, tokens = (int(n) for n in processes.total(
             sum(b.n_masked for b in micro), sum(int((b.next_sentence_label >= 0).sum()) for b in micro),
@@ -316,7 +316,7 @@ class Run:
         totals.gather()
         return {f"validation_{name}": value for name, value in totals.means().items()}
 
-    def _loader(self, dataset: Dataset, length: int, validation: bool = False) -> Loader:
+    def loader(self, dataset: Dataset, length: int, validation: bool = False) -> Loader:
         settings = self.settings
         return Loader(
             dataset, seed=0 if validation else settings.seed, max_seqlen=length, token_budget=settings.tokens,

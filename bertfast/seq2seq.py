@@ -22,7 +22,7 @@ from .checkpoint import Checkpointed, find, load, read_tensors, under_our_names
 from .config import BertConfig
 from .files import UserError, read_json, write_json
 from .heads import HeadOutput
-from .model import BertForMaskedLM, BertLayer, BertModel, _initialise
+from .model import BertForMaskedLM, BertLayer, BertModel, initialise
 from .nn import AddLayerNorm, Embeddings, MLMHead, Rows
 from .ops.linear import joined_linear
 
@@ -82,7 +82,7 @@ class Decoder(nn.Module):
         self.bert = nn.ModuleDict({"embeddings": embeddings, "encoder": nn.ModuleDict({"layer": layers})})
         head = MLMHead(config.vocab_size, config.hidden_size, config.layer_norm_eps, config.hidden_act)
         self.cls = nn.ModuleDict({"predictions": head})
-        self.apply(lambda module: _initialise(module, config.initializer_range))
+        self.apply(lambda module: initialise(module, config.initializer_range))
 
 
 @dataclass

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from .batch import PackedBatch, map_tensors
 from .files import UserError
 from .model import ModelOutput
-from .optim import _COUNTERS, Optimizer
+from .optim import COUNTERS, Optimizer
 
 WARMUP = 3  # steps that compile kernels and fill caches before the capture
 
@@ -106,7 +106,7 @@ class StepGraph:
 
     def warm_up(self) -> None:
         """Steps whose loss is not a number: the optimiser skips them, so that only its counters need putting back."""
-        counters = {name: getattr(self.optimizer, name) for name in _COUNTERS}
+        counters = {name: getattr(self.optimizer, name) for name in COUNTERS}
         before = {name: t.clone() for name, t in counters.items()}
         for count in self.counts.values():
             count.fill_(torch.nan)

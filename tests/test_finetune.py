@@ -254,8 +254,8 @@ def test_a_run_is_a_function_of_its_seed(start, tmp_path):
     """Bit for bit; and packing does not change what is computed, only how it is rounded."""
     def final(**changes):
         work = FineTuning(tmp_path, settings("tagging", start, tmp_path, steps=8, dropout=0.1, **changes))
-        models, step = [], work._step
-        work._step = lambda model, *rest: (models.append(model), step(model, *rest))[1]
+        models, step = [], work.train_step
+        work.train_step = lambda model, *rest: (models.append(model), step(model, *rest))[1]
         work._train_seed(changes.get("seed", 1))
         return torch.cat([p.detach().flatten() for p in models[0].parameters()])
 
@@ -279,7 +279,7 @@ def test_a_replayed_step_computes_what_the_exact_one_does(kind, start, tmp_path,
         monkeypatch.setattr(train, "GRAPHS", graphs)
         work = FineTuning(tmp_path, settings(kind, start, tmp_path, steps=6, dropout=0.1, tokens=tokens))
         model = work.model_for(1)
-        optimizer, batches, window, gradients = work.optimizer_for(model), work._batches(1), Window(), []
+        optimizer, batches, window, gradients = work.optimizer_for(model), work.batches(1), Window(), []
         work.replayed, update = replayed, optimizer.step
 
         def watched(lr):
@@ -289,7 +289,7 @@ def test_a_replayed_step_computes_what_the_exact_one_does(kind, start, tmp_path,
 
         monkeypatch.setattr(optimizer, "step", watched)
         for step in range(1, 7):
-            work._step(model, optimizer, next(batches), 1, step, window)
+            work.train_step(model, optimizer, next(batches), 1, step, window)
         captured = sum(graph is not None for graph in work.graphs.values())
         weights = torch.cat([p.detach().flatten() for p in model.parameters()])
         return weights, gradients[0], float(window.loss), captured
@@ -680,7 +680,7 @@ def test_training_goes_on_with_dropout_after_an_evaluation(start, tmp_path):
 
 
 def test_every_epoch_has_an_order_of_its_own(start, tmp_path):
-    batches = FineTuning(tmp_path, settings("classification", start, tmp_path))._batches(1)
+    batches = FineTuning(tmp_path, settings("classification", start, tmp_path)).batches(1)
     one, two = ([item.example for _ in range(10) for item in next(batches)] for _ in range(2))
     assert sorted(one) == sorted(two) == list(range(160)) and one != two
 
@@ -970,13 +970,13 @@ def test_the_benchmarks_peer_trains_the_same(kind, start, tmp_path):
     model, peer = work.model_for(1), Peer(work)
     missing, unexpected = peer.model.load_state_dict(model.state_dict(), strict=False)
     assert not unexpected and all("decoder." in name for name in missing), missing
-    optimizer, window, batches = work.optimizer_for(model), Window(), work._batches(1)
+    optimizer, window, batches = work.optimizer_for(model), Window(), work.batches(1)
     for step in range(1, 5):
         items = next(batches)
         if kind == "qa":
             items = [item for item in items if item.n_tokens == 20]
         window.loss = 0.0
-        work._step(model, optimizer, items, 1, step, window)
+        work.train_step(model, optimizer, items, 1, step, window)
         loss = peer.step(items, work.learning_rate(step))
         assert loss == pytest.approx(float(window.loss), rel=2e-4), step
     ours, theirs = work.evaluate(model)[0], peer.evaluate()
@@ -1338,7 +1338,7 @@ def test_source_and_target_share_the_positions_of_a_prefix_lm(start, tmp_path):
     work = FineTuning(tmp_path, replace(chosen, train=str(tmp_path / "long.jsonl"), dev=str(tmp_path / "long.jsonl")))
     model = work.model_for(1)
     assert {item.n_tokens for item in work.train_items} == {63}  # of 64, what is written last is not read
-    assert torch.isfinite(work._step(model, work.optimizer_for(model), work.train_items, 1, 1, Window()))
+    assert torch.isfinite(work.train_step(model, work.optimizer_for(model), work.train_items, 1, 1, Window()))
     assert all(len(ids) <= 32 for ids in work.task.infer(model.eval(), work.dev_items))
 
 

@@ -207,14 +207,14 @@ def test_resuming_is_as_if_nothing_had_happened(crash_after, corpus, tmp_path, m
     start(tmp_path / "whole", chosen, resume=False).train()
 
     broken = start(tmp_path / "broken", chosen, resume=False)
-    step = broken._train_step
+    step = broken.train_step
 
     def crash(*args):
         if broken.step == crash_after:
             raise RuntimeError("power cut")
         return step(*args)
 
-    monkeypatch.setattr(broken, "_train_step", crash)
+    monkeypatch.setattr(broken, "train_step", crash)
     with pytest.raises(RuntimeError, match="power cut"):
         broken.train()
     again = start(tmp_path / "broken", chosen, resume=True)
@@ -514,7 +514,7 @@ def test_resumed_tensorboard_keeps_the_row_of_the_checkpoint(tmp_path, monkeypat
 def test_the_loss_is_normalised_over_the_whole_step(corpus, tmp_path):
     """Two micro-batches with unequal mask counts give the gradient of one mean over all masked tokens."""
     run = start(tmp_path, settings(corpus, micro_batches=2, dropout=0.0), resume=False)
-    micro = [run._loader(run.train_data, 32).batch(i) for i in range(2)]
+    micro = [run.loader(run.train_data, 32).batch(i) for i in range(2)]
     model = run.model
     masked = sum(b.n_masked for b in micro)
     pairs = sum(int((b.next_sentence_label >= 0).sum()) for b in micro)
@@ -528,7 +528,7 @@ def test_the_loss_is_normalised_over_the_whole_step(corpus, tmp_path):
     expected = torch.autograd.grad(total, list(model.parameters()))
     model.bert.embeddings.sink = sink
     run.optimizer.step = lambda lr: None  # keep the gradients
-    run._train_step(micro, pretrain.report.Window())
+    run.train_step(micro, pretrain.report.Window())
     sums = {n: g for group in run.optimizer.groups for n, g in zip(group.names, group.gradients())}
     for (name, _), gradient in zip(model.named_parameters(), expected, strict=True):
         torch.testing.assert_close(sums[name], gradient, rtol=1e-4, atol=1e-7)
@@ -538,9 +538,9 @@ def test_every_step_has_its_learning_rate_and_seeds_of_its_own(corpus, tmp_path,
     chosen, seen = settings(corpus, micro_batches=2), []
     monkeypatch.setattr(pretrain.StepGraph, "__call__", lambda graph, micro, seeds, lr, *_: seen.append((lr, seeds)))
     run = start(tmp_path, chosen, resume=False)
-    micro = [run._loader(run.train_data, 32).batch(i) for i in range(2)]
+    micro = [run.loader(run.train_data, 32).batch(i) for i in range(2)]
     for run.step in range(8):
-        run._train_step(micro, pretrain.report.Window())
+        run.train_step(micro, pretrain.report.Window())
     assert [lr for lr, _ in seen] == [chosen.learning_rate(step) for step in range(8)]
     assert len({seed for _, seeds in seen for seed in seeds}) == 16
 
@@ -551,8 +551,8 @@ def test_everything_random_is_a_function_of_the_seed(corpus, tmp_path, monkeypat
     monkeypatch.setattr(pretrain.StepGraph, "__call__", lambda graph, micro, seeds, *_: seen.append(seeds))
     for name, seed in (("one", 1), ("same", 1), ("other", 2)):
         run = start(tmp_path / name, settings(corpus, seed=seed), resume=False)
-        batch = run._loader(run.train_data, 32).batch(0)
-        run._train_step([batch], pretrain.report.Window())
+        batch = run.loader(run.train_data, 32).batch(0)
+        run.train_step([batch], pretrain.report.Window())
         weight = run.model.bert.encoder.layer[0].output.dense.weight.detach()
         found.append([weight, batch.input_ids, torch.tensor(seen.pop())])
     for one, same, other in zip(*found):
@@ -581,7 +581,7 @@ def test_rows_say_what_training_and_validation_came_to(corpus, tmp_path):
     run = start(tmp_path, chosen, resume=False)
     run.train()
     with torch.no_grad():
-        batches = [run._loader(run.train_data, 32).batch(i) for i in range(8)]
+        batches = [run.loader(run.train_data, 32).batch(i) for i in range(8)]
         found = [r for r in rows(tmp_path) if "loss" in r]
         for row, own in zip(found, (batches[:4], batches[4:]), strict=True):
             assert {**row, **judged(run.model, own)} == pytest.approx(row, rel=1e-4)
@@ -598,7 +598,7 @@ def test_a_speed_is_that_of_training_alone(corpus, tmp_path, monkeypatch):
     """By a clock of which a step takes a second, a validation a minute, and a checkpoint an hour."""
     now, run = [0.0], start(tmp_path, settings(corpus, steps=6, eval_every=2, save_every=3, log_every=4), resume=False)
     monkeypatch.setattr(time, "perf_counter", lambda: now[0])
-    for name, seconds in (("_train_step", 1.0), ("_validate", 60.0), ("save", 3600.0)):
+    for name, seconds in (("train_step", 1.0), ("_validate", 60.0), ("save", 3600.0)):
         own = getattr(run, name)
         monkeypatch.setattr(run, name, lambda *args, own=own, seconds=seconds: (
             now.__setitem__(0, now[0] + seconds), own(*args))[1])
@@ -645,12 +645,12 @@ def test_a_run_is_what_its_settings_say(corpus, tmp_path):
     run = start(tmp_path, settings(corpus, optimizer="lamb", weight_decay=0.3, max_grad_norm=0.7, nsp=False,
                                    recompute=True, **masking), resume=False)
     assert type(run.model) is bertfast.BertForMaskedLM and run.model.bert.recompute
-    optimizer, loader = run.optimizer, run._loader(run.train_data, 32)
+    optimizer, loader = run.optimizer, run.loader(run.train_data, 32)
     assert (optimizer.kind, optimizer.max_grad_norm) == ("lamb", 0.7)
     assert [group.weight_decay for group in optimizer.groups] == [0.3, 0.0]
     assert not loader.nsp and masking.items() <= vars(loader).items()
     run = start(tmp_path / "by default", settings(corpus), resume=False)
-    assert run.optimizer.betas == (0.9, 0.98) and run._loader(run.train_data, 32).short_seq_prob == 0.1
+    assert run.optimizer.betas == (0.9, 0.98) and run.loader(run.train_data, 32).short_seq_prob == 0.1
     assert run.config.hidden_dropout_prob == run.config.attention_probs_dropout_prob == 0.1
 
 
@@ -937,7 +937,7 @@ def test_schedule_and_seeds():
 
 def test_useful_flops_count_what_is_computed(corpus, tmp_path):
     run = start(tmp_path, settings(corpus), resume=False)
-    batch = run._loader(run.train_data, 32).batch(0)
+    batch = run.loader(run.train_data, 32).batch(0)
     H, I, V, reads = 32, 64, run.config.vocab_size, int(batch.cu_seqlens_read[-1])
     lengths, read = batch.cu_seqlens.diff().tolist(), batch.cu_seqlens_read.diff().tolist()
     expected = 2 * batch.n_tokens * (4 * H * H + 2 * H * I)  # first layer
@@ -1220,7 +1220,7 @@ run.train()
 def test_a_gradient_sink_changes_nothing(corpus, tmp_path):
     """The tied table's gradient, collected in one buffer, is autograd's sum of its two parts."""
     run = start(tmp_path, settings(corpus), resume=False)
-    batch, embeddings = run._loader(run.train_data, 32).batch(0), run.model.bert.embeddings
+    batch, embeddings = run.loader(run.train_data, 32).batch(0), run.model.bert.embeddings
     seed, table = torch.tensor([3]), embeddings.word_embeddings.weight
     assert embeddings.sink is not None
     gradients = []

@@ -117,13 +117,13 @@ def test_a_run_with_a_graph_is_the_run_without(settings, changes, tmp_path, monk
     for stop_after in (3, 7, 8):
         run = pretrain.start(tmp_path / "replayed", settings(**changes), resume=True)
         run.replayed = True
-        step = run._train_step
+        step = run.train_step
 
         def stop(*args, run=run, step=step, stop_after=stop_after):
             run.stopping = run.step + 1 == stop_after < 8  # as Ctrl-C does
             return step(*args)
 
-        monkeypatch.setattr(run, "_train_step", stop)
+        monkeypatch.setattr(run, "train_step", stop)
         if stop_after < 8:
             with pytest.raises(KeyboardInterrupt):
                 run.train()

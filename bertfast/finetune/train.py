@@ -210,12 +210,12 @@ class FineTuning:
         model, self.loaded = self.loaded or self.model_for(seed), None
         optimizer = self.optimizer_for(model)
         best: dict = {}
-        batches, stale = self._batches(seed), 0
+        batches, stale = self.batches(seed), 0
         window = Window()
         with report.progress(self.steps, 0, self.peak) as bar:
             for step in range(1, self.steps + 1):
                 self.go_on()
-                norm = self._step(model, optimizer, next(batches), seed, step, window)
+                norm = self.train_step(model, optimizer, next(batches), seed, step, window)
                 loss = window.loss
                 logged, judged = (step % n == 0 or step == self.steps for n in (settings.log_every, self.eval_every))
                 if logged:
@@ -250,14 +250,14 @@ class FineTuning:
         peak = LEARNING_RATES[self.settings.features] if self.settings.lr is None else self.settings.lr
         return linear_schedule(peak, self.settings.warmup, self.steps, step - 1)
 
-    def _batches(self, seed: int) -> Iterator[list[Item]]:
+    def batches(self, seed: int) -> Iterator[list[Item]]:
         epoch = 0
         while True:
             for indices in epoch_batches(self.lengths, self.settings.batch_size, seed, epoch):
                 yield [self.train_items[i] for i in indices]
             epoch += 1
 
-    def _step(self, model, optimizer: Optimizer, items: list[Item], seed: int, step: int, window: "Window"):
+    def train_step(self, model, optimizer: Optimizer, items: list[Item], seed: int, step: int, window: "Window"):
         settings = self.settings
         groups = [items] if settings.features else by_budget(items, settings.tokens, balanced=True)
         calls, first = [], 0
