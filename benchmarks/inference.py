@@ -16,7 +16,7 @@ from bertfast.benchmarks.contest import Contender, Outcome, timed
 from bertfast import machine
 from bertfast.data.tokenizer import Tokenizer
 from bertfast.files import UserError, read_json
-from bertfast.finetune.task import Sequence, pack
+from bertfast.finetune.batches import Sequence, pack
 from bertfast.model import BertModel
 
 REFERENCE = "sentence-transformers"

@@ -204,7 +204,7 @@ class Run:
                         if self.step % settings.log_every == 0 or self.step in (end, settings.steps):
                             self._log(metrics, bar, window, norm, length)
                             window = report.Window()
-                            self._is_healthy(results)
+                            self._check_health(results)
                     else:
                         began = time.perf_counter()
                         results |= self._validate(metrics, bar, length)
@@ -212,7 +212,7 @@ class Run:
                     stopping = self._is_to_stop()
                     due = self.step // settings.save_every > self.saved // settings.save_every
                     to_save = due or self.step == settings.steps or stopping
-                    if to_save and self.saved < self.step and self._is_healthy(results):
+                    if to_save and self.saved < self.step and self._check_health(results):
                         self.loader_state, self.window_state = loader.state_dict(), window.state_dict()
                         began = time.perf_counter()
                         self.save()
@@ -326,11 +326,11 @@ class Run:
             rank=processes.rank(), world_size=processes.count(), pin_memory=self.device.type == "cuda",
         )
 
-    def _is_healthy(self, results: dict[int, dict]) -> bool:
-        """Whether the state is one to save: not while steps are skipped, whose weights may be what is broken and would
-        take a good checkpoint's place. After the last step its validation decides.
+    def _check_health(self, results: dict[int, dict]) -> bool:
+        """Raises UserError, naming the culprit, when steps are skipped in a row or the loss scale has collapsed.
 
-        Raises UserError, naming the culprit, when steps are skipped in a row or the loss scale has collapsed.
+        Else, whether the state is one to save: not while steps are skipped, whose weights may be what is broken and
+        would take a good checkpoint's place. After the last step its validation decides.
         """
         optimizer, skipped = self.optimizer, int(self.optimizer.skipped_in_a_row)
         collapsed = optimizer.dynamic and float(optimizer.loss_scale) < 1.0
