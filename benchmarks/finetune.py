@@ -22,7 +22,8 @@ from bertfast.benchmarks.contest import Contender, Outcome
 
 from bertfast.finetune.batches import Item, by_budget
 from bertfast.finetune.task import Settings
-from bertfast.finetune.train import TASKS, FineTuning, Window
+from bertfast.finetune.tasks import TASKS
+from bertfast.finetune.train import FineTuning, Window
 
 PEERS = {"classification": "BertForSequenceClassification", "regression": "BertForSequenceClassification",
          "tagging": "BertForTokenClassification", "qa": "BertForQuestionAnswering",

@@ -33,7 +33,8 @@ from bertfast.finetune.predict import Predictor, json_line, predict_file, run
 from bertfast.finetune.read import Row, open_table
 from bertfast.finetune.tag import Tagging
 from bertfast.finetune.task import Example, Settings
-from bertfast.finetune.train import TASKS, FineTuning, Window, finetune, freeze, layer_scale
+from bertfast.finetune.tasks import TASKS
+from bertfast.finetune.train import FineTuning, Window, finetune, freeze, layer_scale
 from bertfast.model import unpad
 from bertfast.step_graph import StepGraph
 

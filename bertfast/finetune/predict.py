@@ -17,6 +17,7 @@ from bertfast.finetune import show
 from bertfast.finetune.batches import Item, by_budget, pack
 from bertfast.finetune.read import Row, refuse_names
 from bertfast.finetune.task import Settings, Task
+from bertfast.finetune.tasks import TASKS
 
 CHUNK = 2048  # rows in memory at a time
 
@@ -57,8 +58,6 @@ class Predictor:
     """A checkpoint that `bertfast finetune` wrote, ready to predict."""
 
     def __init__(self, folder: str | Path, precision: str = "auto"):
-        from bertfast.finetune.train import TASKS
-
         folder = Path(folder)
         if (folder / "checkpoint" / "finetune.json").is_file():  # the run's folder was given
             folder = folder / "checkpoint"

@@ -25,31 +25,19 @@ from bertfast.config import BertConfig
 from bertfast.data.tokenizer import Tokenizer
 from bertfast.files import UserError, atomic_folder, create_folder, locked, without_links, write_bytes, write_json
 from bertfast.finetune import show
-from bertfast.finetune.answer import Answering
 from bertfast.finetune.batches import Item, by_budget, epoch_batches
-from bertfast.finetune.classify import Classification, MultipleChoice, Regression
+from bertfast.finetune.classify import Classification
 from bertfast.finetune.predict import json_line, run, with_features
-from bertfast.finetune.read import Table, refuse_names
-from bertfast.finetune.tag import Tagging
+from bertfast.finetune.read import Table
 from bertfast.finetune.task import LEARNING_RATES, Example, Settings, Task
-from bertfast.finetune.write import Writing
+from bertfast.finetune.tasks import TASKS, check
 from bertfast.ops.dropout import step_seed
-from bertfast.optim import Optimizer, check_numbers, linear_schedule
+from bertfast.optim import Optimizer, linear_schedule
 from bertfast.processes import stop_on_interrupt
 from bertfast.seq2seq import BertForSeq2Seq, read_config
 from bertfast.step_graph import Call, StepGraph, signature
 from bertfast.version import __version__
 
-TASKS: dict[str, type[Task]] = {
-    "classification": Classification, "regression": Regression, "tagging": Tagging, "qa": Answering,
-    "multiple-choice": MultipleChoice, "seq2seq": Writing,
-}
-READERS = {  # the tasks that read a setting, where not all do
-    "text_pair": ("classification", "regression", "multiple-choice", "qa"),
-    "multi_label": ("classification",), "symmetric": ("regression",), "characters": ("tagging",),
-    "choices": ("multiple-choice",), "stride": ("tagging", "qa"), "max_answer_length": ("qa",), "style": ("seq2seq",),
-    "max_target_length": ("seq2seq",), "beams": ("seq2seq",), "length_penalty": ("seq2seq",),
-}
 SCALES = ("scale",)  # what a head calls the factor of its loss
 OF_THE_BEST = ("predictions.jsonl", "metrics.json", "loss.png", "confusion.png")  # written beside its checkpoint
 GRAPHS = 64  # CUDA graphs at most; steps of yet other shapes are launched
@@ -341,39 +329,6 @@ class Window:
         seconds = time.perf_counter() - self.began
         return {"seed": seed, "step": step, "loss": float(self.loss) / self.steps, "lr": lr, "grad_norm": float(norm),
                 "tokens_per_sec": self.tokens / seconds, "seconds": seconds}
-
-
-def check(settings: Settings) -> None:
-    """Raises UserError for settings no fine-tuning can have."""
-    if settings.task not in TASKS:
-        raise UserError(f"task {settings.task!r} is unknown; known: {', '.join(TASKS)}")
-    usual = Settings(settings.task, settings.model, settings.train)
-    for name, tasks in READERS.items():
-        if settings.task not in tasks and getattr(settings, name) != getattr(usual, name):
-            raise UserError(f"--{name.replace('_', '-')} is for {' and '.join(tasks)}")
-    refuse_names(settings.train, settings.columns)
-    if settings.characters and settings.label:
-        raise UserError("--label has no effect beside --characters, which makes its own labels: remove it")
-    if settings.style not in ("encoder-decoder", "prefix-lm"):
-        raise UserError(f"--style {settings.style}: say encoder-decoder or prefix-lm")
-    if settings.features and (settings.freeze != "none" or settings.layer_decay != 1):
-        raise UserError("--features trains no part of the encoder: remove --freeze and --layer-decay")
-    if settings.static and not settings.features:
-        raise UserError("--static needs --features")
-    if not settings.label_separator:
-        raise UserError("--label-separator is empty")
-    if settings.label_separator != usual.label_separator and not settings.multi_label:
-        raise UserError("--label-separator needs --multi-label")
-    if not (0 < settings.epochs <= 1e12 and (settings.steps is None or 0 < settings.steps <= 10**12)):
-        raise UserError("--epochs and --steps must be more than 0, and 10^12 at most")
-    if not abs(settings.length_penalty) <= 10:
-        raise UserError("--length-penalty must be between -10 and 10")
-    if settings.max_length is not None and settings.max_length < 8:
-        raise UserError(f"--max-length {settings.max_length} is too short: 8 tokens at least")
-    check_numbers(lr=settings.lr, weight_decay=settings.weight_decay, max_grad_norm=settings.max_grad_norm,
-                  dropout=settings.dropout, seed=settings.seed)
-    if not 0 <= settings.warmup <= 1 or not 0 < settings.layer_decay <= 1:
-        raise UserError("--warmup is a share of the steps, between 0 and 1, --layer-decay a factor of at most 1")
 
 
 def read(task: Task, table: Table) -> list[Example]:
