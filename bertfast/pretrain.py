@@ -119,6 +119,12 @@ class Run:
             model = cls(config)
             if settings.start == "counts":
                 start_from_counts(model, self.train_data)
+        self._check_vocabulary(config, checkpoint)
+        return model
+
+    def _check_vocabulary(self, config: BertConfig, checkpoint: Path | None) -> None:
+        """Raises UserError where the text was prepared with another vocabulary than the model's."""
+        settings = self.settings
         told = False  # whether the checkpoint to go on from has this very vocabulary
         if settings.init_from and not checkpoint:
             folder = find(settings.init_from)
@@ -138,7 +144,6 @@ class Run:
                 f"{settings.data} was prepared with a vocabulary of {self.tokenizer.vocab_size}, "
                 f"the model has {config.vocab_size}: prepare it with the model's own vocabulary (--vocab)"
             )
-        return model
 
     def describe(self, allocator: str) -> dict[str, str]:
         """The header: what is about to run, and why so."""
