@@ -48,11 +48,11 @@ class Optimizer:
     """AdamW or LAMB on a whole model, with gradient clipping, non-finite steps skipped, and fp16 loss scaling.
 
     compute_dtype: dtype of the parameters from now on (the model is converted in place; tied parameters stay tied).
-    weight_decay applies to matrices and tables only, never to biases and LayerNorm (BERT). max_grad_norm 0 = no
-    clipping. `loss_scale` is the factor that the caller's loss must carry (1 unless fp16). lr_scale: parameter name ->
-    factor of its learning rate (layer-wise decay); None: 1 for all. sink: save the passes that add up a tied word
-    table's two gradients (GradientSink): only for a loop that backpropagates every loss of the model as it is, once, or
-    calls `zero_grad` where it does not.
+    weight_decay applies to matrices and tables only, never to biases and LayerNorm (BERT); nor does LAMB adapt those,
+    as in its authors' code: they move as under AdamW. max_grad_norm 0 = no clipping. `loss_scale` is the factor that
+    the caller's loss must carry (1 unless fp16). lr_scale: parameter name -> factor of its learning rate (layer-wise
+    decay); None: 1 for all. sink: save the passes that add up a tied word table's two gradients (GradientSink): only
+    for a loop that backpropagates every loss of the model as it is, once, or calls `zero_grad` where it does not.
     all_reduce: makes one buffer of gradients, fp32, the sum of several processes' own, in place.
     A parameter without a gradient, one frozen since say, counts as one whose gradient is 0: its weight still decays and
     its momentum runs out. What others write to parameters is taken up (load_state_dict, `p.data = t`), but not what
@@ -132,9 +132,10 @@ class Optimizer:
         update = {"adamw": ops.adamw_step, "lamb": ops.lamb_step}[self.kind]
         for group in self.groups:
             self.lr.fill_(lr * group.lr_scale)
-            update(group.params, group.gradients(), group.masters, group.exp_avgs, group.exp_avg_sqs, self.lr,
-                   self.step_count, grad_scale, self.skip, beta1=self.betas[0], beta2=self.betas[1], eps=self.eps,
-                   weight_decay=group.weight_decay)
+            (ops.adamw_step if group.is_vector else update)(
+                group.params, group.gradients(), group.masters, group.exp_avgs, group.exp_avg_sqs, self.lr,
+                self.step_count, grad_scale, self.skip, beta1=self.betas[0], beta2=self.betas[1], eps=self.eps,
+                weight_decay=group.weight_decay)
             group.written = group.versions()
             group.drop_gradients()
         self._count()
@@ -242,12 +243,12 @@ class _Part:
 
 
 class _Group(_Part):
-    """Those of one decay rate and one learning rate, and their moments and sums of gradients, flat and fp32."""
+    """Vectors, or all others, of one learning rate, and their moments and sums of gradients, flat and fp32."""
 
     def __init__(self, members: dict[str, nn.Parameter], weight_decay: float, compute_dtype: torch.dtype,
                  lr_scale: float):
         super().__init__(members, compute_dtype)
-        self.weight_decay, self.lr_scale = weight_decay, lr_scale
+        self.weight_decay, self.lr_scale, self.is_vector = weight_decay, lr_scale, self.params[0].dim() <= 1
         self.exp_avgs, self.exp_avg_sqs = (_flat_views(self.params, torch.float32) for _ in range(2))
         self._sums: list[Tensor] | None = None
         self._accumulating = False

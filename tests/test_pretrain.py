@@ -855,10 +855,9 @@ def test_gradients_are_clipped_where_their_norm_is_above(size, most):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_lamb_moves_a_tensor_by_its_size(dtype):
-    """By the learning rate times its norm, or where that is 0, as a bias begins, times that of the update."""
+    """By the learning rate times its norm, or where that is 0 times that of the update."""
     torch.manual_seed(0)
-    model = torch.nn.Linear(80, 60)
-    torch.nn.init.zeros_(model.bias)
+    model = torch.nn.ParameterDict({"full": torch.rand(60, 80), "zero": torch.zeros(60, 1)})
     optimizer = Optimizer(model, dtype, kind="lamb", weight_decay=0.0, eps=1e-12)
     before = {name: t.clone() for name, t in optimizer.master_state().items()}
 
@@ -871,8 +870,25 @@ def test_lamb_moves_a_tensor_by_its_size(dtype):
     skipped, after = step(torch.inf), step(1.0)
     assert all(torch.equal(skipped[name], before[name]) for name in before)
     moved = {name: float((after[name] - before[name]).norm()) for name in before}
-    assert moved["weight"] == pytest.approx(0.01 * float(before["weight"].norm()), rel=1e-3)
-    assert moved["bias"] == pytest.approx(0.01 * 60**0.5, rel=1e-3)
+    assert moved["full"] == pytest.approx(0.01 * float(before["full"].norm()), rel=1e-3)
+    assert moved["zero"] == pytest.approx(0.01 * 60**0.5, rel=1e-3)
+
+
+@pytest.mark.parametrize("size", [0.0, 600.0])
+def test_lamb_moves_vectors_as_adamw_does(size):
+    """A bias from 0 would hardly learn by its own size, and an output bias of word counts would run away."""
+    found = []
+    for kind in ("adamw", "lamb"):
+        torch.manual_seed(0)
+        model = torch.nn.Linear(4, 60)
+        torch.nn.init.constant_(model.bias, size / 60**0.5)
+        optimizer = Optimizer(model, kind=kind, weight_decay=0.0)
+        for _ in range(50):
+            for p in model.parameters():
+                p.grad = torch.randn_like(p)
+            optimizer.step(0.01)
+        found.append(model.bias.detach())
+    assert torch.equal(*found)
 
 
 def test_eps_is_what_was_given():

@@ -5,6 +5,7 @@
     u = m / (1 - beta1^step) / (sqrt(v / (1 - beta2^step)) + eps)
 AdamW (Loshchilov & Hutter 2019):  master = master (1 - lr weight_decay) - lr u
 LAMB  (You et al. 2020):           u = u + weight_decay master;  master = master - lr |master| / |u| u
+                                   (biases and LayerNorms are not adapted, as in the authors' code: AdamW's, above)
     param = master in the compute dtype
 
 params, grads: compute dtype   masters, exp_avgs, exp_avg_sqs: float32   lr, step, grad_scale, skip: 0-dim float32
