@@ -673,6 +673,12 @@ def test_the_label_separator_parts_labels():
     assert task.label_of(SimpleNamespace(values={"label": True}, where="here"), "label") == "true"  # as JSON has it
 
 
+def test_numbers_of_any_size_are_told_apart():
+    task = TASKS["regression"](Settings("regression", "", ""), None, 64)
+    sizes = np.array([1e-7, -2e-7, 2.5, 1234567.0], np.float32)
+    assert [p["score"] for p in task.predictions([], [], list(sizes[:, None]))] == [1e-7, -2e-7, 2.5, 1234567.0]
+
+
 def test_training_goes_on_with_dropout_after_an_evaluation(start, tmp_path):
     work = FineTuning(tmp_path, settings("classification", start, tmp_path))
     model = work.model_for(1)

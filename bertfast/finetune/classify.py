@@ -160,7 +160,7 @@ class Regression(Classification):
         return {**arguments, "orders": 2} if self.settings.symmetric else arguments
 
     def predictions(self, examples: list[Example], items: list[Item], outputs: list[np.ndarray]) -> list[dict]:
-        return [{"score": round(float(o[0]), 6)} for o in outputs]
+        return [{"score": float(f"{o[0]:.7g}")} for o in outputs]
 
     def score(self, examples: list[Example], predictions: list[dict]) -> dict[str, float]:
         return metrics.correlation([e.label for e in examples], [p["score"] for p in predictions])
