@@ -262,7 +262,7 @@ class BertForFeatures(Headed):
         states: list[Tensor] = []
         if self.config.extra.get("static"):
             words = self.bert.embeddings.word_embeddings(batch.input_ids)
-            states.append(F.layer_norm(words, words.shape[1:]))
+            states.append(F.layer_norm(words, words.shape[1:], eps=max(self.config.layer_norm_eps, 1e-12)))
         else:
             training = self.bert.training
             self.bert.eval()
