@@ -721,6 +721,21 @@ def test_questions_may_have_fewer_options_than_there_are_columns(start, tmp_path
     assert np.isfinite(work.train()["mean"]["accuracy"])
 
 
+@pytest.mark.parametrize("labels", ["012", "123", "ABC", "abc"])
+def test_what_choices_count_from_is_the_sets_habit(labels):
+    task = TASKS["multiple-choice"](Settings("multiple-choice", "", ""), None, 64)
+    task.learn([Example("here", ("where", "", ["yes", "no", "good"]), label) for label in labels], [])
+    assert [task.label_ids[label] for label in labels] == [0, 1, 2]
+
+
+@pytest.mark.parametrize("name", ["choice", "option", "ending", "answer", "sol", "solution", "alternative"])
+def test_numbered_columns_are_options(name):
+    task = TASKS["multiple-choice"](Settings("multiple-choice", "", ""), None, 64)
+    for columns in ([f"{name}1", f"{name}2"], [f"{name.title()} a", f"{name.title()} b"]):
+        task.find_columns(SimpleNamespace(path="", columns=["goal", *columns, "label"]))
+        assert task.option_columns == columns
+
+
 def test_held_out_where_there_is_no_dev_file(start, tmp_path):
     chosen = settings("classification", start, tmp_path)
     chosen.dev = None
