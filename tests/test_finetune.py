@@ -916,6 +916,8 @@ def test_static_features_are_the_words_own_vectors(start, tmp_path):
         torch.testing.assert_close(vector.float(), expected[None], rtol=1e-3, atol=1e-3)
     with pytest.raises(UserError, match="--static needs --features"):
         finetune(tmp_path / "other", replace(chosen, features=False), "")
+    whole = replace(chosen, model=str(tmp_path / "run/checkpoint"), features=False, static=False)
+    assert not {"features", "static"} & FineTuning(tmp_path, whole).model_for(1).config.extra.keys()
 
 
 def test_features_are_refused_where_text_is_written(start, tmp_path):
