@@ -600,6 +600,10 @@ FAULTS = {  # name: (task, content of train.tsv or .jsonl, options, what the one
     **{f"length penalty {value}": ("seq2seq", "source\ttarget\na\tb\n", {"beams": 2, "length_penalty": value},
                                    "--length-penalty must be between -10 and 10")
        for value in (float("nan"), float("inf"), 1000.0, -1000.0)},
+    "style": ("seq2seq", "source\ttarget\na\tb\n", {"style": "decoder"}, "--style decoder: say encoder-decoder or"),
+    **{f"features and {name}": ("classification", "text\tlabel\na\tx\nb\ty\n", {"features": True, name: value},
+                                "--features trains no part of the encoder: remove --freeze and --layer-decay")
+       for name, value in (("freeze", "all"), ("layer_decay", 0.5))},
     "twice": ("classification", "text\ttext\tlabel\na\tb\tx\n", {}, "two columns have the same name"),
     "half a character": ("classification", '{"text": "a \\ud83d", "label": "x"}', {},
                          "train.jsonl:1: half of a character"),
@@ -623,7 +627,8 @@ FAULTS = {  # name: (task, content of train.tsv or .jsonl, options, what the one
         ("beams", 4, "--beams is for seq2seq"), ("max_answer_length", 5, "--max-answer-length is for qa"),
         ("max_target_length", 5, "--max-target-length is for"), ("length_penalty", 0.0, "--length-penalty is for"),
         ("stride", 4, "--stride is for tagging and qa"), ("label_separator", ";", "needs --multi-label"),
-        ("freeze", "\u00b2", "--freeze"))},
+        ("freeze", "\u00b2", "--freeze"), ("warmup", 1.5, "--warmup is a share"),
+        ("layer_decay", 0.0, "--layer-decay a factor"), ("layer_decay", 1.5, "--layer-decay a factor"))},
 }
 
 
