@@ -1369,6 +1369,7 @@ def test_source_and_target_share_the_positions_of_a_prefix_lm(start, tmp_path):
     work = FineTuning(tmp_path, replace(chosen, train=str(tmp_path / "long.jsonl"), dev=str(tmp_path / "long.jsonl")))
     model = work.model_for(1)
     assert {item.n_tokens for item in work.train_items} == {63}  # of 64, what is written last is not read
+    assert work.task.counts["targets cut to 32 tokens (--max-target-length)"] == 5  # four, and the one of all dev rows
     assert torch.isfinite(work.train_step(model, work.optimizer_for(model), work.train_items, 1, 1, Window()))
     assert all(len(ids) <= 32 for ids in work.task.infer(model.eval(), work.dev_items))
 
