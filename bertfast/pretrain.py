@@ -50,7 +50,7 @@ class Run:
         trainer = self.trainer = read_trainer(checkpoint) if checkpoint else {}
         now = asdict(settings)
         changed = [f"{name} {value} (now {now[name]})" for name, value in trainer.get("settings", {}).items()
-                   if name not in FREE and now.get(name, value) != value]
+                   if name not in FREE and now[name] != value]
         if changed:
             raise UserError(f"{checkpoint} was trained with other settings: {', '.join(changed)}")
         if settings.micro_batches % processes.count():
@@ -407,7 +407,7 @@ class Run:
             raise UserError(f"{path / 'optimizer.safetensors'} is missing or damaged: {error}") from error
         self.optimizer.load_state_dict(read_tensors(path), state)
         self.step, self.tokens_seen, self.loader_state = trainer["step"], trainer["tokens_seen"], trainer["loader"]
-        self.window_state = trainer.get("window")  # checkpoints of before have none
+        self.window_state = trainer["window"]
         self.saved = self.step
         found = {row["validation_length"] for row in report.read_metrics(self.folder)
                  if row["step"] == self.step and "validation_length" in row}

@@ -148,14 +148,10 @@ def read_trainer(checkpoint: Path) -> dict[str, Any]:
         if isinstance(error.__cause__, OSError):  # it cannot be read, and may be whole
             raise
         raise UserError(f"{error}: {remedy}") from error
-    if not isinstance(trainer, dict) or {"step", "tokens_seen", "precision", "loader", "data_files"} - set(trainer):
-        raise UserError(f"{checkpoint / 'trainer.json'} is damaged: {remedy}")
-    checksum = trainer.pop("checksum", None)
-    if checksum or "files" in trainer:  # checkpoints of before have neither
-        damaged = ["trainer.json"] if checksum != _checksum(trainer) else [
-            name for name, expected in trainer["files"].items() if sha256(checkpoint / name) != expected]
-        if damaged:
-            raise UserError(f"{checkpoint / damaged[0]} is damaged (its checksum differs): {remedy}")
+    if not isinstance(trainer, dict) or trainer.pop("checksum", None) != _checksum(trainer):
+        raise UserError(f"{checkpoint / 'trainer.json'} is damaged (its checksum differs): {remedy}")
+    if damaged := [name for name, expected in trainer["files"].items() if sha256(checkpoint / name) != expected]:
+        raise UserError(f"{checkpoint / damaged[0]} is damaged (its checksum differs): {remedy}")
     return trainer
 
 

@@ -1155,10 +1155,7 @@ def test_columns_are_the_training_files_before_likelier_names(start, tmp_path):
         predict_file(Predictor(tmp_path / "run"), tmp_path / f"{name}.tsv", tmp_path / f"{name}.jsonl")
     assert read_lines(tmp_path / "train.jsonl") == read_lines(tmp_path / "more.jsonl")
     stored = json.loads((tmp_path / "run/checkpoint/finetune.json").read_text())
-    assert stored.pop("columns") == {"text": "sentence", "label": "score"}
-    (tmp_path / "run/checkpoint/finetune.json").write_text(json.dumps(stored))  # as earlier versions wrote it
-    older = Predictor(tmp_path / "run").task
-    assert older.find_columns(open_table(tmp_path / "more.tsv"))["text"] == "question"
+    assert stored["columns"] == {"text": "sentence", "label": "score"}
 
 
 @pytest.mark.parametrize(("given", "read"), [
@@ -1208,9 +1205,10 @@ def test_a_damaged_or_newer_folder_is_one_line(start, tmp_path):
     checkpoint = tmp_path / "run/checkpoint"
     stored, config = (json.loads((checkpoint / f"{name}.json").read_text()) for name in ("finetune", "config"))
     newer = {**stored["settings"], "new": 1}
-    faults = [{}, [], *({**stored, name: value} for name, value in (
-        ("labels", None), ("labels", ["positive"]), ("columns", None), ("settings", None), ("settings", newer),
-        ("settings", {**stored["settings"], "task": "other"})))]
+    faults = [{}, [], *({k: v for k, v in stored.items() if k != name} for name in ("roles", "columns", "format")),
+              *({**stored, name: value} for name, value in (
+                  ("labels", None), ("labels", ["positive"]), ("columns", None), ("settings", None),
+                  ("settings", newer), ("settings", {**stored["settings"], "task": "other"})))]
     for fault in faults:
         (checkpoint / "finetune.json").write_text(json.dumps(fault))
         with pytest.raises(UserError, match="checkpoint is damaged or of another version"):
@@ -1239,7 +1237,7 @@ def test_a_single_sentence_is_read_as_the_training_file_was(start, tmp_path):
         predict_file(Predictor(tmp_path / "run"), tmp_path / "broken.txt", tmp_path / "out.jsonl")
     task = FineTuning(tmp_path, replace(chosen, train=str(tmp_path / "lines.tsv"), dev=str(tmp_path / "gap.tsv"))).task
     assert [task.open(tmp_path / name).format for name in ("gap.tsv", "train.tsv")] == ["TSV", "CoNLL"]
-    task.read_format = None  # as of a checkpoint that does not say
+    task.read_format = None  # as before the training file is read
     assert [task.open(tmp_path / name).format for name in ("gap.tsv", "one.txt")] == ["CoNLL", "TSV"]
 
 

@@ -282,9 +282,10 @@ def test_a_checkpoint_with_a_changed_byte_is_not_gone_on_from(corpus, tmp_path):
             start(tmp_path, run_folder.stored_settings(tmp_path), resume=True)
         file.write_bytes(good)
     trainer = json.loads((last / "trainer.json").read_text())
-    del trainer["files"], trainer["checksum"]  # as checkpoints were before
+    del trainer["files"], trainer["checksum"]
     (last / "trainer.json").write_text(json.dumps(trainer))
-    assert start(tmp_path, run_folder.stored_settings(tmp_path), resume=True).step == 1
+    with pytest.raises(UserError, match="trainer.json is damaged .its checksum differs.: delete"):
+        start(tmp_path, run_folder.stored_settings(tmp_path), resume=True)
 
 
 def test_a_checkpoint_half_written_is_cleared_away(corpus, tmp_path):
@@ -1057,7 +1058,7 @@ def test_every_mistake_is_one_line(corpus, tmp_path, capsys, monkeypatch):
                                    (done / "config.json", edited(lr=True), "config.json is damaged: lr must be a num"),
                                    (done / "config.json", edited(preset=3), "preset must be text, got 3"),
                                    (done / "config.json", edited(log_every=0), "--log-every must be between 1"),
-                                   (last / "trainer.json", "{}", f"is damaged: delete {last}, and"),
+                                   (last / "trainer.json", "{}", f"(its checksum differs): delete {last}, and"),
                                    (last / "trainer.json", "", f"(char 0): delete {last}, and --resume"),
                                    (done / "config.json", "[]", "is not that of a pretraining run"),
                                    (done / "config.json", '{"settings": null}', "is not that of a pretraining run")]:

@@ -75,8 +75,8 @@ class Predictor:
             n_outputs = len(config.get("id2label") or "01")  # transformers' default is two labels
             if self.task.named_outputs and n_outputs != len(labels):
                 raise KeyError("id2label")
-            self.task.read_roles, self.task.read_columns = stored.get("roles"), dict(stored.get("columns", {}))
-            self.task.read_format = stored.get("format")
+            self.task.read_roles, self.task.read_columns = stored["roles"], dict(stored["columns"])
+            self.task.read_format = stored["format"]
         except (KeyError, TypeError, AttributeError) as error:
             raise UserError(f"{folder} is damaged or of another version: its finetune.json and config.json do not say "
                             "what it predicts") from error

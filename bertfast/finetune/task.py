@@ -185,9 +185,7 @@ class Task:
             self.read_format = table.format
         missing = [role for role in self.read_roles if role not in columns]
         if missing:
-            there = missing[0].replace("_", " ")
-            if trained := self.read_columns.get(missing[0]):  # earlier versions did not store it
-                there += f", {trained!r}"
+            there = f"{missing[0].replace('_', ' ')}, {self.read_columns[missing[0]]!r}"
             raise UserError(f"{table.path}: the training file has a {there}, this one does not, or under another name; "
                             f"there are: {', '.join(table.columns)}")
         return {role: c for role, c in columns.items() if role in (*self.read_roles, self.roles[-1])}
