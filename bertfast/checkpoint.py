@@ -62,7 +62,8 @@ class Checkpointed(torch.nn.Module):
     def save_pretrained(self, folder: str | Path, state: dict[str, Tensor] | None = None) -> None:
         """Write config.json and model.safetensors, each atomically.
 
-        state: tensors to write in place of the parameters (a mixed-precision run's fp32 masters).
+        state: tensors to write in place of the parameters (a mixed-precision run's fp32 masters). Raises UserError
+        where the folder cannot be written.
         """
         folder = create_folder(folder)
         tensors = {name: t.detach().cpu().contiguous().clone() for name, t in (state or self.state_dict()).items()}
@@ -72,7 +73,8 @@ class Checkpointed(torch.nn.Module):
 
 
 def find(name: str | Path) -> Path:
-    """The folder of a checkpoint: a local one, or downloaded from the hub by its id."""
+    """The folder of a checkpoint: a local one, or downloaded from the hub by its id. Raises UserError for what is none.
+    """
     folder = Path(name)
     if folder.is_dir():
         if not (folder / "config.json").exists():
@@ -141,7 +143,10 @@ def refuse_others(folder: Path, setting: str, written: Sequence[str]) -> None:
 
 
 def read_tensors(folder: Path) -> dict[str, Tensor]:
-    """All tensors of a checkpoint folder: safetensors before pickles, whole or sharded."""
+    """All tensors of a checkpoint folder: safetensors before pickles, whole or sharded.
+
+    Raises UserError where there are none, or a file is damaged or holds more than tensors.
+    """
     for name in FILES:
         path = folder / name
         if not path.exists():

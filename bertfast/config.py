@@ -56,7 +56,10 @@ class BertConfig:
 
     @classmethod
     def preset(cls, name: str, **changes) -> "BertConfig":
-        """One of the published sizes, `tiny` to `large`; keyword arguments change further fields."""
+        """One of the published sizes, `tiny` to `large`; keyword arguments change further fields.
+
+        Raises UserError for another name, and for values that no BERT can have.
+        """
         if name not in PRESETS:
             raise UserError(f"preset {name!r} is unknown; known: {', '.join(PRESETS)}")
         layers, hidden = PRESETS[name]
@@ -90,6 +93,7 @@ class BertConfig:
                    extra={k: v for k, v in values.items() if k not in known})
 
     def save(self, path: Path, architecture: str) -> None:
+        """Write a config.json for the model class `architecture`. Raises UserError where it cannot be written."""
         values = asdict(self)
         extra = values.pop("extra")
         extra.pop("torch_dtype", None)  # of the file that was read, as an older transformers calls dtype

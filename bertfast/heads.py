@@ -159,7 +159,7 @@ class BertForMultipleChoice(Headed):
         """input_ids: (questions, options, S) ids, or a PackedBatch of the options one after another.
 
         n_options: with the packed call, how many sequences each question has; the logits of those with fewer than the
-        most are -inf at the end. labels: (questions,) int64.
+        most are -inf at the end. labels: (questions,) int64. Raises ValueError for a packed call without n_options.
         """
         if isinstance(input_ids, PackedBatch):
             if n_options is None:

@@ -188,6 +188,7 @@ class BertModel(Checkpointed):
         seed: the step's dropout key, int64 with one element; in training it is drawn from torch's generator if None.
         hidden_states: a list that collects embeddings and layer outputs, each (T, H); it implies all rows.
         mask: mask_mode and prefix_lens as in bertfast.ops.attention; without, causal where config.is_decoder says so.
+        Raises ValueError under autocast, and where max_seqlen exceeds the model's positions.
         """
         if self.config.is_decoder and not mask:
             mask = {"mask_mode": "causal"}

@@ -168,6 +168,7 @@ class MLMHead(nn.Module):
         self.activation = activation
 
     def hidden(self, x: Tensor) -> Tensor:
+        """The transform: (P, H) -> (P, H)."""
         dense: Any = self.transform["dense"]
         norm: Any = self.transform["LayerNorm"]
         if self.activation != "gelu":
@@ -178,6 +179,7 @@ class MLMHead(nn.Module):
         return ops.gelu_layer_norm(y, bias, norm.weight, norm.bias, norm.eps)
 
     def logits(self, x: Tensor, word_embeddings: Tensor) -> Tensor:
+        """(P, H) -> (P, V) by the word table (V, H)."""
         return F.linear(self.hidden(x), word_embeddings, self.bias)
 
     def forward(self, x: Tensor, word_embeddings: Tensor, labels: Tensor, scale: Tensor | None = None,

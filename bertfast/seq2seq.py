@@ -269,7 +269,10 @@ class BertForPrefixLM(BertForMaskedLM, _Generator):
 
     def forward(self, batch: PackedBatch, prefix_lens: Tensor, *, seed: Tensor | None = None,  # type: ignore[override]
                 scale: Tensor | None = None) -> HeadOutput:
-        """batch reads the rows that write (the source's [SEP], the target), its labels are their next tokens."""
+        """batch reads the rows that write (the source's [SEP], the target), its labels are their next tokens.
+
+        prefix_lens: (B,) int32, the tokens of each source.
+        """
         x = self.bert.encode(batch, seed, mask_mode="prefix", prefix_lens=prefix_lens)
         embeddings, _, head = self.parts()
         table, sink = embeddings.tied()

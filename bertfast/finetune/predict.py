@@ -58,6 +58,8 @@ class Predictor:
     """A checkpoint that `bertfast finetune` wrote, ready to predict."""
 
     def __init__(self, folder: str | Path, precision: str = "auto"):
+        """folder: the checkpoint's or its run's. Raises UserError for any other, for a damaged one, and for a precision
+        that the device has not."""
         folder = Path(folder)
         if (folder / "checkpoint" / "finetune.json").is_file():  # the run's folder was given
             folder = folder / "checkpoint"
