@@ -23,6 +23,7 @@ from .model import BertModel, first_rows, initialise, packed
 from .ops import dropout
 from .ops.dropout import draw_seed
 from .ops.masked_vocab_projection import IGNORE_INDEX
+from .patched_rows import offsets
 
 
 @dataclass
@@ -290,8 +291,8 @@ class BertForFeatures(Headed):
         if lengths is not None:
             out = HeadOutput(None, logits, *logits.unbind(-1))
             if start_positions is not None and end_positions is not None:
-                bounds = F.pad(lengths.cumsum(0), (1, 0))
-                out.loss = _span_loss(logits, bounds, int(lengths.max()), (start_positions, end_positions), scale)
+                span = start_positions, end_positions
+                out.loss = _span_loss(logits, offsets(lengths), int(lengths.max()), span, scale)
             return out
         if n_options is not None:
             logits = options_apart(logits.squeeze(1), n_options)

@@ -20,6 +20,8 @@ from .config import BertConfig
 from .nn import AddLayerNorm, Embeddings, FeedForward, MLMHead, Rows, SelfAttention
 from .ops.dropout import draw_seed
 from .ops.masked_vocab_projection import IGNORE_INDEX
+from .patched_rows import Rows as PaddedRows
+from .patched_rows import offsets
 
 
 @dataclass
@@ -82,21 +84,8 @@ class Pooler(nn.Module):
         return torch.tanh(self.dense(cls))
 
 
-@dataclass
-class _Padding:
-    """Where packed rows came from in a padded (B, S) call."""
-
-    indices: Tensor  # (T,) flat positions b * S + s
-    shape: tuple[int, int]
-
-    def restore(self, rows: Tensor) -> Tensor:
-        """(T, …) -> (B, S, …), zeros at padding."""
-        out = rows.new_zeros((self.shape[0] * self.shape[1], *rows.shape[1:]))
-        return out.index_copy(0, self.indices, rows).view(*self.shape, *rows.shape[1:])
-
-
 def unpad(input_ids, attention_mask=None, token_type_ids=None, position_ids=None, labels=None,
-          next_sentence_label=None) -> tuple[PackedBatch, _Padding]:
+          next_sentence_label=None) -> tuple[PackedBatch, PaddedRows]:
     """A padded call as a PackedBatch with just the attended tokens; all arguments (B, S) except the last, (B,).
 
     Raises ValueError for an argument of another shape (token_type_ids and position_ids may be one row for all), a label
@@ -126,14 +115,14 @@ def unpad(input_ids, attention_mask=None, token_type_ids=None, position_ids=None
         raise ValueError("the first token of a sequence is padding: pad on the right")
     indices = attended.flatten().nonzero().squeeze(1)
     columns = torch.arange(length, device=device)
-    cu_seqlens = F.pad(attended.sum(1).cumsum(0), (1, 0)).to(torch.int32)
+    cu_seqlens = offsets(attended.sum(1))
     pick = lambda t: t.expand(n_sequences, length).reshape(-1)[indices]
     position = pick(columns)  # dropout counts by the column, so that a mask does not depend on how a row was padded
     kept = torch.zeros_like(attended) if labels is None else labels != IGNORE_INDEX
     if bool((kept & ~attended).any()):
         raise ValueError("a label stands on a padded position (attention_mask 0)")
     reads = kept | ((columns == 0) & attended)  # [CLS] first, then the masked rows
-    cu_seqlens_read = F.pad(reads.sum(1).cumsum(0), (1, 0)).to(torch.int32)
+    cu_seqlens_read = offsets(reads.sum(1))
     cls_index = cu_seqlens_read[:-1].clamp(max=max(int(cu_seqlens_read[-1]) - 1, 0)).long()
     batch = PackedBatch(
         input_ids=pick(input_ids),
@@ -153,7 +142,7 @@ def unpad(input_ids, attention_mask=None, token_type_ids=None, position_ids=None
         ),
         n_tokens=indices.numel(), n_masked=0, n_sequences=n_sequences,
     )
-    return batch, _Padding(indices, (n_sequences, length))
+    return batch, PaddedRows(input_ids.shape, length, cu_seqlens, indices)
 
 
 class BertModel(Checkpointed):

@@ -1,4 +1,4 @@
-"""How a padded (B, S) call of a patched model lies in packed rows, and which of them the last layer computes."""
+"""How a padded (B, S) call lies in packed rows, and which of them a patched model's last layer computes."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -50,7 +50,7 @@ class Rows:
         if self.indices is None:
             return rows.view(*self.shape, -1)
         out = rows.new_zeros(self.shape[0] * self.shape[1], rows.shape[1])
-        return out.index_copy(0, self.indices, rows).view(*self.shape, -1)
+        return out.index_copy(0, self.indices, rows).view(*self.shape, rows.shape[1])
 
     def subset(self, index: Tensor, flat: Tensor, cu_seqlens: Tensor) -> "Rows":
         """The packed rows at `index`, whose flat positions are `flat`, grouped by the same sequences."""
@@ -58,7 +58,8 @@ class Rows:
         return Rows(self.shape, self.longest, cu_seqlens, flat, row_key=row_key)
 
 
-def _offsets(counts: Tensor) -> Tensor:
+def offsets(counts: Tensor) -> Tensor:
+    """Where sequences of so many rows begin, and the last one's end: (B,) -> (B + 1,) int32."""
     return F.pad(counts.cumsum(0), (1, 0)).to(torch.int32)
 
 
@@ -77,17 +78,17 @@ def arrange(shape: torch.Size, longest: int, mask: Tensor | None, device: torch.
         if mask is not None:
             attended = mask.to(device) != 0
             rows.keys = torch.argsort((~attended).flatten().int(), stable=True)
-            rows.cu_seqlens_k = _offsets(attended.sum(1))
+            rows.cu_seqlens_k = offsets(attended.sum(1))
         return rows
     attended = mask.to(device) != 0
     kept = attended.clone()
     kept[:, 0] = True  # where the pooler looks, whatever stands there
     if labels is not None:
         kept |= labels != IGNORE_INDEX
-    rows = Rows(shape, longest, _offsets(kept.sum(1)), kept.flatten().nonzero().squeeze(1))
+    rows = Rows(shape, longest, offsets(kept.sum(1)), kept.flatten().nonzero().squeeze(1))
     if not torch.equal(kept, attended):
         rows.keys = attended.flatten()[rows.indices].nonzero().squeeze(1)
-        rows.cu_seqlens_k = _offsets(attended.sum(1))
+        rows.cu_seqlens_k = offsets(attended.sum(1))
     return rows
 
 
@@ -145,7 +146,7 @@ def last_rows(rows: Rows, reads: Reads, labels: Tensor | None) -> tuple[Tensor |
     wanted[:, : reads.n_first] = True
     flat = wanted.flatten()
     index = (flat if rows.indices is None else flat[rows.indices]).nonzero().squeeze(1)
-    return index, rows.subset(index, flat.nonzero().squeeze(1), _offsets(wanted.sum(1)))
+    return index, rows.subset(index, flat.nonzero().squeeze(1), offsets(wanted.sum(1)))
 
 
 def row_keys(shape: torch.Size, indices: Tensor | None, device: torch.device) -> Tensor:
