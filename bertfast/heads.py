@@ -11,6 +11,7 @@ batch, times the loss scale). Which loss a sequence head takes is config.extra["
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -275,11 +276,8 @@ class BertForFeatures(Headed):
             rows = batch.read_rows[batch.mask_index]
             return torch.stack([x[rows] for x in states], 1).half()
         lengths = batch.cu_seqlens.diff().long()
-        sequence = torch.repeat_interleave(torch.arange(len(lengths), device=lengths.device), lengths)
-        sums = torch.zeros(len(lengths), len(states), self.config.hidden_size, device=lengths.device)
-        for k, x in enumerate(states):
-            sums[:, k].index_add_(0, sequence, x[: len(sequence)].float())
-        return (sums / lengths.clamp(min=1).view(-1, 1, 1)).half()
+        mean = partial(torch.segment_reduce, reduce="mean", lengths=lengths, initial=0, unsafe=True)
+        return torch.stack([mean(x[: batch.n_tokens].float()) for x in states], 1).half()
 
     def decide(self, features: Tensor, labels: Tensor | None = None, *, n_options: Sequence[int] | None = None,
                orders: int = 1, lengths: Tensor | None = None, start_positions: Tensor | None = None,
