@@ -27,7 +27,7 @@ from rich.console import Console
 from safetensors.torch import load_file, save_file
 
 import bertfast
-from bertfast import cli, machine, pretrain, processes, run_folder
+from bertfast import cli, initial, machine, pretrain, processes, run_folder
 from bertfast.data.prepare import prepare
 from bertfast.files import UserError, locked
 from bertfast.fill_mask import FillMask
@@ -90,13 +90,22 @@ def test_a_new_model_starts_from_counts(corpus, tmp_path):
             assert there > 0.4 > 8 * itself, f"no head looks at {offset}"
         alike = one.bert.encoder.layer[1].attention.self
         assert torch.equal(alike.query.weight, alike.key.weight) and not torch.equal(query, key)
-    told = out.last_hidden_state[:, 0].detach()
-    told = told @ model.bert.encoder.layer[-1].attention.output.dense.weight[:, 1].detach()
+    dense, said = model.bert.encoder.layer[-1].attention.output.dense, []
+    told = (out.last_hidden_state[:, 0] @ dense.weight[:, 1]).detach()
     assert told[32:].min() > told[:32].max() or told[32:].max() < told[:32].min()
+    dense.register_forward_hook(lambda module, given, found: said.append(found.mean(0)))
+    ids, is_b = initial._pairs(run.train_data.first_tokens(10**7), run.tokenizer)
+    model.bert(ids, token_type_ids=is_b)
+    assert abs(said[0] @ dense.weight[:, 1]) < 0.5 * abs(dense.bias @ dense.weight[:, 1])  # on text, nearer to 0
     other = start(tmp_path / "normal", settings(corpus, start="normal"), resume=False)
     assert not other.model.cls["predictions"].bias.any()
     with pytest.raises(UserError, match="--start"):
         settings(corpus, start="lucky").check()
+
+
+def test_half_of_the_pairs_that_a_start_is_centred_on_are_true():
+    ids, _ = initial._pairs(np.arange(8 * 2 * 62), SimpleNamespace(cls_id=2, sep_id=3))
+    assert (ids[:, 64] - ids[:, 62] == 1).tolist() == [True] * 4 + [False] * 4
 
 
 def test_the_last_checkpoint_computes_the_same_with_tables_of_ordinary_size(corpus, tmp_path):
