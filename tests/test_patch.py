@@ -513,6 +513,15 @@ def test_autocast_keeps_to_the_original(monkeypatch):
     assert errors["bf16"] <= 1.1 * errors["original"] and errors["fp32"] <= 1e-5 * truth.norm()
 
 
+def test_fp32_is_timed_in_fp32_under_autocast(monkeypatch):
+    multiply, dtypes = torch.mm, []
+    monkeypatch.setattr(torch, "mm", lambda a, b: dtypes.append((out := multiply(a, b)).dtype) or out)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+    with torch.autocast("cpu", torch.bfloat16):
+        patched_module.fp32_multiplies_faster.__wrapped__()
+    assert set(dtypes) == {torch.float32, torch.bfloat16}
+
+
 def test_replaced_submodules_are_called():
     peft = pytest.importorskip("peft")
     config = peft.LoraConfig(target_modules=["query", "value"], task_type="SEQ_CLS", init_lora_weights=False)
