@@ -287,6 +287,7 @@ def _before_head(model: Any, args: tuple, kwargs: dict):
         skip = model.training and (config.return_dict if named is None else named)
     if (
         labels is not None and skip and not whole and not reads.padding and not watched(model) and _fusable_head(model)
+        and (pooled or getattr(base, "pooler", None) is None)  # it reads column 0, which is left out
         # the original wants both labels, or no loss
         and (not pooled or _argument(model, args, kwargs, "next_sentence_label") is not None)
     ):

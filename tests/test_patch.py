@@ -405,6 +405,14 @@ def test_skip_logits_means_what_it_says():
     assert out.logits is not None and out.hidden_states[-1].shape == (B, S, 64)
 
 
+def test_a_masked_model_may_have_a_pooler():
+    original = build(modeling_bert.BertForMaskedLM)
+    original.bert = build(modeling_bert.BertForSequenceClassification).bert  # an encoder that two heads share
+    patched = copy.deepcopy(original)
+    bertfast.patch(patched)
+    assert_equal_training(original, patched, inputs_of(type(original)))
+
+
 @pytest.mark.parametrize("name, read", [("SequenceClassification", B), ("MaskedLM", int((LABELS != -100).sum())),
                                         ("TokenClassification", None)])
 def test_the_last_layer_computes_what_the_head_reads(name, read, monkeypatch):
