@@ -34,7 +34,14 @@ try:
     from transformers.integrations.flash_attention import flash_attention_forward
     from transformers.integrations.flex_attention import flex_attention_forward
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
-    from transformers.masking_utils import create_bidirectional_mask
+    from transformers.masking_utils import (
+        ALL_MASK_ATTENTION_FUNCTIONS,
+        create_bidirectional_mask,
+        eager_mask,
+        flash_attention_mask,
+        flex_attention_mask,
+        sdpa_mask,
+    )
     from transformers.modeling_outputs import BaseModelOutput, BaseModelOutputWithPastAndCrossAttentions
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
     from transformers.models.distilbert import modeling_distilbert
@@ -272,6 +279,7 @@ def _add_norm(x, dense: nn.Module, norm: nn.LayerNorm, residual, p, seed, row_ke
 
 
 _ATTENTION = {None, sdpa_attention_forward, flash_attention_forward, flex_attention_forward}  # None: eager
+_MASKS = {eager_mask, sdpa_mask, flash_attention_mask, flex_attention_mask}
 
 
 def _other_attention(config: Any, n_sequences: int, kwargs: dict) -> str | None:
@@ -279,6 +287,8 @@ def _other_attention(config: Any, n_sequences: int, kwargs: dict) -> str | None:
     function = ALL_ATTENTION_FUNCTIONS.get(config._attn_implementation)
     if getattr(function, "func", function) not in _ATTENTION:  # a flash kernel of the hub is a partial
         return f"the attention function {config._attn_implementation!r}"
+    if ALL_MASK_ATTENTION_FUNCTIONS.get(config._attn_implementation or "eager") not in _MASKS:
+        return f"the masks of the attention {config._attn_implementation!r}"
     packed, positions = kwargs.get("cu_seq_lens_q") is not None, kwargs.get("position_ids")
     if not packed and function is not None and n_sequences == 1 and positions is not None:
         # flash attention takes each restart of the positions for another sequence

@@ -198,9 +198,11 @@ def _home(module: nn.Module) -> Any:
 
 
 def _as_written(base: Any) -> bool:
-    """Whether base model and encoder run the `forward`s that the hooks know."""
-    home = _home(base)
-    return home is not None and runs(base, home) and runs(_encoder(base), Encoder)
+    """Whether base model and encoder run the `forward`s that the hooks know, on the masks of transformers."""
+    home, masks = _home(base), getattr(base, "_create_attention_masks", None)
+    if home is None or getattr(masks, "__func__", masks) is not getattr(home, "_create_attention_masks", None):
+        return False
+    return runs(base, home) and runs(_encoder(base), Encoder)
 
 
 def _is_base(module: nn.Module) -> bool:

@@ -20,6 +20,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import BertConfig, DistilBertConfig, ElectraConfig, RobertaConfig, XLMRobertaConfig
 from transformers import modeling_flash_attention_utils as flash
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import AttentionMaskInterface
 from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
 from transformers.modeling_utils import AttentionInterface
 from transformers.models.bert import modeling_bert
@@ -576,6 +577,38 @@ def test_an_attention_function_of_ones_own_is_called(monkeypatch):
     monkeypatch.setitem(AttentionInterface._global_mapping, "doubled", doubled)
     original, patched = pair(attn_implementation="doubled")
     torch.testing.assert_close(patched(IDS)[0], original(IDS)[0], rtol=1e-4, atol=1e-5)
+
+
+def _near(batch_size, q_length, kv_length, attention_mask=None, **kwargs):
+    away = torch.arange(q_length)[:, None] - torch.arange(kv_length)
+    near = (away.abs() <= 2).expand(batch_size, 1, -1, -1)
+    return near if attention_mask is None else near & attention_mask[:, None, None].bool()
+
+
+@pytest.mark.parametrize("name", ["near", "sdpa"])
+def test_a_mask_function_of_ones_own_is_called(name, monkeypatch):
+    monkeypatch.setitem(AttentionInterface._global_mapping, name, sdpa_attention_forward)
+    original, patched = pair(attn_implementation=name)
+    for mask in (_near, None):  # None: the mask is ignored
+        if mask is not None:
+            monkeypatch.setitem(AttentionMaskInterface._global_mapping, name, mask)
+        else:
+            monkeypatch.delitem(AttentionMaskInterface._global_mapping, name)
+        found, expected = (attended(model(**INPUTS)[0]) for model in (patched, original))
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+class _Causal(modeling_bert.BertModel):
+    def _create_attention_masks(self, **kwargs):
+        mask, other = super()._create_attention_masks(**kwargs)
+        return mask & torch.ones(S, S).tril().bool(), other
+
+
+def test_a_base_model_that_makes_its_own_masks_keeps_them():
+    original = _Causal(build(modeling_bert.BertModel).config).eval()
+    patched = copy.deepcopy(original)
+    bertfast.patch(patched)
+    torch.testing.assert_close(attended(patched(**INPUTS)[0]), attended(original(**INPUTS)[0]), rtol=1e-4, atol=1e-5)
 
 
 class _Replacement(nn.Module):
