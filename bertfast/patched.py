@@ -279,6 +279,7 @@ def _add_norm(x, dense: nn.Module, norm: nn.LayerNorm, residual, p, seed, row_ke
 
 
 _ATTENTION = {None, sdpa_attention_forward, flash_attention_forward, flex_attention_forward}  # None: eager
+_CHANGES_SCORES = ("position_bias", "softcap", "s_aux", "sliding_window")  # arguments of attention functions
 _MASKS = {eager_mask, sdpa_mask, flash_attention_mask, flex_attention_mask}
 
 
@@ -317,6 +318,8 @@ class Encoder:
             reason = "a cache of keys and values"
         elif kwargs.get("is_causal"):
             reason = "is_causal"
+        elif others := [name for name in _CHANGES_SCORES if kwargs.get(name) is not None]:
+            reason = others[0]
         elif hidden_states.is_meta:
             reason = "a meta tensor"
         elif _has_any_global_hook():

@@ -579,6 +579,15 @@ def test_an_attention_function_of_ones_own_is_called(monkeypatch):
     torch.testing.assert_close(patched(IDS)[0], original(IDS)[0], rtol=1e-4, atol=1e-5)
 
 
+def test_what_changes_the_scores_reaches_the_original():
+    original, patched = pair()
+    bias = 3 * torch.randn(1, 4, S, S)
+    found, expected = (attended(model(**INPUTS, position_bias=bias)[0]) for model in (patched, original))
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    with pytest.raises(ValueError, match="softcap"):
+        patched(**INPUTS, softcap=1.0)
+
+
 def _near(batch_size, q_length, kv_length, attention_mask=None, **kwargs):
     away = torch.arange(q_length)[:, None] - torch.arange(kv_length)
     near = (away.abs() <= 2).expand(batch_size, 1, -1, -1)
