@@ -54,6 +54,8 @@ READ_NO_PADDING = {  # of what sentence-transformers runs after an encoder
     "LayerNorm", "Normalize",
 }
 
+LIBRARIES = {"accelerate", "peft", "sentence_transformers", "torch", "transformers"}  # whose modules read none else
+
 
 @dataclass
 class Report:
@@ -77,7 +79,8 @@ def patch(model: nn.Module) -> Report:
     """Run every BERT, RoBERTa, XLM-RoBERTa, ELECTRA and DistilBERT encoder in `model` on the fused ops, in place.
 
     Nothing else changes: the classes of models, the parameters (the same objects), state_dict, signatures, outputs;
-    rows at padding are zeros, unless a head, a replaced part or what follows in a Sequential may read them.
+    rows at padding are zeros, unless what is in `model` may read them: a head, a replaced part, a module of somebody's
+    own around the encoder, what follows in a Sequential.
     BertForMaskedLM and BertForPreTraining, in training with labels, compute the loss without the logits, in fp32 in a
     bf16 model too, and return None for them; skip_logits=False, return_dict=False or a hook forces them, and
     skip_logits=True skips them in eval too. A batch with no masked word has loss 0 for them then. Attentions, masks
@@ -119,14 +122,15 @@ def patch(model: nn.Module) -> Report:
                     else:
                         report.left[full_name] = "a hook or a part that the fused op does not know inside"
             _hook(module, _before_base)
+            _encoder(module).reads_padding |= not runs(module, _home(module))
         elif _kind(module) and _is_base(module.base_model):
             if _kind(module) != "padding":
                 _hook(module, _before_head, _after_head if projects(module) else None)
-            _encoder(module.base_model).reads_padding |= _kind(module) != "first column"
+            _encoder(module.base_model).reads_padding = True  # unless the hook says else: `forward` may be another
         elif type(module).__name__ == "DPRSpanPredictor" and _is_base(module.encoder.base_model):
             _encoder(module.encoder.base_model).reads_padding = True  # as in question answering
-        elif isinstance(module, nn.Sequential) and not all(map(_reads_no_padding, [*module][1:])):
-            for encoder in (inner for inner in module[0].modules() if isinstance(inner, Encoder)):
+        elif _may_read_padding(module):
+            for encoder in (inner for inner in module.modules() if isinstance(inner, Encoder)):
                 encoder.reads_padding = True
     if not report.replaced and not report.left:
         known = ", ".join([*FAMILIES, "distilbert"])
@@ -139,6 +143,26 @@ def patch(model: nn.Module) -> Report:
     for line in report.exceptions():
         warnings.warn(f"bertfast.patch: {line}", stacklevel=2)
     return report
+
+
+def _may_read_padding(module: nn.Module) -> bool:
+    """Whether it gives the output of an encoder in it to code that we do not know."""
+    if isinstance(module, nn.Sequential):
+        return not all(map(_reads_no_padding, [*module][1:]))
+    return _holds_encoder(module) and not {_library(type(module)), _library(module.forward)} <= LIBRARIES
+
+
+def _holds_encoder(module: nn.Module) -> bool:
+    """Whether there is an encoder or a base model right in it, or in nothing but containers and wrappers."""
+    return any(
+        isinstance(child, Encoder) or _is_base(child)
+        or (_library(type(child)) in ("peft", "torch") and _holds_encoder(child))
+        for child in module.children()
+    )
+
+
+def _library(code: Any) -> str:
+    return code.__module__.partition(".")[0]
 
 
 def _reads_no_padding(follower: nn.Module) -> bool:

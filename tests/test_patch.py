@@ -843,6 +843,46 @@ def test_a_subclass_with_its_own_forward_gets_what_it_reads():
     assert_equal_training(original, patched, inputs_of(type(original)))
 
 
+class _MeanOfAll(modeling_bert.BertModel):
+    def forward(self, input_ids, attention_mask=None):
+        return super().forward(input_ids, attention_mask)[0].mean(1)
+
+
+class _MeanClassified(modeling_bert.BertForSequenceClassification):
+    def forward(self, input_ids, attention_mask=None):
+        return self.classifier(self.bert(input_ids, attention_mask)[0].mean(1))
+
+
+class _Tagger(modeling_bert.BertPreTrainedModel):
+    def __init__(self, config):
+        super().__init__(config)
+        self.bert, self.lstm = modeling_bert.BertModel(config), nn.LSTM(64, 8, bidirectional=True, batch_first=True)
+        self.post_init()
+
+    def forward(self, input_ids, attention_mask=None):
+        return self.lstm(self.bert(input_ids, attention_mask)[0])[0]
+
+
+class _Convolved(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.parts = nn.ModuleList([modeling_bert.BertEmbeddings(config), modeling_bert.BertEncoder(config)])
+        self.convolution = nn.Conv1d(64, 8, 3)
+
+    def forward(self, input_ids, attention_mask):
+        embeddings, encoder = self.parts
+        hidden = encoder(embeddings(input_ids), attention_mask[:, None, None].bool())[0]
+        return self.convolution(hidden.mT)
+
+
+@pytest.mark.parametrize("cls", [_MeanOfAll, _MeanClassified, _Tagger, _Convolved])
+def test_heads_of_ones_own_read_padding(cls):
+    original = cls(build(modeling_bert.BertForSequenceClassification).config).eval()
+    patched = copy.deepcopy(original)
+    bertfast.patch(patched)
+    torch.testing.assert_close(patched(**INPUTS), original(**INPUTS), rtol=1e-4, atol=1e-5)
+
+
 @pytest.fixture
 def one_process(tmp_path):
     torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
@@ -882,6 +922,15 @@ def test_heads_that_share_an_encoder_each_read_theirs(asked_first):
     expected = asked(**given).loss
     other.bert.encoder = asked.bert.encoder
     bertfast.patch(nn.ModuleList([asked, other] if asked_first else [other, asked]))
+    torch.testing.assert_close(asked(**given).loss, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_a_head_that_was_not_patched_may_share_the_encoder():
+    asked, other = build(modeling_bert.BertForQuestionAnswering), build(modeling_bert.BertForSequenceClassification)
+    given = inputs_of(type(asked))
+    expected = asked(**given).loss
+    other.bert.encoder = asked.bert.encoder
+    bertfast.patch(other)
     torch.testing.assert_close(asked(**given).loss, expected, rtol=1e-5, atol=1e-6)
 
 
