@@ -413,10 +413,11 @@ def fp32_multiplies_faster() -> bool:
 def _project(head: Any, x: Tensor, labels: Tensor) -> Tensor:
     """The mean cross entropy of the labelled rows of x (R, H), through a BertLMPredictionHead."""
     transform = head.transform
-    dense, bias = _linear(transform.dense, x)
-    if type(transform.transform_act_fn) is GELUActivation and bias is not None and not tracing():
-        norm = transform.LayerNorm
-        x = ops.gelu_layer_norm(dense, bias, norm.weight.to(dense.dtype), norm.bias.to(dense.dtype), norm.eps)
+    if plain(transform.dense) and type(transform.transform_act_fn) is GELUActivation and not tracing():
+        norm, (dense, bias) = transform.LayerNorm, linear(x, transform.dense)
+        x = ops.gelu_layer_norm(
+            dense, bias.to(dense.dtype), norm.weight.to(dense.dtype), norm.bias.to(dense.dtype), norm.eps
+        )
     else:
         x = transform(x)
     weight, bias = head.decoder.weight.to(x.dtype), head.decoder.bias.to(x.dtype)

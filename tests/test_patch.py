@@ -962,6 +962,19 @@ def test_changed_heads_of_masked_models_run(path, cls):
     assert_equal_training(original, patched, inputs_of(type(original)))
 
 
+def test_the_transform_of_a_head_is_computed_once():
+    class Counted(nn.Linear):
+        def forward(self, x):
+            rows.append(x.shape[:-1].numel())
+            return super().forward(x)
+
+    rows: list[int] = []
+    _, patched = pair(modeling_bert.BertForMaskedLM)
+    patched.cls.predictions.transform.dense = Counted(64, 64)
+    patched(**INPUTS, labels=LABELS).loss.backward()
+    assert [n for n in rows if n] == [int((LABELS != -100).sum())]
+
+
 @pytest.mark.parametrize("path", ["bert.embeddings.LayerNorm", "bert.encoder.layer.1.output.LayerNorm",
                                   "cls.predictions.transform.LayerNorm"])
 @pytest.mark.parametrize("settings", [{"bias": False}, {"elementwise_affine": False}], ids=lambda s: next(iter(s)))
