@@ -71,11 +71,12 @@ def replaced(module: Any) -> bool:
 
 
 def replaced_in_class(cls: type) -> bool:
-    """Whether the class of transformers, or the one behind a stand-in, has another `forward` than it came with."""
-    original: Any
+    """Whether the class of transformers, or the one behind a stand-in, has another `forward` than it came with, or
+    another method that its forward calls."""
     for original in cls.__mro__:
-        if original in FORWARDS:
-            return original.forward is not FORWARDS[original]
+        for name, came_with in FORWARDS.get(original, ()):
+            if getattr(original, name) is not came_with:
+                return True
     return False
 
 
@@ -165,6 +166,8 @@ def parts_of(layer: Any) -> Parts | str:
         isinstance(parts.activation, nn.Module) and hooked(parts.activation)
     ):
         return "a hook or a replaced forward inside"
+    if any(m.__dict__.get("is_causal") for m in between):
+        return "causal attention"
     return parts
 
 
@@ -288,6 +291,8 @@ def _other_attention(config: Any, n_sequences: int, kwargs: dict) -> str | None:
     function = ALL_ATTENTION_FUNCTIONS.get(config._attn_implementation)
     if getattr(function, "func", function) not in _ATTENTION:  # a flash kernel of the hub is a partial
         return f"the attention function {config._attn_implementation!r}"
+    if function is None and any(home.eager_attention_forward is not came_with for home, came_with in EAGER):
+        return "a replaced eager_attention_forward"
     if ALL_MASK_ATTENTION_FUNCTIONS.get(config._attn_implementation or "eager") not in _MASKS:
         return f"the masks of the attention {config._attn_implementation!r}"
     packed, positions = kwargs.get("cu_seq_lens_q") is not None, kwargs.get("position_ids")
@@ -500,11 +505,15 @@ class _Embeddings:
 
 FAMILIES = {"bert": "Bert", "roberta": "Roberta", "xlm_roberta": "XLMRoberta", "electra": "Electra"}
 STAND_INS: dict[type, type] = {}  # class of transformers -> ours
-FORWARDS: dict[type, Any] = {}  # what transformers' classes run as they come; a later one is somebody's replacement
+FORWARDS: dict[type, list[tuple[str, Any]]] = {}  # transformers' classes as they come: a later method is somebody's own
+EAGER: list[tuple[Any, Any]] = []  # transformers' modules and the function that each came with
 
 
 def _remember(home: Any) -> None:
-    FORWARDS.update({cls: cls.forward for cls in vars(home).values()
+    EAGER.append((home, home.eager_attention_forward))
+    names = "forward", "feed_forward_chunk", "ff_chunk", "_create_attention_masks"
+    FORWARDS.update({cls: [(name, getattr(cls, name)) for name in names if hasattr(cls, name)]
+                     for cls in vars(home).values()
                      if isinstance(cls, type) and issubclass(cls, nn.Module) and cls.__module__ == home.__name__})
 
 

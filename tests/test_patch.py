@@ -252,6 +252,35 @@ def test_a_forward_replaced_on_the_class_runs(path, monkeypatch):
     torch.testing.assert_close(b, a)
 
 
+@pytest.mark.parametrize("cls, name", [(modeling_bert.BertLayer, "feed_forward_chunk"),
+                                       (modeling_distilbert.FFN, "ff_chunk"),
+                                       (modeling_bert, "eager_attention_forward"),
+                                       (modeling_bert.BertModel, "_create_attention_masks")])
+def test_what_a_forward_calls_may_be_replaced_too(cls, name, monkeypatch):
+    base = modeling_distilbert.DistilBertModel if cls is modeling_distilbert.FFN else modeling_bert.BertModel
+    original, patched = pair(base, attn_implementation="eager")
+    came_with = getattr(cls, name)
+
+    @functools.wraps(came_with)
+    def doubled(*args, **kwargs):
+        out = came_with(*args, **kwargs)
+        return 2 * out if isinstance(out, torch.Tensor) else (2 * out[0], out[1])
+
+    def unmasked(*args, **kwargs):
+        return None, None
+
+    monkeypatch.setattr(cls, name, unmasked if "mask" in name else doubled)
+    a, b = (attended(model.eval()(**INPUTS)[0]) for model in (original, patched))
+    torch.testing.assert_close(b, a, rtol=1e-4, atol=1e-5)
+
+
+def test_attention_made_causal_is():
+    original, patched = pair()
+    for model in (original, patched):
+        model.encoder.layer[1].attention.self.is_causal = True
+    torch.testing.assert_close(patched(IDS)[0], original(IDS)[0], rtol=1e-4, atol=1e-5)
+
+
 def test_transforms_of_torch_func_run_the_original():
     original, patched = pair(modeling_bert.BertForSequenceClassification)
     loss = lambda model: lambda given: torch.func.functional_call(model, given, (IDS, MASK)).logits.square().sum()
