@@ -24,6 +24,7 @@ from torch.nn.modules.module import _has_any_global_hook
 
 from . import ops
 from .files import UserError
+from .ops._define import forward_mode
 from .ops.dropout import draw_seed
 from .ops.few_rows_linear import takes
 from .ops.linear import joined_linear, linear
@@ -330,7 +331,7 @@ class Encoder:
         elif _has_any_global_hook():
             reason = "a hook on every module (a FLOP counter sets one)"
         elif _transformed():
-            reason = "a transform of torch.func"
+            reason = "a transform of torch.func or forward-mode AD"
         elif replaced_in_class(type(self)):
             reason = "a forward replaced on the class"
         elif all(isinstance(parts, str) for parts in layers):
@@ -439,8 +440,8 @@ def _original_mask(config, hidden_states: Tensor, mask: Tensor | None) -> Tensor
 
 
 def _transformed() -> bool:
-    """Whether grad, vmap or another transform of torch.func is at work, which autograd.Functions do not take."""
-    return not tracing() and torch._C._functorch.peek_interpreter_stack() is not None
+    """Whether a transform of torch.func or forward-mode AD is at work, which autograd.Functions do not take."""
+    return not tracing() and (forward_mode() or torch._C._functorch.peek_interpreter_stack() is not None)
 
 
 _said: WeakKeyDictionary[nn.Module, set[str]] = WeakKeyDictionary()

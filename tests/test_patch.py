@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd import forward_ad
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -289,6 +290,17 @@ def test_transforms_of_torch_func_run_the_original():
         torch.testing.assert_close(b, a)
     one = lambda model: torch.vmap(lambda ids: model(ids[None]).logits, randomness="same")(IDS)
     torch.testing.assert_close(one(patched), one(original))
+
+
+def test_forward_mode_runs_the_original():
+    original, patched = pair(modeling_bert.BertForSequenceClassification, attn_implementation="eager")
+    embedded, tangents = original.bert.embeddings.word_embeddings(IDS).detach(), []
+    for model in (original.eval(), patched.eval()):
+        with forward_ad.dual_level(), torch.no_grad():
+            dual = forward_ad.make_dual(embedded, torch.ones_like(embedded))
+            logits = model(inputs_embeds=dual, attention_mask=MASK).logits
+            tangents.append(forward_ad.unpack_dual(logits).tangent)
+    torch.testing.assert_close(tangents[1], tangents[0])
 
 
 @pytest.mark.parametrize("unpatched", ["with its hooks", "after them"])
