@@ -15,7 +15,6 @@ import time
 import warnings
 from dataclasses import dataclass
 from typing import Any, TypeGuard
-from weakref import WeakKeyDictionary
 
 import torch
 import torch.nn.functional as F
@@ -307,6 +306,7 @@ class Encoder:
     """Stands before a Hugging Face encoder class: packs, runs the layers, pads back."""
 
     reads_padding = False  # set on the instance where a head reads padding rows, unless `Reads` says which
+    said: set[str]  # the instance's, which DataParallel's replicas, new in each step, share with it
     output_type: Any = BaseModelOutputWithPastAndCrossAttentions
 
     def forward(self: Any, hidden_states, attention_mask=None, *args, bertfast_mask: Tensor | None = None,
@@ -444,14 +444,11 @@ def _transformed() -> bool:
     return not tracing() and (forward_mode() or torch._C._functorch.peek_interpreter_stack() is not None)
 
 
-_said: WeakKeyDictionary[nn.Module, set[str]] = WeakKeyDictionary()
-
-
-def _say_once(encoder: nn.Module, message: str) -> None:
+def _say_once(encoder: Any, message: str) -> None:
     """Once for each encoder; what is said while tracing, nobody may see."""
-    if tracing() or message in _said.setdefault(encoder, set()):
+    if tracing() or message in encoder.said:
         return
-    _said[encoder].add(message)
+    encoder.said.add(message)
     # without a registry, or Python shows one message from one line once, whatever the model
     warnings.warn_explicit(message, UserWarning, "bertfast", 0)
 

@@ -101,6 +101,7 @@ def patch(model: nn.Module) -> Report:
             report.left[own_name] = "a decoder or with cross-attention; bertfast runs encoders"
             continue
         _become(module, STAND_INS.get(type(module), type(module)))
+        module.__dict__.setdefault("said", set())
         fused, layers = [], module.get_submodule("layer")
         for inner_name, inner in layers.named_children():
             _become(inner, STAND_INS.get(type(inner), type(inner)))
@@ -189,7 +190,8 @@ def unpatch(model: nn.Module) -> nn.Module:
     for module in model.modules():
         if type(module) in ORIGINALS:
             _become(module, ORIGINALS[type(module)])
-            module.__dict__.pop("reads_padding", None)
+            for own in ("reads_padding", "said"):
+                module.__dict__.pop(own, None)
         for hooks, flags in (
             (module._forward_pre_hooks, module._forward_pre_hooks_with_kwargs),
             (module._forward_hooks, module._forward_hooks_with_kwargs),

@@ -481,6 +481,14 @@ def test_every_model_says_once_what_runs_as_the_original():
     assert sum("runs the original encoder" in str(w.message) for w in said) == 2
 
 
+def test_replicas_of_data_parallel_say_it_once():
+    encoder = pair()[1].encoder
+    with pytest.warns(UserWarning) as said:
+        for _ in range(2):
+            patched_module._say_once(encoder._replicate_for_data_parallel(), "it")
+    assert len(said) == 1
+
+
 def test_dropout_is_governed_by_the_seed_and_by_each_module():
     _, model = pair(dropout=0.3)
     drawn = []
