@@ -25,20 +25,17 @@ struct Tables {
   const scalar_t *word, *position, *token_type;
 };
 
-// The three gathered rows of token t, summed. The word's row of `next`, the token whose turn is next, is asked for
-// meanwhile: no prefetcher foresees it.
+// The three gathered rows of token t, summed.
 template <typename scalar_t, typename acc = acc_t<scalar_t>>
 struct Gather {
-  const scalar_t *word, *position, *token_type, *next_word;
+  const scalar_t *word, *position, *token_type;
 
-  Gather(const Tables<scalar_t>& tables, const Ids& ids, int64_t t, int64_t next, int64_t n_columns)
+  Gather(const Tables<scalar_t>& tables, const Ids& ids, int64_t t, int64_t n_columns)
       : word(tables.word + ids.word[t] * n_columns),
         position(tables.position + ids.position[t] * n_columns),
-        token_type(tables.token_type + ids.token_type[t] * n_columns),
-        next_word(tables.word + ids.word[next] * n_columns) {}
+        token_type(tables.token_type + ids.token_type[t] * n_columns) {}
   template <typename S>
   Vec<acc> load(int64_t j, S size) const {
-    __builtin_prefetch(next_word + j);
     return Vec<acc>::load(word + j, size) + Vec<acc>::load(position + j, size) + Vec<acc>::load(token_type + j, size);
   }
 };
@@ -51,7 +48,7 @@ void embedding_sum_fwd(scalar_t* y, acc* mean, acc* rstd, const Ids& ids, const 
   const V scale(static_cast<acc>(dropout.scale));
   for_parts(n_rows, n_parts(n_rows, n_columns), [&](int64_t, int64_t begin, int64_t end) {
     const auto gather = [&](int64_t row, acc* z) {
-      const Gather<scalar_t> tokens(tables, ids, row, std::min(row + 1, end - 1), n_columns);
+      const Gather<scalar_t> tokens(tables, ids, row, n_columns);
       RowSums<acc> sums;
       for_columns(n_columns, [&](int64_t j, auto size) {
         const V z_j = tokens.load(j, size);
@@ -62,7 +59,10 @@ void embedding_sum_fwd(scalar_t* y, acc* mean, acc* rstd, const Ids& ids, const 
     };
     for_normalised_rows<acc>(begin, end, n_columns, eps, gather, [&](int64_t row, const acc* z, Statistics<acc> s) {
       mean[row] = s.mean, rstd[row] = s.rstd;
+      // No prefetcher foresees a word's row. Asked for here, not where its turn is near, it leaves the gathering free.
+      const scalar_t* later_word = tables.word + ids.word[std::min(row + 3, end - 1)] * n_columns;
       for_columns_dropped<DROP>(n_columns, dropout, row_key[row], [&](int64_t j, auto size, const Mask& kept) {
+        __builtin_prefetch(later_word + j);
         const V x_hat = (V::load(z + j, size) - V(s.mean)) * V(s.rstd);
         V y_j = fma(x_hat, V::load(weight + j, size), V::load(bias + j, size));
         if constexpr (DROP) y_j = keep(kept, y_j * scale);
@@ -97,9 +97,30 @@ void add_row(table_t* to, const acc* from, int64_t n) {
 struct BackwardShape {
   int64_t n_rows, n_columns, n_positions, n_types, parts;  // n_positions: those that occur
   int64_t padding_idx;                                     // -1 for none
+  bool fresh, far;  // dword holds nothing yet: rows are written, not added to; whether past the caches
 };
 
-// dword += the gradient of the word table. Left for the caller to add over parts, for each part:
+// Zeros for the rows of a new word table that no token has.
+template <typename table_t>
+void zero_others(table_t* dword, int64_t n_words, const Ids& ids, const int32_t* order, const BackwardShape& s) {
+  for_parts(n_words, n_parts(n_words, s.n_columns), [&](int64_t, int64_t begin, int64_t end) {
+    const auto before = [&](int32_t row, int64_t word) { return ids.word[row] < word; };
+    const int32_t *last = order + s.n_rows, *next = std::lower_bound(order, last, begin, before);
+    for (int64_t word = begin; word < end;) {
+      while (next < last && (ids.word[*next] < word || ids.word[*next] == s.padding_idx)) next++;
+      const int64_t until = next < last ? std::min(end, ids.word[*next]) : end, n = (until - word) * s.n_columns;
+      table_t* row = dword + word * s.n_columns;
+      if (s.far) {
+        for_columns(n, [&](int64_t j, auto size) { store_row<true>(row + j, Vec<acc_t<table_t>>(), size); });
+      } else {
+        std::fill_n(row, n, table_t(0));
+      }
+      word = until + 1;
+    }
+  });
+}
+
+// dword += the gradient of the word table, or = in its tokens' rows. Left for the caller to add over parts, for each part:
 // column_sums: dweight, dbias (2, n_columns); tables: dposition, dtoken_type (n_positions + n_types, n_columns).
 template <bool DROP, typename table_t, typename scalar_t, typename acc = acc_t<scalar_t>>
 void embedding_sum_bwd(table_t* dword, acc* column_sums, acc* tables_sums, const scalar_t* dy, const Ids& ids,
@@ -108,6 +129,12 @@ void embedding_sum_bwd(table_t* dword, acc* column_sums, acc* tables_sums, const
   using V = Vec<acc>;
   const int64_t H = s.n_columns;
   const V scale(static_cast<acc>(dropout.scale));
+  const auto put = [&](int64_t word, const acc* sum, auto far) {
+    if (word == s.padding_idx) return;
+    table_t* to = dword + word * H;
+    if (!s.fresh) return add_row(to, sum, H);
+    for_columns(H, [&](int64_t j, auto size) { store_row<far>(to + j, Vec<acc>::load(sum + j, size), size); });
+  };
   acc* cut_words = scratch<acc, 5>(2 * s.parts * H);  // (parts, first and last word, H)
   for_parts(s.n_rows, s.parts, [&](int64_t part, int64_t begin, int64_t end) {
     ColumnSums<acc> sums(column_sums, part, 2 * H);
@@ -127,11 +154,13 @@ void embedding_sum_bwd(table_t* dword, acc* column_sums, acc* tables_sums, const
         std::fill_n(segment, H, acc(0));
       }
       const int64_t next = order[std::min(i + 1, end - 1)];
-      const Gather<scalar_t> gather(tables, ids, row, next, H);
+      const Gather<scalar_t> gather(tables, ids, row, H);
+      const scalar_t *next_word = tables.word + ids.word[next] * H, *next_dy = dy + next * H;
       const V row_mean(mean[row]), row_rstd(rstd[row]);
       V sum_g, sum_gx;
       for_columns_dropped<DROP>(H, dropout, row_key[row], [&](int64_t j, auto size, const Mask& kept) {
-        __builtin_prefetch(dy + next * H + j);
+        __builtin_prefetch(next_dy + j);
+        __builtin_prefetch(next_word + j);
         V dy_j = V::load(dy + row * H + j, size);
         if constexpr (DROP) dy_j = keep(kept, dy_j * scale);
         const V x_hat_j = (gather.load(j, size) - row_mean) * row_rstd, g = dy_j * V::load(weight + j, size);
@@ -152,7 +181,9 @@ void embedding_sum_bwd(table_t* dword, acc* column_sums, acc* tables_sums, const
         for (acc* to : {segment, position_row, type_row}) (V::load(to + j, size) + dz).store(to + j, size);
       });
       const bool last_of_word = i + 1 == end || ids.word[order[i + 1]] != word;
-      if (segment == interior && last_of_word && word != s.padding_idx) add_row(dword + word * H, interior, H);
+      if (segment == interior && last_of_word) {
+        s.far ? put(word, interior, std::true_type()) : put(word, interior, std::false_type());
+      }
     }
     sums.end();
   });
@@ -169,7 +200,7 @@ void embedding_sum_bwd(table_t* dword, acc* column_sums, acc* tables_sums, const
       running = cut_words + c * H;
     }
     const bool ends = c + 1 == 2 * s.parts || word_of(c + 1) != word_of(c);
-    if (ends && word_of(c) != s.padding_idx) add_row(dword + word_of(c) * H, running, H);
+    if (ends) put(word_of(c), running, std::false_type());
   }
 }
 
@@ -246,8 +277,9 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> embedding_sum_fwd_cpu(
   });
 }
 
-// dy (T, H), the forward's inputs and statistics; adds into dword (V, H), compute dtype or float32
+// dy (T, H), the forward's inputs and statistics; adds into dword (fresh: writes) (V, H), compute dtype or float32
 // -> dposition (positions, H), dtoken_type (types, H), dweight, dbias (H,)
+template <bool fresh = false>
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> embedding_sum_bwd_into_cpu(
     const at::Tensor& dy_, const at::Tensor& input_ids, const at::Tensor& position_ids,
     const at::Tensor& token_type_ids, const at::Tensor& word, const at::Tensor& position, const at::Tensor& token_type,
@@ -275,7 +307,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> embedding_sum_bwd_int
   const int32_t* order = sorted_order(ids.word, n_rows, word.size(0), orders, orders + n_rows);
   const int64_t n_positions = n_rows ? *std::max_element(ids.position, ids.position + n_rows) + 1 : 0;
   const BackwardShape shape{n_rows,      n_columns, n_positions, token_type.size(0), n_parts(n_rows, n_columns),
-                            padding_idx.value_or(-1)};
+                            padding_idx.value_or(-1), fresh, fresh && is_far(dword, 128)};
   DISPATCH_SCALAR(word.scalar_type(), "embedding_sum", [&] {
     using acc = acc_t<scalar_t>;
     const auto acc_dtype = c10::CppTypeToScalarType<acc>::value;
@@ -283,6 +315,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> embedding_sum_bwd_int
     const int64_t table_size = (n_positions + shape.n_types) * n_columns;
     acc* table_sums = scratch<acc, 6>(shape.parts * table_size);
     const auto run = [&](auto* dword_p) {
+      if (fresh) zero_others(dword_p, word.size(0), ids, order, shape);
       using table_t = std::remove_pointer_t<decltype(dword_p)>;
       const auto kernel = dropout.active ? embedding_sum_bwd<true, table_t, scalar_t>
                                          : embedding_sum_bwd<false, table_t, scalar_t>;
@@ -315,20 +348,15 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> embedding_sum_bwd_int
   return {dposition, dtoken_type, dweight, dbias};
 }
 
-// The same into a table of zeros -> dword (V, H), dposition, dtoken_type, dweight, dbias
+// The same into a new table -> dword (V, H), dposition, dtoken_type, dweight, dbias
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> embedding_sum_bwd_cpu(
     const at::Tensor& dy, const at::Tensor& input_ids, const at::Tensor& position_ids,
     const at::Tensor& token_type_ids, const at::Tensor& word, const at::Tensor& position, const at::Tensor& token_type,
     const at::Tensor& weight, const at::Tensor& mean, const at::Tensor& rstd, std::optional<int64_t> padding_idx,
     double p, const std::optional<at::Tensor>& seed, const std::optional<at::Tensor>& row_key, int64_t stream) {
   at::Tensor dword = empty(word.sizes(), word.options());
-  char* bytes = static_cast<char*>(dword.mutable_data_ptr());
-  const int64_t n_bytes = static_cast<int64_t>(dword.nbytes());
-  for_parts(n_bytes, n_parts(n_bytes, 1), [&](int64_t, int64_t begin, int64_t end) {
-    std::memset(bytes + begin, 0, end - begin);
-  });
   return std::tuple_cat(std::make_tuple(dword),
-                        embedding_sum_bwd_into_cpu(dy, input_ids, position_ids, token_type_ids, word, position,
+                        embedding_sum_bwd_into_cpu<true>(dy, input_ids, position_ids, token_type_ids, word, position,
                                                    token_type, weight, mean, rstd, padding_idx, p, seed, row_key,
                                                    stream, dword));
 }
@@ -339,5 +367,5 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> embedding
 TORCH_LIBRARY_IMPL(bertfast, CPU, m) {
   m.impl("embedding_sum_fwd", &bertfast::embedding_sum_fwd_cpu);
   m.impl("embedding_sum_bwd", &bertfast::embedding_sum_bwd_cpu);
-  m.impl("embedding_sum_bwd_into", &bertfast::embedding_sum_bwd_into_cpu);
+  m.impl("embedding_sum_bwd_into", &bertfast::embedding_sum_bwd_into_cpu<>);
 }
