@@ -1,6 +1,7 @@
 """All fused ops against fp64 truth, in one table, by the rule of the parity contract; whatever runs on this machine."""
 
 import copy
+import ctypes
 import math
 import warnings
 
@@ -15,7 +16,7 @@ from torch.utils import _pytree as pytree
 from bertfast import BertConfig, BertForPreTraining, ops
 from bertfast.ops import _define, optimizer_step
 from bertfast.ops.dropout import keep_mask, keep_scale, philox, threshold
-from bertfast.ops.few_rows_linear import MOST_ROWS, takes
+from bertfast.ops.few_rows_linear import most_rows, takes
 from bertfast.ops.gemm import suits
 from bertfast.ops.linear import joined_linear, linear
 from bertfast.ops.masked_vocab_projection import GradientSink
@@ -87,6 +88,30 @@ def test_many_rows_as_few_at_a_time(name, dtype):
             scale = sum(piece[n].double().abs() for piece in pieces).max()
             total = sum(piece[n].double() for piece in pieces)
             assert ((value.double() - total).abs() <= ulps * torch.finfo(value.dtype).eps * scale).all(), n
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("words", [40, 700])
+def test_a_new_word_table_is_the_one_that_was_zeros(words, dtype):
+    """Every row is written, those of words that are not there and of the padding too."""
+    T, H = 200, 1024
+    t = CASES["embedding_sum"].inputs((T, H, words), dtype)
+    t["input_ids"][::9], t["input_ids"][5] = 0, words - 1
+    rest = (t["dy"], t["input_ids"], t["position_ids"], t["token_type_ids"], t["word"], t["position"], t["token_type"],
+            t["weight"], torch.randn(T), torch.rand(T) + 0.5, 0, 0.1, t["seed"], t["row_key"], STREAM)
+    before, allocator = torch.get_num_threads(), ctypes.CDLL(None)
+    allocator.mallopt(-3, 1 << 25)  # M_MMAP_THRESHOLD: no fresh pages, which are zeros
+    allocator.mallopt(-6, 0x5A)  # M_PERTURB: new memory is full of it
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            zeros = torch.zeros(words, H, dtype=dtype)
+            torch.ops.bertfast.embedding_sum_bwd_into(*rest, zeros)
+            new = torch.ops.bertfast.embedding_sum_bwd(*rest)[0]
+            assert torch.equal(new, zeros) and not new[0].any() and new[words - 1].any()
+    finally:
+        allocator.mallopt(-6, 0)
+        torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize("offset", [0.5, 1.0, 2.0, 30.0, 300.0])
@@ -307,7 +332,7 @@ def case_attention(case, t, p):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("rows", [0, 1, 3, 4, 18, 128])
-@pytest.mark.parametrize(("outputs", "inputs", "n"), [(4, 32, 1), (36, 384, 3), (384, 1536, 2)])
+@pytest.mark.parametrize(("outputs", "inputs", "n"), [(4, 32, 1), (36, 384, 3), (64, 416, 3), (384, 1536, 2)])
 def test_few_rows_linear_is_no_further_than_the_gemm(rows, outputs, inputs, n, dtype):
     torch.manual_seed(rows)
     x = torch.randn(rows, inputs).to(dtype)
@@ -326,7 +351,7 @@ def test_few_rows_are_taken_in_inference_only():
     there = torch._C._dispatch_has_kernel_for_dispatch_key("bertfast::few_rows_linear", "CPU")
     with torch.no_grad():
         assert takes(x, layer) == there
-        assert not takes(torch.randn(MOST_ROWS + 1, 64), layer) and not takes(x, torch.nn.Linear(64, 7).eval())
+        assert not takes(torch.randn(most_rows(torch.float32) + 1, 64), layer) and not takes(x, torch.nn.Linear(64, 7).eval())
         assert not takes(torch.randn(5, 63), torch.nn.Linear(63, 8).eval())
         assert not takes(x.bfloat16(), layer) and not takes(x.half(), copy.deepcopy(layer).half())
         assert not takes(x, copy.deepcopy(layer).train())
@@ -381,8 +406,9 @@ def test_gemm_refuses_what_does_not_fit(dtype):
 @pytest.mark.skipif(not HAS_GEMM, reason="gemm is built for CPUs with AVX-512; elsewhere it is PyTorch's")
 def test_which_products_in_fp32_are_gemms():
     weight = torch.randn(128, 64)
-    assert suits(torch.randn(256, 64), weight)
-    assert not suits(torch.randn(255, 64), weight) and not suits(torch.randn(256, 96), torch.randn(128, 96))
+    least = 48 if torch.ops.bertfast.gemm_takes_few_rows() else 256
+    assert suits(torch.randn(least, 64), weight) and not suits(torch.randn(least - 1, 64), weight)
+    assert not suits(torch.randn(256, 96), torch.randn(128, 96))
     assert not suits(torch.randn(256, 64).double(), weight.double())
 
 

@@ -12,8 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ._define import define, forward_mode
+from .gemm import takes_few_rows
 
-MOST_ROWS = 128  # times PyTorch's GEMM there, measured: AVX-512 1.5 in fp32, 1.1 in bf16; AVX2 1.0 to 1.2
+MOST_ROWS = 128  # times PyTorch's GEMM there, measured: AMD's AVX-512 1.5 in fp32, 1.1 in bf16; AVX2 1.0 to 1.2
 
 
 def _few_rows_linear(x, weights, biases):
@@ -39,6 +40,11 @@ def _has_kernel(dtype: torch.dtype) -> bool:
     return there and dtype in (torch.float32, torch.bfloat16)
 
 
+def most_rows(dtype: torch.dtype) -> int:
+    """How many rows the kernel is the one to take: where `gemm` is as good in its place, to where `gemm` always is."""
+    return 255 if dtype == torch.float32 and takes_few_rows() else MOST_ROWS
+
+
 def takes(x: Tensor, module: nn.Linear) -> bool:
     """Whether the kernel computes this layer, in evaluation, of x (M, I).
 
@@ -50,7 +56,7 @@ def takes(x: Tensor, module: nn.Linear) -> bool:
     if type(weight) not in (nn.Parameter, torch.Tensor):  # quantised, say: a subclass has its own ways
         return False
     return (
-        x.device.type == "cpu" and x.dim() == 2 and len(x) <= MOST_ROWS and x.shape[1] % 32 == 0
+        x.device.type == "cpu" and x.dim() == 2 and len(x) <= most_rows(x.dtype) and x.shape[1] % 32 == 0
         and weight.shape[0] % 4 == 0 and x.dtype == weight.dtype and _has_kernel(x.dtype)
         and not torch.is_autocast_enabled("cpu")
     )

@@ -15,7 +15,6 @@ from torch import Tensor
 from ._define import define
 
 MOST_ELEMENTS = 1 << 24  # of x, which the weight's gradient packs as a whole: 32 MiB
-LEAST_ROWS = {torch.bfloat16: 1, torch.float32: 256}  # in fp32 PyTorch's is up to a tenth faster below
 
 
 def gemm_of_pytorch(a, b, bias, transpose_a, transpose_b):
@@ -41,6 +40,16 @@ def _has_kernel(dtype: torch.dtype) -> bool:
     return there and dtype == torch.float32
 
 
+@functools.cache
+def takes_few_rows() -> bool:
+    """Whether in fp32 it is faster than PyTorch's below 256 rows too: on Intel's CPUs; on AMD's up to a tenth slower."""
+    return _has_kernel(torch.float32) and torch.ops.bertfast.gemm_takes_few_rows()
+
+
+def _least_rows(dtype: torch.dtype) -> int:
+    return 1 if dtype == torch.bfloat16 else 48 if takes_few_rows() else 256
+
+
 def suits(x: Tensor, weight: Tensor) -> bool:
     """Whether the kernel computes a linear layer of x (M, I) with weight (O, I), and its gradients."""
     return (
@@ -48,6 +57,6 @@ def suits(x: Tensor, weight: Tensor) -> bool:
         and x.dtype == weight.dtype and x.device.type == "cpu" and x.dim() == 2
         and not torch.compiler.is_compiling() and _has_kernel(x.dtype)
         and x.shape[1] % 64 == 0 and weight.shape[0] % 64 == 0
-        and len(x) >= LEAST_ROWS[x.dtype] and 0 < x.numel() <= MOST_ELEMENTS
+        and len(x) >= _least_rows(x.dtype) and 0 < x.numel() <= MOST_ELEMENTS
         and not torch.is_autocast_enabled("cpu")
     )

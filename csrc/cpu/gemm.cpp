@@ -3,7 +3,8 @@
 // Columns of C are cut into panels of 64. B's panels are packed in groups that stay in the L2 cache while all rows of A
 // pass, and a tile of 6 rows by a panel stays in registers over the inner dimension, in bf16 over all of it, so that C is
 // written once, in fp32 over stretches. A is read as it lies; only where both operands run along the rows of C's sum (A
-// transposed) is it woven first, in bf16; in fp32 that product is PyTorch's.
+// transposed) is it woven first, in bf16; in fp32 that product is PyTorch's. Where A has few rows reading B is what takes
+// the time: then each panel is multiplied as soon as it is packed, and the next one is asked for meanwhile.
 // Every element is summed in one order, so the result is the same for any number of threads.
 #include "gemm_tile.h"
 
@@ -24,9 +25,13 @@ constexpr bool BF16_BUILT = false;
 #endif
 constexpr int64_t TILE = 6;
 constexpr int64_t WOVEN = 96;  // rows of a transposed A that are woven at a time
+constexpr int64_t FEW_ROWS = 256;  // in fp32, fewer
 // Steps of A and B that pass at a time: in bf16 all of them, for C is rounded when it is written.
 template <typename Word>
-constexpr int64_t STRETCH = std::is_same_v<Word, Pair> ? std::numeric_limits<int64_t>::max() : 768;
+int64_t longest_stretch(int64_t m) {
+  if (std::is_same_v<Word, Pair>) return std::numeric_limits<int64_t>::max();
+  return m >= FEW_ROWS ? 768 : m > 64 ? 384 : 128;
+}
 
 // Bytes of a group of packed B: the best of 200 to 640 KiB on an L2 of 1 MiB, of 400 to 800 on one of 2 MiB.
 int64_t group_bytes() {
@@ -116,19 +121,24 @@ void tile_of(int64_t m, const Product<Word>& o, Ahead& next_a, int64_t lines, co
   if constexpr (M > 1) tile_of<M - 1>(m, o, next_a, lines, next_c);
 }
 
-// m rows of C by `panels` panels: a tile's rows of A stay in L1 while B's panels pass.
+// m rows of C by `panels` panels: a tile's rows of A stay in L1 while B's panels pass. next_b: what will be packed then.
 template <typename Word>
-void multiply_group(Product<Word> o, int64_t m, int64_t panels) {
-  const int64_t lines = (TILE + panels - 1) / panels;  // between 16 steps, to have a tile's rows of A in time
-  for (; m > 0; m -= TILE, o.a += TILE * o.a_row, o.c += TILE * o.c_row) {
-    Product<Word> t = o;
-    const int64_t later = std::min(m - TILE, TILE);
-    Ahead next = o.far_a ? Ahead::of(o.a + TILE * o.a_row, o.a_row, o.steps, later) : Ahead();
-    for (int64_t p = 0; p < panels; p++, t.b += t.steps * PANEL<Word>, t.c += PANEL<Word>) {
+void multiply_group(const Product<Word>& o, int64_t m, int64_t panels, Ahead next_b = {}) {
+  const int64_t tiles = (m + TILE - 1) / TILE;
+  const auto bound = [&](int64_t t) { return m * std::min(t, tiles) / tiles; };  // rows as equal as can be
+  // between 16 steps, to have a tile's rows of A in time, or all of a panel of B
+  const int64_t lines = next_b.rows ? (PANEL<Word> + tiles - 1) / tiles : (TILE + panels - 1) / panels;
+  for (int64_t t = 0; t < tiles; t++) {
+    const int64_t first = bound(t), end = bound(t + 1), later = bound(t + 2) - end;
+    Product<Word> part = o;
+    part.a += first * o.a_row, part.c += first * o.c_row;
+    Ahead next_a = o.far_a ? Ahead::of(o.a + end * o.a_row, o.a_row, o.steps, later) : Ahead();
+    for (int64_t p = 0; p < panels; p++, part.b += o.steps * PANEL<Word>, part.c += PANEL<Word>) {
       const bool last = p == panels - 1;
-      const auto* c = last ? o.c + TILE * o.c_row : t.c + PANEL<Word>;
-      tile_of(m, t, next, lines, o.far_c ? Ahead::of(c, o.c_row, PANEL<Word>, last ? later : std::min(m, TILE)) : Ahead());
-      if (t.bias) t.bias += PANEL<Word>;
+      const auto* c = last ? o.c + end * o.c_row : part.c + PANEL<Word>;
+      tile_of(end - first, part, next_b.rows ? next_b : next_a, lines,
+              o.far_c ? Ahead::of(c, o.c_row, PANEL<Word>, last ? later : end - first) : Ahead());
+      if (part.bias) part.bias += PANEL<Word>;
     }
   }
 }
@@ -136,20 +146,35 @@ void multiply_group(Product<Word> o, int64_t m, int64_t panels) {
 template <typename Word>
 int64_t group_of(int64_t steps) { return std::max<int64_t>(1, group_bytes() / (steps * PANEL<Word> * 4 + 1)); }
 
-// A as it lies. Threads share out columns and rows; pack(panel, first, steps, out) packs some steps of a panel of B, once
-// for each part of rows.
-template <typename Word, typename Pack>
-void multiply_rows(const Product<Word>& o, int64_t m, int64_t n_panels, Pack&& pack) {
+// A as it lies. Threads share out columns and rows; some steps of a panel of B, the rows or, transposed, the columns of
+// panel_of(panel, first step), are packed once for each part of rows.
+template <typename Word, typename PanelOf>
+void multiply_rows(const Product<Word>& o, int64_t m, int64_t n_panels, bool transpose_b, PanelOf&& panel_of) {
   constexpr int64_t PACKING = 64;  // a panel's packing takes the time of so many rows
-  const int64_t stretches = std::max<int64_t>(1, (o.steps - 1) / STRETCH<Word> + 1);
+  const bool few = std::is_same_v<Word, float> && m < FEW_ROWS;
+  const int64_t longest = longest_stretch<Word>(m), stretches = std::max<int64_t>(1, (o.steps - 1) / longest + 1);
   const int64_t stretch = round_up(std::max<int64_t>(1, (o.steps + stretches - 1) / stretches), WORDS<Word>);
-  const int64_t threads = at::get_num_threads(), G = group_of<Word>(stretch);
+  const int64_t threads = at::get_num_threads(), G = few ? 1 : group_of<Word>(stretch);
   int64_t column_parts = 1, row_parts = 1, least = std::numeric_limits<int64_t>::max();
   for (int64_t c = 1; c <= std::min(n_panels, threads); c++) {
     const int64_t r = std::min(threads / c, std::max<int64_t>(1, m / PACKING));
     const int64_t cost = (n_panels + c - 1) / c * ((m + r - 1) / r + PACKING);
     if (cost < least) least = cost, column_parts = c, row_parts = r;
   }
+  const auto pack = [&](int64_t p, int64_t first, int64_t steps, Word* packed) {
+    const int64_t inner = steps * DEPTH<Word>;
+    if (transpose_b) {
+      Word* block = scratch<Word, 2>(WORDS<Word> * round_up(steps, WORDS<Word>));
+      pack_columns<Word>(panel_of(p, first), PANEL<Word>, inner, packed, PANEL<Word>, block);
+    } else {
+      pack_rows<Word>(panel_of(p, first), inner, PANEL<Word>, packed, PANEL<Word>);
+    }
+  };
+  const auto ahead = [&](int64_t p, int64_t first) {
+    const auto b = panel_of(p, first);
+    const int64_t inner = std::min(stretch, o.steps - first) * DEPTH<Word>;
+    return transpose_b ? Ahead::of(b.data, b.stride, inner, PANEL<Word>) : Ahead::of(b.data, b.stride, PANEL<Word>, inner);
+  };
   at::parallel_for(0, column_parts * row_parts, 1, [&](int64_t begin, int64_t end) {
     Word* packed = scratch<Word, 0>(G * stretch * PANEL<Word>);
     for (int64_t part = begin; part < end; part++) {
@@ -166,17 +191,19 @@ void multiply_rows(const Product<Word>& o, int64_t m, int64_t n_panels, Pack&& p
           part_of.accumulate = first > 0;
           if (o.bias) part_of.bias += at;
           for (int64_t i = 0; i < panels; i++) pack(p + i, first, part_of.steps, packed + i * part_of.steps * PANEL<Word>);
-          multiply_group(part_of, rows, panels);
+          const bool goes_on = first + stretch < o.steps, ends = !goes_on && p + 1 == last;
+          multiply_group(part_of, rows, panels,
+                         !few || ends ? Ahead() : goes_on ? ahead(p, first + stretch) : ahead(p + 1, 0));
         }
       }
     }
   });
 }
 
-// C (m, n) = a b + bias of a (m, k), b (k, n) or, transposed, (n, k).
+// C (m, n) = a [b_0 b_1 …] + bias of a (m, k) and several b, all (k, n / their number) or, transposed, (n / number, k).
 template <typename Word>
-void multiply(element_t<Word>* c, const element_t<Word>* a, const element_t<Word>* b, const element_t<Word>* bias,
-              int64_t m, int64_t n, int64_t k, bool transpose_b) {
+void multiply(element_t<Word>* c, const element_t<Word>* a, at::ArrayRef<const element_t<Word>*> bs,
+              const element_t<Word>* bias, int64_t m, int64_t n, int64_t k, bool transpose_b) {
   using element = element_t<Word>;
   // what the last writer left in the caches that are near need not be asked for; in bf16 C is half, and never was
   constexpr int64_t FAR = std::is_same_v<Word, Pair> ? NEAR : NEAR / 8;
@@ -184,17 +211,26 @@ void multiply(element_t<Word>* c, const element_t<Word>* a, const element_t<Word
   Product<Word> product{reinterpret_cast<const Word*>(a), k / DEPTH<Word>, 1, nullptr, k / DEPTH<Word>, bias, c, n};
   product.far_a = beyond(k);
   product.far_c = std::is_same_v<Word, float> && beyond(n);
-  multiply_rows(product, m, n / PANEL<Word>, [&](int64_t p, int64_t first, int64_t steps, Word* packed) {
-    const int64_t from = first * DEPTH<Word>, inner = steps * DEPTH<Word>;
-    if (transpose_b) {
-      Word* block = scratch<Word, 2>(WORDS<Word> * round_up(steps, WORDS<Word>));
-      const Rows<const element> columns{b + p * PANEL<Word> * k + from, k};
-      pack_columns<Word>(columns, PANEL<Word>, inner, packed, PANEL<Word>, block);
-    } else {
-      pack_rows<Word>(Rows<const element>{b + from * n + p * PANEL<Word>, n}, inner, PANEL<Word>, packed, PANEL<Word>);
-    }
+  const int64_t width = n / static_cast<int64_t>(bs.size());
+  multiply_rows(product, m, n / PANEL<Word>, transpose_b, [&](int64_t p, int64_t first) {
+    const int64_t column = p * PANEL<Word>, at = column % width, from = first * DEPTH<Word>;
+    const element* b = bs[column / width];
+    return transpose_b ? Rows<const element>{b + at * k + from, k} : Rows<const element>{b + from * width + at, width};
   });
 }
+
+}  // namespace
+
+bool gemm_takes_few_rows() {
+  static const bool intel = __builtin_cpu_is("intel");
+  return intel;
+}
+
+void gemm(float* c, const float* a, at::ArrayRef<const float*> bs, const float* bias, int64_t m, int64_t n, int64_t k) {
+  multiply<float>(c, a, bs, bias, m, n, k, true);
+}
+
+namespace {
 
 #if defined(__AVX512BF16__)
 using BF16 = c10::BFloat16;
@@ -250,7 +286,7 @@ at::Tensor gemm_cpu(const at::Tensor& a_, const at::Tensor& b_, const std::optio
     element* out = c.mutable_data_ptr<element>();
     if constexpr (std::is_same_v<Word, Pair>)
       if (transpose_a) return multiply_transposed(out, pointer(a), pointer(b), m, n, k);
-    multiply<Word>(out, pointer(a), pointer(b), pointer(bias), m, n, k, transpose_b);
+    multiply<Word>(out, pointer(a), {pointer(b)}, pointer(bias), m, n, k, transpose_b);
   };
 #if defined(__AVX512BF16__)
   if (bf16) return run(Pair{}), c;
@@ -263,6 +299,9 @@ at::Tensor gemm_cpu(const at::Tensor& a_, const at::Tensor& b_, const std::optio
 }  // namespace bertfast
 
 TORCH_LIBRARY_IMPL(bertfast, CPU, m) { m.impl("gemm", &bertfast::gemm_cpu); }
-TORCH_LIBRARY_FRAGMENT(bertfast, m) { m.def("gemm_multiplies_bf16() -> bool", [] { return bertfast::BF16_BUILT; }); }
+TORCH_LIBRARY_FRAGMENT(bertfast, m) {
+  m.def("gemm_multiplies_bf16() -> bool", [] { return bertfast::BF16_BUILT; });
+  m.def("gemm_takes_few_rows() -> bool", [] { return bertfast::gemm_takes_few_rows(); });
+}
 
 #endif

@@ -162,6 +162,12 @@ void multiply(const Word* a, int64_t a_row, int64_t a_step, const Word* b, int64
   }
 }
 
+#if defined(__AVX512F__)
+// C (m, n) = a [b_0^T b_1^T …] + bias in the caller's threads, in fp32: a (m, k), b_i (n / their number, k); in gemm.cpp.
+void gemm(float* c, const float* a, at::ArrayRef<const float*> bs, const float* bias, int64_t m, int64_t n, int64_t k);
+bool gemm_takes_few_rows();  // in fp32: whether below 256 rows it is faster than PyTorch's, as measured
+#endif
+
 // ---- packing ----
 
 template <typename T>
@@ -244,13 +250,18 @@ void pack_columns(Rows<const scalar_t> x, int64_t n, int64_t k, Word* out, int64
   const int64_t steps = steps_of<Word>(k), stride = round_up(steps, N);
   for (int64_t i = 0; i < round_up(n, std::max(LANES, N)); i += N) {
     const int64_t rows = std::clamp<int64_t>(n - i, 0, N);
-    copy_rows(x.from(i), rows, k, block, stride);
-    if (rows < N) std::memset(static_cast<void*>(block + rows * stride), 0, (N - rows) * stride * sizeof(Word));
+    Rows<const Word> from{block, stride};
+    if (std::is_same_v<Word, scalar_t> && rows == N && k % N == 0) {  // words already
+      from = {reinterpret_cast<const Word*>(x[i]), x.stride};
+    } else {
+      copy_rows(x.from(i), rows, k, block, stride);
+      if (rows < N) std::memset(static_cast<void*>(block + rows * stride), 0, (N - rows) * stride * sizeof(Word));
+    }
     Word* panel = out + i / width * width * steps + i % width;
     for (int64_t s = 0; s < steps; s += N) {
       typename Tile<T>::Register r[N];
 #pragma GCC unroll 16
-      for (int64_t j = 0; j < N; j++) r[j] = load_register<T>(block + j * stride + s);
+      for (int64_t j = 0; j < N; j++) r[j] = load_register<T>(from[j] + s);
       transpose<T, N / 2>(r, std::make_integer_sequence<int, N>());
 #pragma GCC unroll 16
       for (int64_t j = 0; j < N; j++)
