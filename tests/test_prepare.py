@@ -588,6 +588,19 @@ def test_the_command_line(tmp_path: Path, vocab: Path) -> None:
     assert (done.returncode, done.stderr) == (2, "bertfast: there is no file absent.txt\n")
 
 
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="there is no /dev/full here")
+@pytest.mark.parametrize("terminal", [{}, {"TTY_COMPATIBLE": "1"}])
+def test_a_set_outlives_what_it_is_told_to(terminal: dict, tmp_path: Path, vocab: Path) -> None:
+    write(tmp_path / "a.txt", DOCUMENTS)
+    reader, broken = os.pipe()
+    os.close(reader)
+    for out, stderr in (("one", broken), ("two", os.open("/dev/full", os.O_WRONLY))):
+        done = subprocess.run([sys.executable, "-m", "bertfast", "prepare", "a.txt", "--vocab", str(vocab), "--workers",
+                               "1", "--out", out], cwd=tmp_path, stderr=stderr, env={**os.environ, **terminal})
+        os.close(stderr)
+        assert done.returncode == 0 and text_of(tmp_path / out) == EXPECTED
+
+
 def test_what_is_renamed_is_on_the_disk_first(tmp_path, monkeypatch):
     done, replace = [], os.replace
     monkeypatch.setattr(files, "_sync", lambda path: done.append(path.name))

@@ -64,11 +64,12 @@ def prepare(
     """Prepare text files, folders and globs (None: the documentation on this machine) into the folder `out`.
 
     The vocabulary is `vocab` (a vocab.txt, tokenizer.json or folder of one), or `vocab_size` entries are learned from
-    the text. Returns the manifest. Does nothing where `out` already holds just this. `console` gets what was left
-    out, the progress bar and a line at the end. Raises UserError for whatever is wrong with the input, the vocabulary
-    or `out`.
+    the text. Returns the manifest. Does nothing where `out` already holds just this. `console` (by default
+    standard error, whose loss ends nothing) gets what was left out, the progress bar and a line at the end. Raises
+    UserError for whatever is wrong with the input, the vocabulary or `out`.
     """
-    console = console or Console(stderr=True)
+    stderr: Any = sys.stderr and _Unheard(sys.stderr)
+    console = console or Console(file=stderr, stderr=True)
     tell = partial(console.print, highlight=False, markup=False, soft_wrap=True)  # a path as it is, not folded
     out = Path(out)
     workers = workers or _cores()
@@ -355,6 +356,23 @@ def _outlive_no_parent() -> None:
     if parent is not None:
         parent.join()
         os._exit(1)
+
+
+class _Unheard:
+    """A stream whose loss ends nothing: from the first write that fails, what it is given goes nowhere."""
+
+    def __init__(self, stream: Any):
+        self.stream = stream
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.stream, name)
+
+    def write(self, text: str) -> None:
+        try:
+            self.stream.write(text)
+            self.stream.flush()
+        except OSError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())  # also for what it keeps till the end
 
 
 @contextmanager
