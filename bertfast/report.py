@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import sys
 import time
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -229,8 +230,9 @@ def kernels_in_use(device: str) -> str:
 
 
 def pyplot():
-    """matplotlib's, imported when first needed, without a display unless MPLBACKEND says otherwise."""
-    os.environ.setdefault("MPLBACKEND", "Agg")
+    """matplotlib's, imported when first needed, and then without a display: MPLBACKEND may name a notebook's."""
+    if "matplotlib" not in sys.modules:
+        os.environ["MPLBACKEND"] = "Agg"
     import matplotlib.pyplot as plt
 
     return plt

@@ -486,6 +486,12 @@ def test_every_validation_is_drawn(tmp_path, monkeypatch):
     assert dict(drawn)["validation"] == [10, 20, 28, 30, 40]
 
 
+@pytest.mark.parametrize("backend", ["module://matplotlib_inline.backend_inlined", "nonsense"])
+def test_pictures_need_no_notebook_around(backend):
+    subprocess.run([sys.executable, "-c", "from bertfast.report import pyplot; pyplot().figure()"], check=True,
+                   env={**os.environ, "MPLBACKEND": backend})
+
+
 def test_slow_steps_have_an_eta(monkeypatch):
     now, shown = [0.0], io.StringIO()
     terminal = Console(file=shown, force_terminal=True, width=120, get_time=lambda: now[0])
