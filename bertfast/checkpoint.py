@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from .config import BertConfig
-from .files import UserError, atomic_folder, atomic_path, create_folder, read_json, write_json
+from .files import UserError, atomic_folder, atomic_path, create_folder, first_line, read_json, write_json
 from .machine import DTYPES
 
 FILES = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
@@ -173,16 +173,12 @@ def _read_file(path: Path) -> dict[str, Tensor]:
     except FileNotFoundError as error:
         raise UserError(f"{path} {'cannot be read' if path.exists() else 'is missing'}") from error
     except (SafetensorError, RuntimeError, EOFError, ValueError, OSError, json.JSONDecodeError) as error:
-        raise UserError(f"{path} is damaged or truncated: {_first_line(error)}") from error
+        raise UserError(f"{path} is damaged or truncated: {first_line(error)}") from error
     except Exception as error:  # UnpicklingError: bytes that are no pickle, or one with code, which we do not run
         raise UserError(f"{path} is damaged or holds more than tensors: refusing to unpickle it") from error
     if not isinstance(tensors, dict) or not all(isinstance(t, Tensor) for t in tensors.values()):
         raise UserError(f"{path} is not a dictionary of tensors")
     return tensors
-
-
-def _first_line(error: Exception) -> str:
-    return next(iter(str(error).splitlines()), type(error).__name__)
 
 
 def load(model, tensors: dict[str, Tensor], source: str, new_heads: bool = False, same_head: bool = False) -> None:

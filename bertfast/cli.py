@@ -20,7 +20,7 @@ from typing import Annotated, Any
 import typer
 
 from bertfast.benchmarks.commands import bench
-from bertfast.files import UserError, read_json, unfinished
+from bertfast.files import UserError, first_line, read_json, unfinished
 
 LAUNCHED = int(os.environ.get("WORLD_SIZE", 1)) if "RANK" in os.environ else 1  # processes, as torchrun tells them
 FIRST_HERE = LAUNCHED == 1 or os.environ.get("LOCAL_RANK", "0") == "0"  # what stderr is told is told once a machine
@@ -398,7 +398,7 @@ def main() -> None:
     except (MemoryError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and not re.search("allocate memory|out of memory", str(error)):
             raise
-        print(f"bertfast: out of memory; fewer tokens or a smaller model need less: {str(error).splitlines()[0]}",
+        print(f"bertfast: out of memory; fewer tokens or a smaller model need less: {first_line(error)}",
               file=sys.stderr)
         sys.exit(2)
     except (PermissionError, IsADirectoryError, NotADirectoryError) as error:

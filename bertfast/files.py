@@ -184,6 +184,10 @@ def sha256(path: str | Path) -> str:
     return digest.hexdigest()
 
 
+def first_line(error: Exception) -> str:
+    return next(iter(str(error).splitlines()), type(error).__name__)
+
+
 def _sync(path: Path) -> None:
     """Flush a file's or a folder's content to the disk, so that a later rename cannot outrun it."""
     if path.is_dir() and os.name == "nt":  # Windows cannot open folders, and orders renames itself

@@ -190,16 +190,21 @@ cli.main()"""
         assert run.stderr.read() == "bertfast: cannot write the output: Broken pipe\n" and run.wait(60) == 2
 
 
-def test_what_may_not_be_entered_is_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+@pytest.mark.parametrize(("error", "said"), [
+    (PermissionError(errno.EACCES, "Permission denied", "secret/config.json"), "secret/config.json: Permission denied"),
+    (MemoryError(), "out of memory; fewer tokens or a smaller model need less: MemoryError"),
+])
+def test_what_the_machine_refuses_is_one_line(error: Exception, said: str, monkeypatch: pytest.MonkeyPatch,
+                                              capsys: pytest.CaptureFixture) -> None:
     def refuse(_: str) -> None:
-        raise PermissionError(errno.EACCES, "Permission denied", "secret/config.json")
+        raise error
 
     monkeypatch.setattr("bertfast.fill_mask.FillMask", refuse)
     monkeypatch.setattr("sys.argv", ["bertfast", "fill-mask", "[MASK]", "--model", "secret"])
     monkeypatch.setattr("signal.signal", lambda *_: None)
     with pytest.raises(SystemExit, match="2"):
         cli.main()
-    assert capsys.readouterr().err == "bertfast: secret/config.json: Permission denied\n"
+    assert capsys.readouterr().err == f"bertfast: {said}\n"
 
 
 STOPPED_IN = {
