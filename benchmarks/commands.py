@@ -14,8 +14,10 @@ def _writable(out: Path | None) -> Path | None:
     """A result that cannot be written, or only over a file that is none, is told before it is measured."""
     if out:
         create_folder(out.parent)
-        if out.is_dir() or not os.access(out.parent, os.W_OK):
-            raise UserError(f"cannot write {out}: {'it is a folder' if out.is_dir() else 'no permission'}")
+        if out.exists() and not out.is_file():
+            raise UserError(f"cannot write {out}: it is a {'folder' if out.is_dir() else 'device or a pipe'}")
+        if not os.access(out.parent, os.W_OK):
+            raise UserError(f"cannot write {out}: no permission")
         if out.exists():
             from bertfast.benchmarks import report
 

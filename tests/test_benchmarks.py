@@ -783,12 +783,13 @@ def test_a_result_that_the_disk_refuses_is_on_the_terminal(op_rows, tmp_path, ca
     (["bench", "trainer", "--model", "nowhere", "--train", "x", "--dev", "x"], "no checkpoint at nowhere"),
     (["bench", "roofline", "--out", "file/x.json"], "cannot create file"),
     (["bench", "roofline", "--out", "folder"], "cannot write folder: it is a folder"),
+    (["bench", "roofline", "--out", "pipe"], "cannot write pipe: it is a device or a pipe"),
     (["bench", "roofline", "--out", "file"], "file exists already and holds no result: choose another --out"),
     (["bench", "finetune", "--task", "qa", "--model", "nowhere", "--train", "x"], "nowhere"),
 ])
 def test_mistakes_are_one_line(arguments, message, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "file").touch(), (tmp_path / "folder").mkdir()
+    (tmp_path / "file").touch(), (tmp_path / "folder").mkdir(), os.mkfifo(tmp_path / "pipe")
     monkeypatch.setattr(contest, "yardstick", None)  # it is told before anything is measured
     monkeypatch.setattr(contest, "contest", None)
     monkeypatch.setattr("sys.argv", ["bertfast", *arguments])
