@@ -28,16 +28,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 
 from bertfast import machine
+from bertfast.report import HonestConsole
 from bertfast.version import __version__
 
 NO_BF16 = "left out: no fast bf16 here"
 PATIENCE = 1200  # seconds for a start (compilation) or a turn
 MEASURED_COPY = 256 << 20  # bytes: beyond the caches of most machines
 
-console = Console(width=None if sys.stdout.isatty() else 120)  # a log gets whole tables
+console = HonestConsole(width=None if sys.stdout and sys.stdout.isatty() else 120)  # a log gets whole tables
+
+
+def tell(text: str) -> None:
+    """How far a measurement is; where nobody reads that any more it goes on, for its --out."""
+    with suppress(OSError):
+        console.print(text, highlight=False)
 
 
 @dataclass
@@ -106,12 +112,12 @@ def _heat(contenders, rounds, threads, check, outcomes) -> None:
     status = console.status("") if console.is_terminal else nullcontext()
     try:
         with status as line:
-            tell = line.update if line else lambda text: console.print(text, highlight=False)
+            say = line.update if line else tell
             side_by_side = max(1, (os.cpu_count() or 1) // 4)  # starting is Python's work, and compiling
             for first in range(0, len(contenders), side_by_side):
                 group = contenders[first : first + side_by_side]
                 for contender in group:
-                    tell(f"starting {contender.name}")
+                    say(f"starting {contender.name}")
                     processes[contender.name] = _Process(contender, threads)
                     processes[contender.name].ask()
                 for contender in group:
@@ -125,7 +131,7 @@ def _heat(contenders, rounds, threads, check, outcomes) -> None:
                 if outcome.failed and name in processes:
                     processes.pop(name).end()
             for i in range(rounds):
-                tell(f"round {i + 1} of {rounds}")
+                say(f"round {i + 1} of {rounds}")
                 complete = {name: len(outcomes[name].turns) for name in processes}
                 try:
                     for name, process in list(processes.items()):

@@ -288,7 +288,7 @@ def run(*, quick: bool, only: list[str], rounds: int, threads: int) -> dict:
     stopped = False
     chosen = dtypes()
     for name in DTYPES.keys() - chosen:
-        contest.console.print(f"{name} {contest.NO_BF16}")
+        contest.tell(f"{name} {contest.NO_BF16}")
     table = TABLES["quick" if quick else "whole"]
     try:
         for op in only or table:
@@ -301,7 +301,7 @@ def run(*, quick: bool, only: list[str], rounds: int, threads: int) -> dict:
                     calls["compiled"] = torch.compile(BEST[op])
                 for shape in table[op]:
                     rows += measure(op, shape, dtype, calls, rounds)
-                    contest.console.print(rows[-1]["key"].rpartition(" ")[0], highlight=False)
+                    contest.tell(rows[-1]["key"].rpartition(" ")[0])
         for preset in ["mini"] if quick else ["mini", "base"]:
             for dtype in chosen if not only or "adamw_step" in only else []:
                 rows += optimizer_rows(preset, dtype, rounds)

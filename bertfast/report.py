@@ -20,13 +20,13 @@ from .files import UserError, atomic_path, write_bytes
 from .model import ModelOutput
 
 
-class _Console(Console):
+class HonestConsole(Console):
     def on_broken_pipe(self) -> None:
         """Called for an exception, which rich would make an end without a word."""
         raise
 
 
-console = _Console()
+console = HonestConsole()
 
 
 class Window:

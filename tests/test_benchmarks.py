@@ -771,6 +771,24 @@ def test_a_result_that_the_disk_refuses_is_on_the_terminal(op_rows, tmp_path, ca
     assert "bias_gelu" in capsys.readouterr().out
 
 
+class BrokenPipe(io.StringIO):
+    def write(self, text):
+        raise BrokenPipeError
+
+
+def test_a_measurement_outlives_its_reader(asked, op_rows, monkeypatch):
+    monkeypatch.setattr(contest, "console", type(contest.console)(file=BrokenPipe()))
+    outcomes, _ = contest.contest([Contender("a", taking, {"seconds": [1.0]})], 1, 1, lambda facts: {})
+    assert outcomes["a"].values() == [1.0]
+    with pytest.raises(BrokenPipeError):
+        report.show(made(op_rows["as it is"]))
+
+
+def test_a_closed_output_is_none_too():
+    program = "import sys; sys.stdout = None; import bertfast.benchmarks.contest"
+    subprocess.run([sys.executable, "-c", program], check=True)
+
+
 @pytest.mark.parametrize(("arguments", "message"), [
     (["bench", "ops", "--op", "softmax"], "op 'softmax' is unknown"),
     (["bench", "compare", "a.json", "b.json"], "cannot read a.json"),
