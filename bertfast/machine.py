@@ -85,6 +85,8 @@ def keep_pages() -> str:
     """
     if platform.system() != "Linux" or platform.libc_ver()[0] != "glibc":
         return "default allocator (page keeping is for glibc)"
+    import resource  # which Windows lacks
+
     M_TRIM_THRESHOLD, M_MMAP_MAX, M_TOP_PAD = -1, -4, -2
     libc = ctypes.CDLL(None)
     if not (libc.mallopt(M_MMAP_MAX, 0) and libc.mallopt(M_TRIM_THRESHOLD, -1) and libc.mallopt(M_TOP_PAD, 64 << 20)):
@@ -94,8 +96,8 @@ def keep_pages() -> str:
     libc.malloc.restype, libc.malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
     libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
     libc.free.argtypes = [ctypes.c_void_p]
-    start = libc.malloc(room)
-    if not start:
+    limited = resource.getrlimit(resource.RLIMIT_AS)[0] != resource.RLIM_INFINITY  # then addresses are what is scarce
+    if limited or not (start := libc.malloc(room)):
         return "glibc keeps freed pages (mallopt)"
     first = -(-start // huge) * huge
     advised = libc.madvise(first, start + room - first, mmap.MADV_HUGEPAGE) == 0

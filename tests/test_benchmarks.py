@@ -357,6 +357,21 @@ print(said, mib("Rss") - before, mib("AnonHugePages"), sep="|")
     assert int(kept) >= 250 and int(huge) >= 200  # MiB of 256
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="pages are kept on Linux alone")
+def test_pages_are_not_reserved_where_addresses_are_limited():
+    program = """
+import resource
+from bertfast import machine
+vm = lambda: int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (vm() + (64 << 30),) * 2)
+before = vm()
+print(machine.keep_pages(), vm() - before >> 20, sep="|")
+"""
+    ran = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    said, reserved = ran.stdout.strip().split("|")
+    assert said == "glibc keeps freed pages (mallopt)" and int(reserved) < 100  # MiB
+
+
 def test_middle_and_reached():
     assert contest.middle([1.0, 2.0, 3.0, 4.0, 100.0]) == {"median": 3.0, "spread": pytest.approx(2 / 3)}
     assert quality.reached([[0, 0.0, 7.0], [10, 5.0, 6.0], [20, 10.0, 5.0]], 5.5) == 7.5
