@@ -5,6 +5,7 @@ a reader sees the old file or the new one, whatever is killed and whenever. What
 no permission) becomes a `UserError`, and the temporary file is gone.
 """
 
+import ctypes
 import hashlib
 import json
 import os
@@ -88,9 +89,10 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
                     _sync(Path(folder, name))
                 _sync(Path(folder))
             shutil.rmtree(old, ignore_errors=True)
-            if path.exists():
-                os.replace(path, old)  # a folder cannot be renamed over a full one
-            os.replace(temporary, path)
+            if not _exchanged(temporary, path):
+                if path.exists():
+                    os.replace(path, old)  # a folder cannot be renamed over a full one
+                os.replace(temporary, path)
             _sync(path.parent)
         except Exception as error:
             raise _explained(error, path) from error
@@ -197,6 +199,16 @@ def _sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def _exchanged(one: Path, other: Path) -> bool:
+    """Whether the two could be made to change places in one step: Linux can, on most of its file systems."""
+    try:
+        renameat2 = ctypes.CDLL(None).renameat2
+    except (AttributeError, TypeError):  # of another C library; Windows has no CDLL(None)
+        return False
+    AT_FDCWD, RENAME_EXCHANGE = -100, 2
+    return renameat2(AT_FDCWD, os.fsencode(one), AT_FDCWD, os.fsencode(other), RENAME_EXCHANGE) == 0
 
 
 def _explained(error: Exception, path: Path) -> Exception:
