@@ -119,7 +119,7 @@ def export(source: str | Path, out: Path, dtype: str = "fp32") -> None:
         save_file(tensors, new / "model.safetensors", metadata={"format": "pt"})
         write_json(new / "config.json", {**config, "dtype": str(DTYPES[dtype]).removeprefix("torch.")})
         for path in [*folder.glob("*.json"), *folder.glob("*.txt")]:
-            if path.name not in ("config.json", "trainer.json", *FILES):
+            if path.is_file() and path.name not in ("config.json", "trainer.json", *FILES):
                 shutil.copyfile(path, new / path.name)
 
 

@@ -50,7 +50,7 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
         os.replace(temporary, path)
         _sync(path.parent)
     except Exception as error:
-        raise _explained(error, path) from error
+        raise _explained(error, path, temporary) from error
     finally:
         with suppress(OSError):
             temporary.unlink()
@@ -95,7 +95,7 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
                 os.replace(temporary, path)
             _sync(path.parent)
         except Exception as error:
-            raise _explained(error, path) from error
+            raise _explained(error, path, temporary) from error
         finally:
             if old.exists() and not path.exists():
                 os.replace(old, path)
@@ -211,14 +211,19 @@ def _exchanged(one: Path, other: Path) -> bool:
     return renameat2(AT_FDCWD, os.fsencode(one), AT_FDCWD, os.fsencode(other), RENAME_EXCHANGE) == 0
 
 
-def _explained(error: Exception, path: Path) -> Exception:
-    """The disk's refusals as a UserError naming `path`; any other error as it is.
+def _explained(error: Exception, path: Path, temporary: Path | None = None) -> Exception:
+    """The disk's refusals as a UserError naming `path`, or what could not be read to fill `temporary`; any other error
+    as it is.
 
     Libraries written in Rust (safetensors, tokenizers) hide the errno in the text of their own exception.
     """
     reason = None
     if isinstance(error, OSError):
         reason = error.strerror or str(error)
+        if temporary and isinstance(error.filename, str):
+            name = Path(error.filename)
+            if name not in (path, path.parent) and not name.is_relative_to(temporary):
+                return UserError(f"cannot read {name}: {reason}")
     elif code := re.search(r"\(os error (\d+)\)", str(error)):
         reason = os.strerror(int(code[1]))
     if reason is None:

@@ -87,6 +87,7 @@ def test_what_is_exported(dtype, form, folder, tmp_path):
     FORMS[form](folder, take(folder))
     for name in ("vocab.txt", "tokenizer.json", "finetune.json", "trainer.json", "optimizer.safetensors"):
         (folder / name).write_text(name)
+    (folder / "lost.txt").symlink_to("nowhere")
     export(folder, tmp_path / "out", dtype)
     written = {path.name for path in (tmp_path / "out").iterdir()}
     assert written == {"config.json", "model.safetensors", "vocab.txt", "tokenizer.json", "finetune.json"}

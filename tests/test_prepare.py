@@ -671,6 +671,14 @@ def test_files_are_whole_or_absent(tmp_path: Path) -> None:
     assert sorted(x.name for x in tmp_path.iterdir()) == ["a.json", "folder", "folder2", "link", "link.json"]
 
 
+@pytest.mark.parametrize("atomic", [files.atomic_path, files.atomic_folder])
+def test_what_cannot_be_read_is_named(atomic: Any, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="cannot read .*absent: No such file"), atomic(tmp_path / "out"):
+        (tmp_path / "absent").read_bytes()
+    with pytest.raises(UserError, match="cannot write .*out: "), atomic(tmp_path / "out") as new:
+        (new / "folder" / "file").write_bytes(b"")
+
+
 def test_a_current_folder_that_was_deleted(tmp_path: Path, vocab: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "here").mkdir()
     source = str(write(tmp_path / "a.txt", DOCUMENTS))
