@@ -34,13 +34,15 @@ bench = typer.Typer(
 )
 Out = Annotated[Path | None, typer.Option(
     callback=_writable, help="Write the result as JSON (NAME.json; `report` reads the folder).")]
-Threads = Annotated[int | None, typer.Option(min=1, help="Threads of each contender; by default torch's choice.")]
-Rounds = Annotated[int, typer.Option(min=1, help="Turns of each contender, interleaved; medians are reported.")]
+Threads = Annotated[int | None, typer.Option(min=1, max=4096,
+                                              help="Threads of each contender; by default torch's choice.")]
+Rounds = Annotated[int, typer.Option(min=1, max=10**6,
+                                      help="Turns of each contender, interleaved; medians are reported.")]
 Quick = Annotated[bool, typer.Option("--quick", help="Leave out what torch.compile has to compile first.")]
 DataOption = Annotated[str | None, typer.Option(help="A prepared set; by default ids of Zipf's frequencies, V=30522.")]
 Preset = Annotated[str, typer.Option(help="tiny, mini, small, medium, base or large.")]
-Length = Annotated[int, typer.Option(min=8, help="Length of the longest sequence, S.")]
-Tokens = Annotated[int, typer.Option(min=8, help="Real tokens of a step.")]
+Length = Annotated[int, typer.Option(min=8, max=65535, help="Length of the longest sequence, S.")]
+Tokens = Annotated[int, typer.Option(min=8, max=2**27, help="Real tokens of a step.")]
 Fill = Annotated[float, typer.Option(help="How full the padded batch is, 0.5 to 1.")]
 AtOnce = Annotated[int, typer.Option(min=0, help="In memory together, 3 at least (large models); 0 = all.")]
 
@@ -86,7 +88,8 @@ def pretrain(data: DataOption = None, preset: Preset = "mini", tokens: Tokens = 
 @bench.command()
 def memory(data: DataOption = None, preset: Preset = "mini", tokens: Tokens = 2048, length: Length = 128,
            fill: Fill = 1.0,
-           rounds: Annotated[int, typer.Option(min=1, help="Turns of each contender; the least is reported.")] = 3,
+           rounds: Annotated[int, typer.Option(min=1, max=10**6,
+                                               help="Turns of each contender; the least is reported.")] = 3,
            threads: Threads = None, quick: Quick = False, at_once: AtOnce = 0, out: Out = None) -> None:
     """Peak memory of a pretraining step, with the system's default allocator, of the same contenders.
 
@@ -140,7 +143,7 @@ def finetune(task: Annotated[str, typer.Option(help="As `bertfast finetune` name
              text_pair: Annotated[str | None, typer.Option(help="The second text's column.")] = None,
              label: Annotated[str | None, typer.Option(help="The label's column.")] = None,
              batch_size: Annotated[int, typer.Option(min=1, help="Examples a step.")] = 32,
-             window: Annotated[float, typer.Option(min=0.1, help="Seconds of a turn.")] = 20.0,
+             window: Annotated[float, typer.Option(min=0.1, max=86400, help="Seconds of a turn.")] = 20.0,
              rounds: Rounds = 3, threads: Threads = None, out: Out = None) -> None:
     """What you would gain on your task: samples a second of fine-tuning, ours against transformers' loop.
 

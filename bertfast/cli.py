@@ -53,7 +53,7 @@ def prepare(
                                                    help="Learn this many entries instead (30522).")] = None,
     cased: Annotated[bool, typer.Option("--cased", help="Keep case and accents.")] = False,
     field: Annotated[str, typer.Option(help="Where the text is in .jsonl and .parquet.")] = "text",
-    workers: Annotated[int | None, typer.Option(min=1, help="Processes; by default all cores.")] = None,
+    workers: Annotated[int | None, typer.Option(min=1, max=1024, help="Processes; by default all cores.")] = None,
 ) -> None:
     """Turn text into what pretraining reads: sentences as WordPiece ids, in flat files that are memory-mapped.
 

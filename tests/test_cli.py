@@ -18,6 +18,7 @@ import torch
 import typer
 from bertfast.benchmarks import commands
 from typer.models import OptionInfo
+from typer.testing import CliRunner
 
 from bertfast import cli, machine
 from bertfast.files import UserError
@@ -118,6 +119,15 @@ def test_every_option_and_its_default_arrive(command: str, name: str, kind: Any,
     assert arriving(*arguments) in (str(value), [str(value)])
     if default not in (None, inspect.Parameter.empty):
         assert arriving() == str(default)
+
+
+@pytest.mark.parametrize("line", [
+    "prepare a.txt --out set --workers 1025", "bench ops --threads 4097", "bench ops --rounds 1000001",
+    "bench memory --rounds 1000001", "bench roofline --tokens 134217729", "bench roofline --length 65536",
+    "bench finetune --task qa --model m --train t --window inf"])
+def test_numbers_beyond_all_machines_are_refused(line: str) -> None:
+    done = CliRunner().invoke(cli.app, line.split())
+    assert done.exit_code == 2 and "Invalid value for" in done.output
 
 
 def test_the_precision_is_the_faster_one(monkeypatch: pytest.MonkeyPatch) -> None:
