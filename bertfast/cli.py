@@ -401,15 +401,16 @@ def main() -> None:
         print(f"bertfast: out of memory; fewer tokens or a smaller model need less: {first_line(error)}",
               file=sys.stderr)
         sys.exit(2)
-    except (PermissionError, IsADirectoryError, NotADirectoryError) as error:
-        if not error.filename:
-            raise
-        print(f"bertfast: {error.filename}: {error.strerror}", file=sys.stderr)
-        sys.exit(2)
     except OSError as error:
-        if error.errno != errno.ENOSPC:
+        if error.filename:
+            print(f"bertfast: {str(error.filename)[:80]}: {error.strerror}", file=sys.stderr)
+            sys.exit(2)
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            print(f"bertfast: cannot write the output: {error.strerror}", file=sys.stderr)
+            os._exit(2)  # at an ordinary exit Python tries to write the rest once more, and fails again
+        if error.errno not in (errno.ENOENT, errno.ENOMEM, errno.EMFILE):  # no temporary folder, too little for the run
             raise
-        print(f"bertfast: cannot write the output: {error.strerror}", file=sys.stderr)
-        os._exit(2)  # at an ordinary exit Python tries to write the rest once more, and fails again
+        print(f"bertfast: {error.strerror}", file=sys.stderr)
+        sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)

@@ -202,6 +202,10 @@ cli.main()"""
 
 @pytest.mark.parametrize(("error", "said"), [
     (PermissionError(errno.EACCES, "Permission denied", "secret/config.json"), "secret/config.json: Permission denied"),
+    (OSError(errno.ENAMETOOLONG, "File name too long", 300 * "a"), f"{80 * 'a'}: File name too long"),
+    (OSError(errno.EMFILE, "Too many open files"), "Too many open files"),
+    (FileNotFoundError(errno.ENOENT, "No usable temporary directory found in []"),
+     "No usable temporary directory found in []"),
     (MemoryError(), "out of memory; fewer tokens or a smaller model need less: MemoryError"),
 ])
 def test_what_the_machine_refuses_is_one_line(error: Exception, said: str, monkeypatch: pytest.MonkeyPatch,
