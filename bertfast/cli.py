@@ -22,7 +22,8 @@ import typer
 from bertfast.benchmarks.commands import bench
 from bertfast.files import UserError, first_line, read_json, unfinished
 
-LAUNCHED = int(os.environ.get("WORLD_SIZE", 1)) if "RANK" in os.environ else 1  # processes, as torchrun tells them
+WORLD_SIZE = os.environ.get("WORLD_SIZE", "") if "RANK" in os.environ else ""  # processes, as torchrun tells them
+LAUNCHED = int(WORLD_SIZE) if WORLD_SIZE.isdecimal() else 1
 FIRST_HERE = LAUNCHED == 1 or os.environ.get("LOCAL_RANK", "0") == "0"  # what stderr is told is told once a machine
 IDLE = [("causal", "nsp"), ("causal", "mlm_probability"), ("model_config", "preset"), ("init_from", "preset"),
         ("init_from", "start")]  # options, of which the second is refused beside the first, whatever it says
@@ -40,6 +41,8 @@ app.add_typer(bench)
 @app.callback()
 def bertfast(context: typer.Context) -> None:
     """Pretrain, fine-tune and serve BERT, several times faster and with the same numbers."""
+    if WORLD_SIZE and not WORLD_SIZE.isdecimal():
+        raise UserError(f"WORLD_SIZE={WORLD_SIZE!r} is no number of processes")
     if LAUNCHED > 1 and context.invoked_subcommand not in ("pretrain", "doctor"):
         raise UserError(f"{context.invoked_subcommand} runs in one process: start it without torchrun")
 

@@ -176,6 +176,15 @@ def test_output_that_lacks_a_character(monkeypatch: pytest.MonkeyPatch) -> None:
     assert rb"pearson, \u2026" in out.buffer.getvalue()  # type: ignore[attr-defined]
 
 
+@pytest.mark.parametrize(("size", "code", "said"), [
+    ("", 0, ""), ("many", 2, "bertfast: WORLD_SIZE='many' is no number of processes\n")])
+def test_a_number_of_processes_that_is_none(size: str, code: int, said: str) -> None:
+    program = [sys.executable, "-m", "bertfast", "bench", "report", "--help"]
+    done = subprocess.run(program, capture_output=True, text=True,
+                          env={**os.environ, "RANK": "0", "WORLD_SIZE": size})
+    assert (done.returncode, done.stderr) == (code, said)
+
+
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="there is no /dev/full here")
 def test_output_that_cannot_be_written_is_one_line() -> None:
     program = [sys.executable, "-m", "bertfast", "--help"]
