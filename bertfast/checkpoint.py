@@ -5,6 +5,7 @@ Names are Hugging Face's; besides them we understand the old LayerNorm.gamma / b
 another shape is an error that lists it. Pickled files are read with weights_only.
 """
 
+import errno
 import json
 import shutil
 from collections.abc import Sequence
@@ -17,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from .config import BertConfig
-from .files import UserError, atomic_folder, atomic_path, create_folder, first_line, read_json, write_json
+from .files import UserError, atomic_folder, atomic_path, create_folder, first_line, read_json, refusal, write_json
 from .machine import DTYPES
 
 FILES = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
@@ -159,13 +160,14 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
                 raise UserError(f"{path} is damaged: it has no weight_map") from error
             tensors: dict[str, Tensor] = {}
             for shard in shards:
-                tensors.update(_read_file(folder / shard))
+                tensors.update(read_file(folder / shard))
             return tensors
-        return _read_file(path)
+        return read_file(path)
     raise UserError(f"{folder} holds no weights ({', '.join(FILES)})")
 
 
-def _read_file(path: Path) -> dict[str, Tensor]:
+def read_file(path: Path) -> dict[str, Tensor]:
+    """The tensors of one file. Raises UserError, naming it, where it is missing, damaged or more than tensors."""
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
@@ -173,6 +175,9 @@ def _read_file(path: Path) -> dict[str, Tensor]:
     except FileNotFoundError as error:
         raise UserError(f"{path} {'cannot be read' if path.exists() else 'is missing'}") from error
     except (SafetensorError, RuntimeError, EOFError, ValueError, OSError, json.JSONDecodeError) as error:
+        reason = refusal(error)
+        if reason and getattr(error, "errno", None) != errno.EINVAL:  # to which a pickle cut short leads
+            raise UserError(f"cannot read {path}: {reason}") from error
         raise UserError(f"{path} is damaged or truncated: {first_line(error)}") from error
     except Exception as error:  # UnpicklingError: bytes that are no pickle, or one with code, which we do not run
         raise UserError(f"{path} is damaged or holds more than tensors: refusing to unpickle it") from error

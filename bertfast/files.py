@@ -211,23 +211,27 @@ def _exchanged(one: Path, other: Path) -> bool:
     return renameat2(AT_FDCWD, os.fsencode(one), AT_FDCWD, os.fsencode(other), RENAME_EXCHANGE) == 0
 
 
-def _explained(error: Exception, path: Path, temporary: Path | None = None) -> Exception:
-    """The disk's refusals as a UserError naming `path`, or what could not be read to fill `temporary`; any other error
-    as it is.
+def refusal(error: Exception) -> str | None:
+    """What the system said, where it was the system that refused.
 
     Libraries written in Rust (safetensors, tokenizers) hide the errno in the text of their own exception.
     """
-    reason = None
     if isinstance(error, OSError):
-        reason = error.strerror or str(error)
-        if temporary and isinstance(error.filename, str):
-            name = Path(error.filename)
-            if name not in (path, path.parent) and not name.is_relative_to(temporary):
-                return UserError(f"cannot read {name}: {reason}")
-    elif code := re.search(r"\(os error (\d+)\)", str(error)):
-        reason = os.strerror(int(code[1]))
+        return error.strerror or str(error)
+    code = re.search(r"\(os error (\d+)\)", str(error))
+    return os.strerror(int(code[1])) if code else None
+
+
+def _explained(error: Exception, path: Path, temporary: Path | None = None) -> Exception:
+    """The disk's refusals as a UserError naming `path`, or what could not be read to fill `temporary`; any other error
+    as it is."""
+    reason = refusal(error)
     if reason is None:
         return error
+    if temporary and isinstance(error, OSError) and isinstance(error.filename, str):
+        name = Path(error.filename)
+        if name not in (path, path.parent) and not name.is_relative_to(temporary):
+            return UserError(f"cannot read {name}: {reason}")
     if not path.parent.is_dir():
         reason = f"there is no folder {path.parent}"
     return UserError(f"cannot write {path}: {reason}")

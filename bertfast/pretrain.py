@@ -18,12 +18,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 
 from . import machine, processes, report
 from .batch import PackedBatch
-from .checkpoint import find, read_tensors
+from .checkpoint import find, read_file, read_tensors
 from .config import BertConfig
 from .data.dataset import Dataset, Loader
 from .data.tokenizer import Tokenizer
@@ -401,11 +399,7 @@ class Run:
     def resume(self, path: Path) -> None:
         """Go on from the checkpoint that this run was made with. Raises UserError where it is damaged."""
         trainer = self.trainer
-        try:
-            state = load_file(path / "optimizer.safetensors")
-        except (SafetensorError, OSError) as error:
-            raise UserError(f"{path / 'optimizer.safetensors'} is missing or damaged: {error}") from error
-        self.optimizer.load_state_dict(read_tensors(path), state)
+        self.optimizer.load_state_dict(read_tensors(path), read_file(path / "optimizer.safetensors"))
         self.step, self.tokens_seen, self.loader_state = trainer["step"], trainer["tokens_seen"], trainer["loader"]
         self.window_state = trainer["window"]
         self.saved = self.step

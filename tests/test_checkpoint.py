@@ -1,10 +1,12 @@
 """Checkpoint files as they are found in the world: every form that loads, and one clear error for each that doesn't."""
 
+import errno
 import json
 
 import pytest
 import torch
 import transformers
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 import bertfast
@@ -125,13 +127,18 @@ def test_heads_may_be_missing_only_when_asked(change, cls, said, folder, capsys)
     assert said in capsys.readouterr().out
 
 
-def test_weights_that_may_not_be_read(folder, monkeypatch):
+@pytest.mark.parametrize(("error", "said"), [
+    (FileNotFoundError("No such file or directory"), "model.safetensors cannot be read"),  # as safetensors calls it
+    (OSError(errno.EMFILE, "Too many open files"), "cannot read .*model.safetensors: Too many open files"),
+    (SafetensorError("I/O error: Cannot allocate memory (os error 12)"), "cannot read .*: Cannot allocate memory"),
+])
+def test_weights_that_may_not_be_read(error, said, folder, monkeypatch):
     def refuse(path):
-        raise FileNotFoundError("No such file or directory")  # as safetensors calls it
+        raise error
 
     save_file(take(folder), folder / "model.safetensors")
     monkeypatch.setattr("bertfast.checkpoint.load_file", refuse)
-    with pytest.raises(UserError, match="model.safetensors cannot be read"):
+    with pytest.raises(UserError, match=said):
         bertfast.BertForPreTraining.from_pretrained(folder)
 
 
