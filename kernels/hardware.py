@@ -10,7 +10,7 @@ from typing import Any
 import torch
 import triton
 
-from bertfast.files import read_json
+from bertfast.files import UserError, read_json
 from bertfast.version import __version__
 
 
@@ -49,6 +49,8 @@ def read_tiles(gpu: str) -> dict[str, Any]:
     if not path.exists():
         return {}
     found = read_json(path)
+    if not isinstance(found, dict) or not isinstance(found.get("tiles"), dict):
+        raise UserError(f"{path} is damaged: it has no tiles")
     if any(found.get(name) != version for name, version in made_with().items()):
         warnings.warn(f"{path} was measured with other versions and is not used: run bertfast bench tune", stacklevel=2)
         return {}

@@ -93,9 +93,10 @@ def test_tiles_of_other_versions_are_not_used(cache):
     cache.write_text(cache.read_text().replace(hardware.made_with()["triton"], "0.1"))
     with pytest.warns(UserWarning, match="other versions"):
         assert hardware.read_tiles(GPU) == {}
-    cache.write_text("{")
-    with pytest.raises(UserError, match="damaged"):
-        hardware.read_tiles(GPU)
+    for content in ("{", "[]", json.dumps(hardware.made_with())):
+        cache.write_text(content)
+        with pytest.raises(UserError, match="damaged"):
+            hardware.read_tiles(GPU)
 
 
 def test_a_kernel_without_a_tile_is_an_error():
