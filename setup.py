@@ -46,6 +46,13 @@ class Build(BuildExtension):
         self.build_temp = base
 
 
+def switch(name, default="0"):
+    value = os.environ.get(name) or default
+    if value not in ("0", "1"):
+        raise SystemExit(f"{name}={value!r} is neither 0 nor 1")
+    return value == "1"
+
+
 def find_nvcc():
     home = os.environ.get("CUDA_HOME", "/usr/local/cuda")
     return shutil.which("nvcc", path=os.path.join(home, "bin")) or shutil.which("nvcc")
@@ -66,11 +73,10 @@ def nvcc_command(sources, target):
 
 def cuda_extension():
     """The CUDA part as a list of one, or none with the reason printed."""
-    wanted = os.environ.get("BERTFAST_CUDA", "1" if torch.version.cuda else "0")
-    if wanted == "0":
+    if not switch("BERTFAST_CUDA", "1" if torch.version.cuda else "0"):
         return []
     if find_nvcc() is None:
-        if "BERTFAST_CUDA" in os.environ:
+        if os.environ.get("BERTFAST_CUDA"):
             raise SystemExit("BERTFAST_CUDA=1, but there is no nvcc: set CUDA_HOME to the CUDA toolkit")
         print("no nvcc found (CUDA_HOME): embedding_sum will run its reference on GPUs")
         return []
@@ -78,7 +84,7 @@ def cuda_extension():
 
 
 def extensions():
-    if os.environ.get("BERTFAST_NO_EXT") == "1":
+    if switch("BERTFAST_NO_EXT"):
         return []
     sanitize = [f"-fsanitize={s}" for s in os.environ.get("BERTFAST_SANITIZE", "").split(",") if s]
     headers = glob("csrc/cpu/*.h")
@@ -90,7 +96,7 @@ def extensions():
     if platform.machine() not in ("x86_64", "AMD64") or platform.system() != "Linux":
         return everywhere + cuda_extension()
     sources = sorted(glob("csrc/cpu/*.cpp"))
-    wanted = [isa.strip() for isa in os.environ.get("BERTFAST_ISA", ",".join(ISAS)).split(",")]
+    wanted = [isa.strip() for isa in (os.environ.get("BERTFAST_ISA") or ",".join(ISAS)).split(",")]
     if unknown := [isa for isa in wanted if isa not in ISAS]:
         raise SystemExit(f"BERTFAST_ISA={unknown[0]!r} is unknown; known: {', '.join(ISAS)}")
     return everywhere + cuda_extension() + [

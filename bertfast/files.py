@@ -11,6 +11,7 @@ import json
 import os
 import re
 import shutil
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -24,6 +25,14 @@ except ImportError:  # Windows: two processes writing one folder are not told ap
 
 class UserError(Exception):
     """A mistake of the user's, told in one line. The CLI prints it without a traceback and exits with code 2."""
+
+
+def switch(name: str) -> bool:
+    """Whether an environment variable is 1. Warns of one that is neither 1 nor 0."""
+    value = os.environ.get(name) or "0"
+    if value not in ("0", "1"):
+        warnings.warn(f"bertfast: {name}={value} is neither 0 nor 1, and without effect", stacklevel=2)
+    return value == "1"
 
 
 unfinished: set[Path] = set()  # temporary names in use, which a stop must not leave behind

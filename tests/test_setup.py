@@ -10,20 +10,33 @@ from pathlib import Path
 import pytest
 
 from bertfast import __version__
+from bertfast.files import switch
 
 ROOT = Path(__file__).parent.parent
 
 
 @pytest.mark.skipif(platform.machine() != "x86_64" or sys.platform != "linux", reason="no C++ kernels for this machine")
-@pytest.mark.parametrize("wanted, code, said", [
-    ("avx1024", 1, "BERTFAST_ISA='avx1024' is unknown; known: avx2, avx512, avx512_bf16"),
-    ("avx2, avx512", 0, __version__),
+@pytest.mark.parametrize("name, value, code, said", [
+    ("BERTFAST_ISA", "avx1024", 1, "BERTFAST_ISA='avx1024' is unknown; known: avx2, avx512, avx512_bf16"),
+    ("BERTFAST_ISA", "avx2, avx512", 0, __version__),
+    ("BERTFAST_ISA", "", 0, __version__),
+    ("BERTFAST_CUDA", "false", 1, "BERTFAST_CUDA='false' is neither 0 nor 1"),
+    ("BERTFAST_NO_EXT", "true", 1, "BERTFAST_NO_EXT='true' is neither 0 nor 1"),
 ])
-def test_instruction_sets_by_name(wanted: str, code: int, said: str) -> None:
+def test_what_is_built_by_name(name: str, value: str, code: int, said: str) -> None:
     pytest.importorskip("pybind11")
     done = subprocess.run([sys.executable, "setup.py", "--version"], cwd=ROOT, capture_output=True, text=True,
-                          env={**os.environ, "BERTFAST_ISA": wanted})
+                          env={**os.environ, name: value})
     assert done.returncode == code and (done.stdout + done.stderr).splitlines()[-1] == said
+
+
+def test_what_runs_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    for value, on in (("1", True), ("0", False), ("", False)):
+        monkeypatch.setenv("BERTFAST_REFERENCE", value)
+        assert switch("BERTFAST_REFERENCE") == on
+    monkeypatch.setenv("BERTFAST_REFERENCE", "true")
+    with pytest.warns(UserWarning, match="BERTFAST_REFERENCE=true is neither 0 nor 1, and without effect"):
+        assert not switch("BERTFAST_REFERENCE")
 
 
 @pytest.mark.skipif(shutil.which("make") is None, reason="make is not here")

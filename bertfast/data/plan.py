@@ -11,13 +11,14 @@ for bit; the C++ is used where it was built (BERTFAST_NO_EXT=1 declines it), and
   fill     the arrays of one batch, masked tokens included
 """
 
-import os
 from typing import Any
 
 import numpy as np
 
+from bertfast.files import switch
+
 _C: Any = None
-if os.environ.get("BERTFAST_NO_EXT") != "1":
+if not switch("BERTFAST_NO_EXT"):
     try:
         from bertfast import _C  # type: ignore[no-redef]
     except ImportError:

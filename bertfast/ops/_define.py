@@ -11,7 +11,6 @@ import functools
 import importlib
 import importlib.machinery
 import importlib.util
-import os
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -19,8 +18,10 @@ from pathlib import Path
 import torch
 from torch.autograd import forward_ad
 
-REFERENCE_ONLY = os.environ.get("BERTFAST_REFERENCE") == "1"
-NO_EXTENSION = os.environ.get("BERTFAST_NO_EXT") == "1"
+from bertfast.files import switch
+
+REFERENCE_ONLY = switch("BERTFAST_REFERENCE")
+NO_EXTENSION = switch("BERTFAST_NO_EXT")
 
 OPS: list[str] = []  # every defined op, in order of definition
 _library = torch.library.Library("bertfast", "DEF")
