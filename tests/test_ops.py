@@ -772,6 +772,14 @@ def test_a_cuda_library_that_does_not_load_is_told(monkeypatch, tmp_path):
         assert _define._load_triton() == "Triton"
 
 
+def test_an_old_build_is_not_loaded(monkeypatch, tmp_path):
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
+    monkeypatch.setattr(_define, "_built", lambda name: tmp_path / name)
+    monkeypatch.setattr(torch.ops, "load_library", lambda path: pytest.fail("it may abort"))
+    (tmp_path / "_C_avx2").write_bytes(b"\x7fELF csrc:of another commit")
+    assert _define._load_extension() == "reference: _C_avx2 is an old build; rebuild it (make clean install)"
+
+
 def test_where_pytorch_multiplies_no_reference_is_named(monkeypatch):
     monkeypatch.setattr(torch._C, "_dispatch_has_kernel_for_dispatch_key", lambda name, key: False)
     for name, who in (("gemm", "PyTorch"), ("few_rows_linear", "PyTorch"), ("bias_gelu_fwd", "reference")):

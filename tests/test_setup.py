@@ -11,6 +11,7 @@ import pytest
 
 from bertfast import __version__
 from bertfast.files import switch
+from bertfast.ops import _define
 
 ROOT = Path(__file__).parent.parent
 
@@ -28,6 +29,18 @@ def test_what_is_built_by_name(name: str, value: str, code: int, said: str) -> N
     done = subprocess.run([sys.executable, "setup.py", "--version"], cwd=ROOT, capture_output=True, text=True,
                           env={**os.environ, name: value})
     assert done.returncode == code and (done.stdout + done.stderr).splitlines()[-1] == said
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64" or sys.platform != "linux", reason="no C++ kernels for this machine")
+def test_a_build_is_known_by_its_sources(tmp_path: Path) -> None:
+    pytest.importorskip("pybind11")
+    program = """
+import setuptools
+setuptools.setup = lambda ext_modules, **_: print(ext_modules[-1].extra_link_args[-1])
+exec(open("setup.py").read())"""
+    flag = subprocess.check_output([sys.executable, "-c", program], cwd=ROOT, text=True).strip()
+    subprocess.check_call(["g++", "-shared", "-x", "c++", os.devnull, flag, "-o", str(tmp_path / "made")])
+    assert b"csrc:" in (tmp_path / "made").read_bytes()[:4096] and not _define._is_old(tmp_path / "made")
 
 
 def test_what_runs_by_name(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,6 +8,7 @@ What autograd sees is a torch.autograd.Function or, for the ops a step calls mos
 """
 
 import functools
+import hashlib
 import importlib
 import importlib.machinery
 import importlib.util
@@ -177,6 +178,14 @@ def _built(name: str) -> Path | None:
     return next((path for path in paths if path.exists()), None)
 
 
+def _is_old(path: Path) -> bool:
+    """Whether the kernels were built from other sources than lie here: loading them may abort, past all catching."""
+    csrc, head = Path(__file__).parents[2] / "csrc/cpu", path.read_bytes()[:4096]
+    sources = sorted([*csrc.glob("*.cpp"), *csrc.glob("*.h")])  # none beside an installed wheel
+    digest = hashlib.sha256(b"".join(source.read_bytes() for source in sources)).digest()[:15]
+    return bool(sources) and b"csrc:" in head and b"csrc:" + digest not in head  # as setup.py marks them
+
+
 def _load_nodes(cpu: str) -> None:
     """Load the autograd nodes in C++, which serve every device; without them those in Python run, more slowly."""
     if REFERENCE_ONLY or NO_EXTENSION:
@@ -211,6 +220,8 @@ def _load_extension() -> str:
         return f"reference: the C++ kernels need AVX2, this CPU offers {capability}"
     for isa in wanted:
         if (path := _built(f"_C_{isa}")) is not None:
+            if _is_old(path):
+                return f"reference: {path.name} is an old build; rebuild it (make clean install)"
             try:
                 torch.ops.load_library(path)
             except OSError as error:  # built against another torch
