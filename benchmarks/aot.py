@@ -185,10 +185,13 @@ def without_logits(*arguments) -> None:
 
 
 def cases(full: bool):
-    """(name, dtype's name, launch): BERT-base in bf16; in full all sizes, masks and steps too, base in the others."""
+    """(name, dtype's name, launch): BERT-base in bf16; in full all sizes, masks and steps too, base in the others, and
+    the widest heads of fp32."""
     both = 0.0, 0.1
     for short, dtype in DTYPES.items() if full else [("bf16", torch.bfloat16)]:
         groups = [row_cases(dtype, 768, both), attention_cases(dtype, 64, both), other_cases(dtype)]
+        if full and short == "fp32":
+            groups += [attention_cases(dtype, d, both) for d in (96, 128)]
         if full and short == "bf16":
             groups += [row_cases(dtype, h, both) for h in (128, 256, 512, 1024, 2048, 4096, 8192)]
             groups += [attention_cases(dtype, d, both) for d in (16, 24, 32, 48, 80, 96, 128)]

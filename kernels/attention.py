@@ -305,6 +305,7 @@ def attention_bwd_dkdv_kernel(
 
 
 CORRECT = (32, 64, 4, 1)  # of fp32, a correctness path, and of ROCm, for which nothing was chosen
+CORRECT_WIDE = (16, 64, 4, 1)  # of fp32 beyond D=64: 32 queries need more shared memory than sm_86 and sm_120 have
 # BLOCK_M, BLOCK_N, warps and stages for sixteen-bit types by kernel, architecture and largest head size, without and
 # with dropout where they differ: chosen from the report of benchmarks/aot.py, so that nothing spills; for sm_90 up to
 # D=64 the fastest such on an H200. None: the backward of whole sequences does not fit; the two kernels of long ones are
@@ -353,7 +354,7 @@ def tile_key(kernel: str, head_size: int, dropout: bool, mask_mode: int) -> str:
 def configuration(kernel: str, arch: int | str, head_size: int, element_size: int, dropout: bool, mask_mode: int):
     """BLOCK_M, BLOCK_N, warps and stages of a kernel, or None: as measured on this GPU, else as shipped."""
     if element_size == 4:
-        return CORRECT
+        return CORRECT if head_size <= 64 else CORRECT_WIDE
     shipped = CORRECT if isinstance(arch, str) else shipped_tile(kernel, arch, head_size, dropout, mask_mode)
     return tuned(tile_key(kernel, head_size, dropout, mask_mode), shipped)
 
