@@ -195,7 +195,7 @@ def cases(full: bool):
         if full and short == "bf16":
             groups += [row_cases(dtype, h, both) for h in (128, 256, 512, 1024, 2048, 4096, 8192)]
             groups += [attention_cases(dtype, d, both) for d in (16, 24, 32, 48, 80, 96, 128)]
-            groups += [attention_cases(dtype, 64, both, masks=(1, 2)), step_cases()]
+            groups += [attention_cases(dtype, d, both, masks=(1, 2)) for d in (64, 128)] + [step_cases()]
         for name, launch in chain.from_iterable(groups):
             yield name, short, launch
 

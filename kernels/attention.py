@@ -345,6 +345,7 @@ TILES = {
 
 MASKED = {"bwd_dq": DEEP, "bwd_dkdv": SHORT}  # causal and prefix masks need registers: more warps, but on sm_90, sm_100
 CAUSAL_DROPOUT_120 = (32, 64, 8, 1)  # dk and dv there: every larger tile spills, 24 B at the least
+MASKED_DROPOUT_100 = (64, 64, 8, 3)  # the forward there beyond D=64: WIDEST spills 8 B
 
 
 def tile_key(kernel: str, head_size: int, dropout: bool, mask_mode: int) -> str:
@@ -364,6 +365,8 @@ def shipped_tile(kernel: str, arch: int, head_size: int, dropout: bool, mask_mod
     listed = max(a for a in TILES[kernel] if a <= max(arch, 80))
     if (kernel, listed, mask_mode, dropout) == ("bwd_dkdv", 120, 1, True):
         return CAUSAL_DROPOUT_120
+    if (kernel, listed, dropout) == ("fwd", 100, True) and mask_mode and head_size > 64:
+        return MASKED_DROPOUT_100
     if mask_mode and kernel in MASKED and listed not in (90, 100):
         return MASKED[kernel]
     of_arch = TILES[kernel][listed]
