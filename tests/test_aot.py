@@ -37,6 +37,21 @@ def test_what_compiles_nothing_or_is_not_heeded_is_refused(arguments, message):
     assert done.returncode == 2 and message in done.stderr
 
 
+MEASURED = """
+from bertfast.benchmarks import aot
+from bertfast.kernels import hardware
+
+hardware.tuned_tiles = lambda: {"cross_entropy": [64, 8]}
+aot.compile_only(90)
+assert hardware.tuned("cross_entropy", (4096, 16)) == (4096, 16)
+"""
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
+def test_what_was_measured_on_this_machine_is_not_reported_as_shipped():
+    subprocess.run([sys.executable, "-c", MEASURED], check=True)
+
+
 @pytest.mark.full
 @pytest.mark.skipif(importlib.util.find_spec("liger_kernel") is None, reason="liger-kernel is not installed")
 def test_peers_are_compiled_beside_ours(tmp_path):
