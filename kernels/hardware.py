@@ -58,9 +58,14 @@ def read_tiles(gpu: str) -> dict[str, Any]:
 
 
 @cache
+def tiles_of(device: int) -> dict[str, Any]:
+    """`read_tiles` of one of this process's GPUs, read once."""
+    return read_tiles(torch.cuda.get_device_name(device))
+
+
 def tuned_tiles() -> dict[str, Any]:
-    """`read_tiles` of this process's GPU, read once; empty without one."""
-    return read_tiles(torch.cuda.get_device_name()) if torch.cuda.is_available() else {}
+    """Those of the current GPU; empty without one."""
+    return tiles_of(torch.cuda.current_device()) if torch.cuda.is_initialized() else {}
 
 
 def tuned(key: str, shipped: Any) -> Any:

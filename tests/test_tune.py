@@ -15,7 +15,7 @@ from bertfast.kernels import attention, hardware, rows  # noqa: E402
 from triton.runtime.errors import OutOfResources  # noqa: E402
 
 from bertfast import cli  # noqa: E402
-from bertfast.files import UserError  # noqa: E402
+from bertfast.files import UserError, create_folder, write_json  # noqa: E402
 
 GPU = "NVIDIA Example 1"
 
@@ -97,6 +97,15 @@ def test_tiles_of_other_versions_are_not_used(cache):
         cache.write_text(content)
         with pytest.raises(UserError, match="damaged"):
             hardware.read_tiles(GPU)
+
+
+def test_every_gpu_has_its_own_tiles(cache, monkeypatch):
+    create_folder(cache.parent)
+    write_json(cache, {"gpu": GPU, **hardware.made_with(), "tiles": {"cross_entropy": [64, 8]}})
+    monkeypatch.setattr(torch.cuda, "get_device_name", ["Another", GPU].__getitem__)
+    hardware.tiles_of.cache_clear()
+    assert [hardware.tiles_of(device) for device in (0, 1)] == [{}, {"cross_entropy": [64, 8]}]
+    hardware.tiles_of.cache_clear()
 
 
 def test_a_kernel_without_a_tile_is_an_error():
