@@ -739,6 +739,19 @@ def test_the_loss_of_the_projection_may_be_scaled(dtype, given):
         assert abs(factor - 1) <= max(torch.finfo(dtype).eps / 8, 2e-7)
 
 
+@pytest.mark.filterwarnings("ignore:bertfast. torch.float16:UserWarning")
+def test_a_mean_of_one_label_is_no_larger_in_fp16_than_fp16_holds():
+    """Its gradient is the label's times hidden, which eager has finite."""
+    torch.manual_seed(0)
+    hidden, weight, bias = torch.full((1, 8), 17.0), torch.randn(500, 8) * 0.02, torch.zeros(500)
+    sides = [[t.to(dtype).requires_grad_() for t in (hidden, weight, bias)] for dtype in (torch.float16, torch.float64)]
+    labels = torch.tensor([3])
+    ops.masked_vocab_projection(*sides[0], labels)[0].backward()
+    F.cross_entropy(F.linear(*sides[1]), labels).backward()
+    for ours, truth in zip((t.grad for t in sides[0]), (t.grad for t in sides[1])):
+        assert (ours - truth).abs().max() <= 2e-3 * truth.abs().max()
+
+
 @pytest.mark.parametrize(("call", "message"), [
     (lambda: ops.attention_packed(torch.randn(4, 2, 2, 8), torch.tensor([0, 4], dtype=torch.int32), 4), "3"),
     (lambda: ops.attention_packed(torch.randn(4, 4, 2, 8), torch.tensor([0, 4], dtype=torch.int32), 4), "3"),

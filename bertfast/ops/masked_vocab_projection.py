@@ -21,6 +21,7 @@ from ._define import accumulate_dtype, define, forward_mode, once_differentiable
 
 IGNORE_INDEX = -100
 FP16_BOOST = 2.0**12  # of a mean's gradients in fp16: a loss scale comes after them, when those of most words are zero
+FP16_MOST = 2.0**5  # of a label, boosted: hidden times this is to be a number in fp16
 
 
 def _logits(hidden, weight, bias, labels):
@@ -89,7 +90,7 @@ class GradientSink:
 class _MaskedVocabProjection(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, bias, labels, scale, sink, boost):
-        boosted = scale if boost == 1 else scale * boost
+        boosted = scale if boost is None else scale * boost
         if sink is None:
             loss_sum, n_masked, n_correct, dhidden, dweight, dbias = _fwd(hidden, weight, bias, labels, boosted)
         else:
@@ -99,8 +100,7 @@ class _MaskedVocabProjection(torch.autograd.Function):
             dweight, sink.filled = None, True
             sink.awaited += not torch.compiler.is_compiling()  # a traced backward could not count down
         ctx.sink = sink
-        ctx.save_for_backward(dhidden, dweight, dbias)
-        ctx.boost = boost
+        ctx.save_for_backward(dhidden, dweight, dbias, boost)
         ctx.mark_non_differentiable(n_masked, n_correct)
         return loss_sum * scale, n_masked, n_correct
 
@@ -109,8 +109,9 @@ class _MaskedVocabProjection(torch.autograd.Function):
     def backward(ctx, dloss, *_):
         if ctx.sink is not None and not torch.compiler.is_compiling():
             ctx.sink.awaited -= 1
-        factor = dloss if ctx.boost == 1 else dloss / ctx.boost
-        return *(g if g is None else _scaled(g, factor) for g in ctx.saved_tensors), None, None, None, None
+        *gradients, boost = ctx.saved_tensors
+        factor = dloss if boost is None else dloss / boost
+        return *(g if g is None else _scaled(g, factor) for g in gradients), None, None, None, None
 
 
 def _scaled(g: Tensor, factor: Tensor) -> Tensor:
@@ -127,11 +128,12 @@ def masked_vocab_projection(hidden, weight, bias, labels, scale=None, sink=None)
     """
     if scale is not None and scale.requires_grad:
         raise ValueError("scale is a constant of the step: it gets no gradient")
-    boost = 1.0
+    boost = None
     if scale is None:
-        boost = FP16_BOOST if hidden.dtype == torch.float16 and sink is None else 1.0
         acc = accumulate_dtype(hidden)
         scale = (labels != IGNORE_INDEX).sum().clamp(min=1).to(acc).reciprocal()
+        if hidden.dtype == torch.float16 and sink is None:
+            boost = (FP16_MOST / scale).clamp(max=FP16_BOOST)
     wanted = torch.is_grad_enabled() and any(t.requires_grad for t in (hidden, weight, bias))
     if wanted or forward_mode():  # which the node refuses
         return _MaskedVocabProjection.apply(hidden, weight, bias, labels, scale, sink, boost)
