@@ -309,9 +309,9 @@ def gradients_without_logits(hidden, weight, bias, labels, scale, softmax, dweig
 
 
 def put_product(out, a, b, accumulate):
-    """out = a @ b, or out += a @ b; out may be float32 where a and b are not."""
+    """out = a @ b, or out += a @ b; out may be float32 where a and b are not. Autocast casts no product `out=`."""
     if out.dtype != a.dtype:
-        product = torch.mm(a, b)
+        product = torch.mm(a, b, out=a.new_empty(out.shape))
         out.add_(product) if accumulate else out.copy_(product)
     elif accumulate:
         out.addmm_(a, b)
@@ -350,7 +350,8 @@ def masked_vocab_projection_fwd_into(hidden, weight, bias, labels, scale, dweigh
         n_columns, even = weight.shape[0], weight.shape[0] // EVEN * EVEN
         for words in (slice(0, even), slice(even, n_columns)):
             put_product(dweight[words], padded[:, words].t(), hidden, accumulate)
-        dhidden = torch.mm(padded[:, :even], weight[:even])
+        dhidden = hidden.new_empty(hidden.shape)
+        put_product(dhidden, padded[:, :even], weight[:even], False)
         dhidden.addmm_(padded[:, even:n_columns], weight[even:])
         return *sums, dhidden, column_sum(padded, bias.dtype)[:n_columns]
     inputs = hidden.contiguous(), weight.contiguous(), bias, labels

@@ -188,6 +188,18 @@ def test_gradient_into_a_sink(sink, accumulate, way):
     torch.testing.assert_close(buffer, (alone[4] + accumulate).to(sink), rtol=1e-2, atol=1e-2)
 
 
+@pytest.mark.parametrize("sink", [torch.float32, torch.bfloat16])
+def test_projection_under_autocast(sink, way):
+    """Its products stay in the dtype that its inputs have."""
+    t = CASES["masked_vocab_projection"].inputs((12, 32, 100), torch.float32)
+    arguments = t["hidden"], t["weight"], t["bias"], t["labels"], torch.tensor(0.25)
+    buffers = torch.zeros(2, 100, 32, dtype=sink)
+    alone = torch.ops.bertfast.masked_vocab_projection_fwd_into(*arguments, buffers[0], False)
+    with torch.autocast("cpu", torch.bfloat16):
+        under = torch.ops.bertfast.masked_vocab_projection_fwd_into(*arguments, buffers[1], False)
+    assert all(torch.equal(a, b) for a, b in zip((*alone, buffers[0]), (*under, buffers[1])))
+
+
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=list(DTYPES))
 @pytest.mark.parametrize("kind", ["adamw", "lamb"])
 def test_optimizer_step_and_grad_norm(kind, dtype):
