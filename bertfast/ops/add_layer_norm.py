@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ._define import accumulate_dtype, define, distinct, node, once_differentiable
-from .dropout import dropout_scale
+from .dropout import dropout_scale, require_seed
 
 
 def layer_norm(z: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
@@ -90,5 +90,7 @@ def add_layer_norm(x, bias, residual, weight, ln_bias, eps=1e-12, p=0.0, seed=No
     p, seed, row_key, stream: see bertfast.ops.dropout; row_key None counts rows. Raises ValueError for p outside
     [0, 1) or p > 0 without a seed.
     """
+    if p > 0.0:
+        require_seed(seed)
     x, residual = distinct(x, residual)
     return _differentiable(x, bias, residual, weight, ln_bias, eps, p, seed, row_key, stream)

@@ -78,7 +78,7 @@ def dropout_scale(x: Tensor, p: float, seed: Tensor | None, row_key: Tensor | No
 
 
 def require_seed(seed: Tensor | None) -> Tensor:
-    if seed is None:
+    if seed is None or seed.dtype != torch.int64 or seed.numel() != 1:
         raise ValueError("dropout (p > 0) needs a seed: an int64 tensor with one element")
     return seed
 

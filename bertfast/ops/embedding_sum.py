@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ._define import accumulate_dtype, define, once_differentiable
 from .add_layer_norm import layer_norm, layer_norm_backward
-from .dropout import dropout_scale
+from .dropout import dropout_scale, require_seed
 
 
 def _gather_sum(input_ids, position_ids, token_type_ids, word, position, token_type):
@@ -123,6 +123,8 @@ def embedding_sum(
     gradient (bertfast.ops.masked_vocab_projection), or None. Raises IndexError for an id outside a table
     (CPU), ValueError for p outside [0, 1) or p > 0 without a seed.
     """
+    if p > 0.0:
+        require_seed(seed)
     return _EmbeddingSum.apply(
         input_ids, position_ids, token_type_ids, word, position, token_type, weight, bias, eps, padding_idx, p, seed,
         row_key, stream, sink,

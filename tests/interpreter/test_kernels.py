@@ -292,3 +292,15 @@ def test_keys_that_do_not_fit_the_queries_are_refused(name):
     tensors[name] = tensors[name][:, :1] if name == "k" else tensors[name][:-1]
     with pytest.raises(ValueError, match=f"{name} has shape"):
         ops.attention(**tensors, max_q=5, max_k=5)
+
+
+@pytest.mark.parametrize("seed", [None, torch.tensor([5], dtype=torch.int32), torch.zeros(0, dtype=torch.int64)],
+                         ids=["none", "int32", "empty"])  # fmt: skip
+def test_dropout_without_a_seed_is_refused(seed):
+    x, bounds = torch.randn(4, 64), torch.tensor([0, 4], dtype=torch.int32)
+    for call in (
+        lambda: ops.dropout(x, 0.1, seed), lambda: ops.add_layer_norm(x, None, x, x[0], x[0], p=0.1, seed=seed),
+        lambda: ops.attention(x[:, None], x[:, None], x[:, None], bounds, bounds, 4, 4, p=0.1, seed=seed),
+    ):
+        with pytest.raises(ValueError, match="needs a seed"):
+            call()
