@@ -49,17 +49,21 @@ Tensor row_ids(const Tensor& ids, const Tensor& word, int64_t n_rows, const char
   return torch::stable::contiguous(torch::stable::to(ids, ScalarType::Long));
 }
 
-Dropout make_dropout(double p, const OptionalTensor& seed, const OptionalTensor& row_key, int64_t stream,
-                     const Tensor& word, int64_t n_rows) {
+// row_key becomes contiguous.
+Dropout make_dropout(double p, const OptionalTensor& seed, OptionalTensor& row_key, int64_t stream, const Tensor& word,
+                     int64_t n_rows) {
   STD_TORCH_CHECK(0.0 <= p && p < 1.0, "dropout probability must be in [0, 1), got ", p);
   if (p == 0.0) return {nullptr, nullptr, 0, 0, 1.f};
   STD_TORCH_CHECK(seed && seed->scalar_type() == ScalarType::Long && seed->numel() == 1,
                   "dropout (p > 0) needs a seed: an int64 tensor with one element");
   STD_TORCH_CHECK(!row_key || (row_key->scalar_type() == ScalarType::Long && row_key->dim() == 1 &&
-                               row_key->size(0) == n_rows && row_key->is_contiguous()),
-                  "row_key must be contiguous int64 of shape (", n_rows, ",)");
+                               row_key->size(0) == n_rows),
+                  "row_key must be int64 of shape (", n_rows, ",)");
   check_device(*seed, word, "seed");
-  if (row_key) check_device(*row_key, word, "row_key");
+  if (row_key) {
+    check_device(*row_key, word, "row_key");
+    row_key = torch::stable::contiguous(*row_key);
+  }
   const double threshold = std::min(std::nearbyint(p * 0x1p32), 0x1p32 - 1);
   return {data<const int64_t>(*seed), row_key ? data<const int64_t>(*row_key) : nullptr,
           static_cast<uint32_t>(threshold), static_cast<uint32_t>(stream),
@@ -183,6 +187,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> embedding_sum_bwd_into_cuda(
   STD_TORCH_CHECK(dword.is_contiguous() && is_aligned(dword) && dword.dim() == 2 && dword.size(0) == word.size(0) &&
                       dword.size(1) == in.n_columns,
                   "dword must be contiguous, begin at a multiple of 16 bytes and have the word table's shape");
+  for (const Tensor* t : {&mean, &rstd}) {
+    STD_TORCH_CHECK(t->dim() == 1 && t->size(0) == in.n_rows && t->scalar_type() == ScalarType::Float,
+                    "mean and rstd must be float32 of shape (", in.n_rows, ",)");
+  }
+  const Tensor means = torch::stable::contiguous(mean), rstds = torch::stable::contiguous(rstd);
   const Tensor gradient = packed(dy);
   const Dropout dropout = make_dropout(p, seed, row_key, stream, word, in.n_rows);
   const Tensor dz = empty(in.word, {in.n_rows, in.n_columns}, ScalarType::Float);
@@ -196,8 +205,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> embedding_sum_bwd_into_cuda(
     weight_parts = empty(dz, {groups, in.n_columns}, ScalarType::Float);
     bias_parts = empty(dz, {groups, in.n_columns}, ScalarType::Float);
     embedding_sum_bwd(data<float>(dz), data<float>(weight_parts), data<float>(bias_parts), data<const T>(gradient),
-                      in.ids(), in.tables<T>(), data<const T>(in.weight), data<const float>(mean),
-                      data<const float>(rstd), dropout, in.n_rows, static_cast<int>(in.n_columns), n_blocks,
+                      in.ids(), in.tables<T>(), data<const T>(in.weight), data<const float>(means),
+                      data<const float>(rstds), dropout, in.n_rows, static_cast<int>(in.n_columns), n_blocks,
                       stream_of(dz));
   });
   check_launch();
