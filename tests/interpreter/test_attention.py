@@ -88,6 +88,12 @@ def test_strides(layout):
     compare(q, k, v, [20, 30], [20, 30], 0, 0.2)
 
 
+def test_only_aligned_rows_are_read_16_bytes_at_a_time():
+    x = torch.randn(4, 80)
+    views = (x[:, first : first + 64].unflatten(1, (2, 32)) for first in (0, 4, 1))
+    assert [kernels.vector_and_strides(view) for view in views] == [(4, [20, 8]), (4, [20, 8]), (1, [80, 32])]
+
+
 def test_rows_beyond_int32():
     """Row offsets past 2^31 elements, in memory that is reserved and never touched in between."""
     stride = 2**29

@@ -304,3 +304,28 @@ def test_dropout_without_a_seed_is_refused(seed):
     ):
         with pytest.raises(ValueError, match="needs a seed"):
             call()
+
+
+@pytest.mark.parametrize("kind", ["adamw", "lamb"])
+def test_optimizer_step_without_momentum_on_a_transposed_gradient(kind):
+    sides = [], []
+    for side in sides:
+        torch.manual_seed(3)
+        side += [[torch.randn(5, 7)], [torch.randn(7, 5).t()], [], [torch.randn(5, 7)], [torch.rand(5, 7)]]
+    steps = getattr(optimizer_kernels, f"{kind}_step"), getattr(optimizer_reference, f"_{kind}_step")
+    for step, lists in zip(steps, sides):
+        step(*lists, *[torch.tensor(x) for x in (1e-2, 2.0, 0.5, 0.0)], 0.0, 0.999, 1e-6, 0.1)
+    for ours, theirs in zip(*sides):
+        torch.testing.assert_close(ours, theirs, rtol=2e-6, atol=1e-6)
+
+
+def test_optimizer_tensors_off_16_bytes_are_not_read_16_at_a_time():
+    buffer = torch.zeros(8)
+    assert [optimizer_kernels.table([t])[3]["ALIGNED"] for t in (buffer, buffer[4:], buffer[1:5])] == [True, True, False]
+
+
+def test_statistics_are_those_of_the_stored_sum():
+    x, w = torch.randn(5, 64).bfloat16(), torch.ones(64).bfloat16()
+    _, z, mean, rstd = torch.ops.bertfast.add_layer_norm_fwd(x, None, x.flip(0), w, w, 1e-12, 0.0, None, None, 0)
+    torch.testing.assert_close(mean, z.float().mean(1), rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(rstd, z.float().var(1, correction=0).rsqrt(), rtol=1e-6, atol=0.0)
