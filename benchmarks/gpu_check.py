@@ -99,9 +99,10 @@ def parity_check(check: tuple[str, tuple, str, float, bool]) -> list[str]:
 
 
 def check_parity() -> list[str]:
-    """All of them, side by side."""
+    """All of them, side by side: a process a CPU, as far as the GPU has a GiB for each."""
     checks = list(parity_checks())
-    with ProcessPoolExecutor(max(1, (os.cpu_count() or 1) - 2), get_context("spawn")) as pool:
+    processes = min(14, len(os.sched_getaffinity(0)) - 2, torch.cuda.mem_get_info()[0] >> 30)
+    with ProcessPoolExecutor(max(1, processes), get_context("spawn")) as pool:
         faults = [fault for found in pool.map(parity_check, checks) for fault in found]
     print(f"parity and repeatability of the ops: {len(checks)} cases, {len(faults)} faults")
     return faults
@@ -232,6 +233,15 @@ def show_ops(tokens: int = 32768, hidden: int = 768, words: int = 30522) -> dict
     return result
 
 
+def as_memory_allows(show: Callable, *arguments):
+    """What it returns, or None and a line where the GPU's memory is too small for it."""
+    try:
+        return show(*arguments)
+    except torch.OutOfMemoryError as error:
+        print(f"  {show.__name__}:", str(error).partition("\n")[0])
+        return None
+
+
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, help="where the ops' table goes, as a result of `bertfast bench`")
@@ -246,13 +256,13 @@ def main(arguments: list[str] | None = None) -> int:
     faults = check_parity()
     print("training:")
     faults += check_training() + check_finetuning()
+    print("\n".join(faults) or "all of it held")
     print("speed and memory:")
     for graph in (False, True):
-        show_speed(graph)
-    result = show_ops()
-    if options.out:
+        as_memory_allows(show_speed, graph)
+    result = as_memory_allows(show_ops)
+    if options.out and result:
         report.write(result, options.out)
-    print("\n".join(faults) or "all of it held")
     return 1 if faults else 0
 
 

@@ -1,6 +1,7 @@
 """What `make gpu-check` does on a GPU, on a CPU: that its checks hold, and that they find what they are for."""
 
 import dataclasses
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import pytest
@@ -77,3 +78,29 @@ def test_the_parity_checks_cover_every_case_and_both_ways_of_the_projection(on_c
         check = "masked_vocab_projection", (1, 64, 333), "bf16", 0.0, without_logits
         assert gpu_check.parity_check(check)[0].endswith("(1, 64, 333) bf16 p=0.0: y is off")
     assert ways == [projection.LOGITS_LIMIT, 0] and projection.LOGITS_LIMIT > 0
+
+
+@pytest.mark.parametrize(("cpus", "gib", "processes"), [(224, 80, 14), (224, 6, 6), (8, 80, 6), (1, 0, 1)])
+def test_parity_runs_in_as_many_processes_as_the_gpu_has_memory_for(cpus, gib, processes, monkeypatch):
+    asked = []
+    monkeypatch.setattr(gpu_check, "ProcessPoolExecutor", lambda n, _: asked.append(n) or ThreadPoolExecutor(1))
+    monkeypatch.setattr(gpu_check, "parity_check", lambda check: [])
+    monkeypatch.setattr(gpu_check.os, "sched_getaffinity", lambda process: range(cpus))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (gib << 30, 0))
+    assert gpu_check.check_parity() == [] and asked == [processes]
+
+
+def test_what_the_memory_is_too_small_for_is_a_line_after_the_faults(monkeypatch, capsys):
+    def too_large(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nmore")
+
+    for name, value in (("is_available", True), ("get_device_capability", (8, 6)), ("get_device_name", "A GPU")):
+        monkeypatch.setattr(torch.cuda, name, lambda *_, value=value: value)
+    for name, faults in (("check_parity", ["y is off"]), ("check_training", []), ("check_finetuning", [])):
+        monkeypatch.setattr(gpu_check, name, lambda faults=faults: faults)
+    monkeypatch.setattr(gpu_check, "show_speed", too_large)
+    monkeypatch.setattr(gpu_check, "show_ops", too_large)
+    assert gpu_check.main([]) == 1
+    *_, fault, title, launched, replayed, table = capsys.readouterr().out.splitlines()
+    assert (fault, title) == ("y is off", "speed and memory:")
+    assert launched == replayed == table == "  too_large: CUDA out of memory. Tried to allocate 2 GiB."
