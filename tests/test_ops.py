@@ -4,6 +4,7 @@ import copy
 import ctypes
 import math
 import warnings
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -775,8 +776,7 @@ def test_a_cuda_library_that_does_not_load_is_told(monkeypatch, tmp_path):
     def unloadable(path):
         raise OSError("undefined symbol")
 
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    monkeypatch.setattr(torch.backends.cuda, "is_built", lambda: True)
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     monkeypatch.setattr(torch.ops, "load_library", unloadable)
     monkeypatch.setattr(_define, "register_launchers", lambda key: None)
@@ -791,6 +791,26 @@ def test_an_old_build_is_not_loaded(monkeypatch, tmp_path):
     monkeypatch.setattr(torch.ops, "load_library", lambda path: pytest.fail("it may abort"))
     (tmp_path / "_C_avx2").write_bytes(b"\x7fELF csrc:of another commit")
     assert _define._load_extension() == "reference: _C_avx2 is an old build; rebuild it (make clean install)"
+
+
+def test_importing_asks_no_gpu_and_each_is_judged_by_itself(monkeypatch):
+    """What asks initialises CUDA, which no forked child could use then."""
+    asked = []
+    for name, value in (("is_available", True), ("current_device", 1)):
+        monkeypatch.setattr(torch.cuda, name, lambda name=name, value=value: asked.append(name) or value)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda gpu: [(9, 0), (7, 5)][gpu.index])
+    monkeypatch.setattr(torch.backends.cuda, "is_built", lambda: True)
+    monkeypatch.setattr(_define, "register_launchers", lambda key: None)
+    assert _define._load_triton() == "Triton" and not asked
+    _define._judged.cache_clear()
+    tensors = [Mock(torch.Tensor, is_cuda=True, device=torch.device("cuda", i), dtype=torch.float32) for i in (0, 1)]
+    assert [_define._without_kernel((t,)) for t in tensors] == [None, tensors[1]]
+    for name in ("bias_gelu_fwd", "embedding_sum_fwd"):
+        assert "compute capability 8.0" in _define.implementation(name, "cuda", {"cuda": "Triton"})
+    _define._warn_of_reference.cache_clear()
+    with pytest.warns(UserWarning, match=r"torch.float32 on cuda runs the slow references, Triton uses tensor cores"):
+        _define._warn_of_reference(torch.float32, tensors[1].device)
+    _define._judged.cache_clear()
 
 
 def test_where_pytorch_multiplies_no_reference_is_named(monkeypatch):

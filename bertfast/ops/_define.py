@@ -23,6 +23,8 @@ from bertfast.files import switch
 
 REFERENCE_ONLY = switch("BERTFAST_REFERENCE")
 NO_EXTENSION = switch("BERTFAST_NO_EXT")
+NO_GPU = "no CUDA device"
+TOO_OLD = "Triton uses tensor cores from compute capability 8.0 on"
 
 OPS: list[str] = []  # every defined op, in order of definition
 _library = torch.library.Library("bertfast", "DEF")
@@ -58,7 +60,7 @@ def define(schema: str, reference: Callable, fake: Callable | None = None, kerne
             raise RuntimeError(f"bertfast.ops.{name} has no derivative, neither backward nor forward")
         if (x := _without_kernel(args)) is not None:
             if not torch.compiler.is_compiling():
-                _warn_of_reference(x.dtype, x.device.type)
+                _warn_of_reference(x.dtype, x.device)
             return reference(*args)
         return overload(*args)
 
@@ -131,20 +133,34 @@ def forward_mode() -> bool:
 
 
 @functools.cache
-def _warn_of_reference(dtype: torch.dtype, device: str) -> None:
-    takes = "fp32, bf16 and, but in the optimiser, fp64" if device == "cpu" else "fp32, bf16 and fp16"
-    warnings.warn(f"bertfast: {dtype} on {device} runs the slow references, the kernels take {takes}", stacklevel=4)
+def _judged(gpu: torch.device) -> bool:
+    return torch.version.hip is None and torch.cuda.is_available() and torch.cuda.get_device_capability(gpu) < (8, 0)
+
+
+@torch.compiler.assume_constant_result
+def _too_old(gpu: torch.device) -> bool:
+    """Asked when a GPU is met, not at import: it initialises CUDA, which no forked child could use then."""
+    return _judged(gpu)
+
+
+@functools.cache
+def _warn_of_reference(dtype: torch.dtype, device: torch.device) -> None:
+    takes = "fp32, bf16 and, but in the optimiser, fp64" if device.type == "cpu" else "fp32, bf16 and fp16"
+    why = TOO_OLD if device.type == "cuda" and _too_old(device) else f"the kernels take {takes}"
+    warnings.warn(f"bertfast: {dtype} on {device.type} runs the slow references, {why}", stacklevel=4)
 
 
 def _without_kernel(args) -> torch.Tensor | None:
-    """The first floating-point tensor, where it is of a dtype that its device's kernels do not take: fp16 on a CPU,
-    fp64 elsewhere, and in the optimiser's ops, whose tensors come in lists, on a CPU too."""
+    """The first floating-point tensor, where its GPU is too old, or its dtype one that its device's kernels do not take:
+    fp16 on a CPU, fp64 elsewhere, and in the optimiser's ops, whose tensors come in lists, on a CPU too."""
     for a in args:
         listed = isinstance(a, list) and bool(a)
         a = a[0] if listed else a
         if isinstance(a, torch.Tensor) and a.is_floating_point():
             if a.device.type == "cpu" and not listed:
                 return a if a.dtype == torch.float16 else None
+            if a.is_cuda and _too_old(a.device):
+                return a
             return a if a.dtype == torch.float64 or a.dtype == torch.float16 and a.device.type == "cpu" else None
     return None
 
@@ -232,14 +248,13 @@ def _load_extension() -> str:
 
 
 def _load_triton() -> str:
+    """Register what a GPU would run, without a look at one (see `_too_old`)."""
     if REFERENCE_ONLY:
         return "reference: BERTFAST_REFERENCE=1"
-    if not torch.cuda.is_available():
-        return "no CUDA device"
+    if not torch.backends.cuda.is_built():
+        return NO_GPU
     if importlib.util.find_spec("triton") is None:
         return "reference: triton is not installed"
-    if torch.version.hip is None and torch.cuda.get_device_capability() < (8, 0):
-        return "reference: Triton uses tensor cores from compute capability 8.0 on"
     register_launchers("CUDA")
     if (path := _built("_C_cuda")) is not None and torch.version.cuda:
         try:
@@ -261,9 +276,14 @@ def implementation(name: str, device: str, loaded: dict[str, str]) -> str:
     """Which implementation of op `name` runs on `device` ("cpu" or "cuda"), and why not a faster one."""
     if device == "cuda" and name in _cpu_only:
         return "PyTorch"
+    where = loaded[device]
+    if where == "Triton" and not torch.cuda.is_available():
+        where = NO_GPU
+    elif where == "Triton" and _too_old(torch.device("cuda", torch.cuda.current_device())):
+        where = f"reference: {TOO_OLD}"
     has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key(f"bertfast::{name}", device.upper())
-    if device == "cuda" and loaded[device] == "Triton" and name not in _launchers:
+    if where == "Triton" and name not in _launchers:
         return "CUDA C++" if has_kernel else "reference: bertfast._C_cuda is not built (it needs nvcc)"
-    if has_kernel or loaded[device].startswith(("reference", "no ")):
-        return loaded[device]
-    return f"{'PyTorch' if name in _cpu_only else 'reference'}: no {loaded[device]} kernel for this op"
+    if has_kernel or where.startswith(("reference", "no ")):
+        return where
+    return f"{'PyTorch' if name in _cpu_only else 'reference'}: no {where} kernel for this op"
