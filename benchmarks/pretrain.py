@@ -31,7 +31,7 @@ from bertfast.finetune.batches import Sequence, pack
 from bertfast.model import BertForPreTraining, useful_flops
 from bertfast.ops.dropout import step_seed
 from bertfast.optim import Optimizer
-from bertfast.step_graph import Call, StepGraph
+from bertfast.step_graph import Call, StepGraph, replayable
 
 ADAMW = {"betas": (0.9, 0.98), "eps": 1e-6, "weight_decay": 0.01}
 LR, MAX_NORM = 5e-4, 1.0
@@ -148,7 +148,7 @@ def padded(batch: PackedBatch, length: int, pad_id: int = 0) -> dict[str, torch.
 def bertfast(checkpoint: str, batches: dict, precision: str, replayed: bool = True, **turns) -> Iterator[dict]:
     """Our training step, as bertfast.pretrain makes it; a replay allocates nothing, so that memory needs launches."""
     device, before = machine.choose_device(), _resident()
-    replayed = replayed and device.type == "cuda" and not turns.get("memory")
+    replayed = replayed and replayable(device) and not turns.get("memory")
     model = BertForPreTraining.from_pretrained(checkpoint).to(device)
     optimizer = Optimizer(model, machine.DTYPES[precision], max_grad_norm=MAX_NORM, sink=True, **ADAMW)
     packed = [batch.to(device) for batch in make_batches(**batches)]

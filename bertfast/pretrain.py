@@ -31,7 +31,7 @@ from .model import BertForMaskedLM, BertForPreTraining, BertLMHeadModel, useful_
 from .ops.dropout import step_seed
 from .optim import Optimizer
 from .run_folder import FREE, Settings, check_folder, latest, read_trainer, step_of, write_checkpoint
-from .step_graph import Call, StepGraph
+from .step_graph import Call, StepGraph, replayable
 from .version import __version__
 
 PATIENCE = 10  # steps skipped in a row before the run stops
@@ -75,7 +75,7 @@ class Run:
             raise UserError("next-sentence prediction needs two token types, but the model has one: add --no-nsp")
         self.model.bert.recompute = settings.recompute
         dtype = machine.DTYPES[self.precision]
-        self.replayed = settings.cuda_graph and self.device.type == "cuda" and processes.count() == 1
+        self.replayed = settings.cuda_graph and replayable(self.device) and processes.count() == 1
         self.step_graph: StepGraph | None = None  # the step of the phase in progress
         self.optimizer = Optimizer(
             self.model, dtype, kind=settings.optimizer, weight_decay=settings.weight_decay,

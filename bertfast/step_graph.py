@@ -17,11 +17,17 @@ from torch import Tensor, nn
 from .batch import PackedBatch, map_tensors
 from .files import UserError
 from .model import ModelOutput
+from .ops import why_slow
 from .optim import COUNTERS, Optimizer
 
 WARMUP = 3  # steps that compile kernels and fill caches before the capture
 
 Call = tuple[PackedBatch | Tensor, dict[str, Any]]  # a micro-batch: what the model is called with, but seed and scales
+
+
+def replayable(device: torch.device) -> bool:
+    """Whether a step may be captured there: a GPU whose ops do not read values back, as attention's reference does."""
+    return device.type == "cuda" and not why_slow(device.type)
 
 
 def on_device(call: Call, device: torch.device, copy: bool = False) -> Call:

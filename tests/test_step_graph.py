@@ -10,12 +10,13 @@ import torch
 from safetensors.torch import load_file
 
 import bertfast
-from bertfast import pretrain, run_folder
+from bertfast import ops, pretrain, run_folder
 from bertfast.data.prepare import prepare
 from bertfast.files import UserError
 from bertfast.model import unpad
+from bertfast.ops import _define
 from bertfast.optim import Optimizer
-from bertfast.step_graph import StepGraph
+from bertfast.step_graph import StepGraph, replayable
 
 
 class Replayed(StepGraph):
@@ -139,6 +140,17 @@ def test_a_run_with_a_graph_is_the_run_without(settings, changes, tmp_path, monk
 def test_on_a_cpu_nothing_is_captured(settings, tmp_path):
     run = pretrain.start(tmp_path / "run", settings(), resume=False)
     assert run.settings.cuda_graph and not run.replayed and "CUDA graph" not in run.describe("")
+
+
+@pytest.mark.parametrize(("where", "expected"), [("Triton", True), ("reference: BERTFAST_REFERENCE=1", False)])
+def test_references_are_not_captured(where, expected, monkeypatch):
+    """They read values of the device, which a capture forbids."""
+    monkeypatch.setitem(ops._loaded, "cuda", where)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(_define, "_too_old", lambda gpu: False)
+    monkeypatch.setattr(torch._C, "_dispatch_has_kernel_for_dispatch_key", lambda name, key: True)
+    assert replayable(torch.device("cuda")) == expected and not replayable(torch.device("cpu"))
 
 
 def test_a_step_that_cannot_be_captured_is_one_line_that_says_what_to_do(settings, tmp_path, monkeypatch):

@@ -35,7 +35,7 @@ from bertfast.ops.dropout import step_seed
 from bertfast.optim import Optimizer, linear_schedule
 from bertfast.processes import stop_on_interrupt
 from bertfast.seq2seq import BertForSeq2Seq, read_config
-from bertfast.step_graph import Call, StepGraph, signature
+from bertfast.step_graph import Call, StepGraph, replayable, signature
 from bertfast.version import __version__
 
 SCALES = ("scale",)  # what a head calls the factor of its loss
@@ -78,7 +78,7 @@ class FineTuning:
         self.eval_every = settings.eval_every or per_epoch
         self.peak = machine.gemm_rate(machine.DTYPES[self.precision], self.device)
         self.stopping = 0  # see stop_on_interrupt
-        self.replayed = settings.cuda_graph and self.device.type == "cuda" and not settings.features
+        self.replayed = settings.cuda_graph and replayable(self.device) and not settings.features
         self.loaded: Checkpointed | None = None  # the first seed's model, until it is trained
         self.launched: StepGraph | None = None  # the step of the model in training, and of each of its shapes
         self.graphs: dict[tuple, StepGraph | None] = {}  # None: these shapes came once

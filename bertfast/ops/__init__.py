@@ -35,3 +35,9 @@ _loaded = load_backends()
 def backends() -> dict[str, dict[str, str]]:
     """Which implementation of each op runs on each device, and why: {op: {"cpu": ..., "cuda": ...}}."""
     return {name: {device: implementation(name, device, _loaded) for device in _loaded} for name in OPS}
+
+
+def why_slow(device: str) -> str:
+    """Why the ops run as the slow references on devices of this type, or nothing."""
+    where = implementation("attention_fwd", device, _loaded) if device in _loaded else ""
+    return where.removeprefix("reference: ") if where.startswith("reference: ") else ""
