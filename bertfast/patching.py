@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .files import UserError
+from .ops import why_slow
 from .patched import (
     ENCODERS,
     FAMILIES,
@@ -86,7 +87,8 @@ def patch(model: nn.Module) -> Report:
     skip_logits=True skips them in eval too. A batch with no masked word has loss 0 for them then. Attentions, masks
     that are not padding masks, and layers with hooks inside, or with parts not known to act row by row, run as the
     original. Decoders and models of other families are left alone. Patching twice does nothing more. Returns a Report,
-    and warns of everything that it says is left alone. Raises UserError where there is nothing to patch.
+    and warns of everything that it says is left alone, and where the ops have no kernels. Raises UserError where there
+    is nothing to patch.
     """
     report = Report()
     for name, module in model.named_modules():
@@ -143,6 +145,9 @@ def patch(model: nn.Module) -> Report:
             named.update(module.modules())
     for line in report.exceptions():
         warnings.warn(f"bertfast.patch: {line}", stacklevel=2)
+    for device in sorted({p.device.type for p in model.parameters()}):
+        if why := why_slow(device):
+            warnings.warn(f"bertfast.patch: on {device} the ops run as slow references: {why}", stacklevel=2)
     return report
 
 
