@@ -148,8 +148,8 @@ def padded(batch: PackedBatch, length: int, pad_id: int = 0) -> dict[str, torch.
 def bertfast(checkpoint: str, batches: dict, precision: str, replayed: bool = True, **turns) -> Iterator[dict]:
     """Our training step, as bertfast.pretrain makes it; a replay allocates nothing, so that memory needs launches."""
     device, before = machine.choose_device(), _resident()
-    replayed = replayed and replayable(device) and not turns.get("memory")
     model = BertForPreTraining.from_pretrained(checkpoint).to(device)
+    replayed = replayed and replayable(device, model.config) and not turns.get("memory")
     optimizer = Optimizer(model, machine.DTYPES[precision], max_grad_norm=MAX_NORM, sink=True, **ADAMW)
     packed = [batch.to(device) for batch in make_batches(**batches)]
     counts = [[b.n_masked, int((b.next_sentence_label >= 0).sum())] for b in packed]

@@ -75,7 +75,7 @@ class Run:
             raise UserError("next-sentence prediction needs two token types, but the model has one: add --no-nsp")
         self.model.bert.recompute = settings.recompute
         dtype = machine.DTYPES[self.precision]
-        self.replayed = settings.cuda_graph and replayable(self.device) and processes.count() == 1
+        self.replayed = settings.cuda_graph and replayable(self.device, self.config) and processes.count() == 1
         self.step_graph: StepGraph | None = None  # the step of the phase in progress
         self.optimizer = Optimizer(
             self.model, dtype, kind=settings.optimizer, weight_decay=settings.weight_decay,

@@ -15,9 +15,11 @@ import torch
 from torch import Tensor, nn
 
 from .batch import PackedBatch, map_tensors
+from .config import BertConfig
 from .files import UserError
 from .model import ModelOutput
 from .ops import why_slow
+from .ops.attention import HEAD_SIZES
 from .optim import COUNTERS, Optimizer
 
 WARMUP = 3  # steps that compile kernels and fill caches before the capture
@@ -25,9 +27,10 @@ WARMUP = 3  # steps that compile kernels and fill caches before the capture
 Call = tuple[PackedBatch | Tensor, dict[str, Any]]  # a micro-batch: what the model is called with, but seed and scales
 
 
-def replayable(device: torch.device) -> bool:
-    """Whether a step may be captured there: a GPU whose ops do not read values back, as attention's reference does."""
-    return device.type == "cuda" and not why_slow(device.type)
+def replayable(device: torch.device, config: BertConfig) -> bool:
+    """Whether a step may be captured there: on a GPU whose attention is no reference, which reads lengths back."""
+    takes_heads = config.hidden_size // config.num_attention_heads in HEAD_SIZES
+    return device.type == "cuda" and takes_heads and not why_slow(device.type)
 
 
 def on_device(call: Call, device: torch.device, copy: bool = False) -> Call:

@@ -10,6 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
+from bertfast.ops.attention import HEAD_SIZES
 from bertfast.ops.dropout import keep_scale
 
 from .dropout import keep_mask, signed_threshold
@@ -384,13 +385,13 @@ def vector_and_strides(*tensors):
 
 
 def check(q, k, v, scale, longest):
-    """q, k, v with contiguous heads; ValueError for what the kernels cannot do."""
-    if not 16 <= q.shape[2] <= 128:
-        raise ValueError(f"the Triton attention needs a head size from 16 to 128, got {q.shape[2]}")
+    """q, k, v with contiguous heads; NotImplementedError for what the kernels cannot do."""
+    if q.shape[2] not in HEAD_SIZES:
+        raise NotImplementedError(f"the Triton attention needs a head size from 16 to 128, got {q.shape[2]}")
     if scale <= 0.0:
-        raise ValueError(f"the Triton attention needs a positive scale, got {scale}")
+        raise NotImplementedError(f"the Triton attention needs a positive scale, got {scale}")
     if longest * max(t.stride(0) for t in (q, k, v)) >= 2**31:
-        raise ValueError(f"rows of a sequence of up to {longest} lie too far apart: its offsets must fit in int32")
+        raise NotImplementedError(f"rows of a sequence of up to {longest} lie too far apart for offsets in int32")
     return [t if t.stride(-1) == 1 else t.contiguous() for t in (q, k, v)]
 
 

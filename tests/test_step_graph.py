@@ -150,7 +150,9 @@ def test_references_are_not_captured(where, expected, monkeypatch):
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(_define, "_too_old", lambda gpu: False)
     monkeypatch.setattr(torch._C, "_dispatch_has_kernel_for_dispatch_key", lambda name, key: True)
-    assert replayable(torch.device("cuda")) == expected and not replayable(torch.device("cpu"))
+    config, gpu = bertfast.BertConfig(), torch.device("cuda")
+    assert replayable(gpu, config) == expected and not replayable(torch.device("cpu"), config)
+    assert not replayable(gpu, bertfast.BertConfig(hidden_size=32, num_attention_heads=4))  # heads that no kernel takes
 
 
 def test_a_step_that_cannot_be_captured_is_one_line_that_says_what_to_do(settings, tmp_path, monkeypatch):

@@ -78,7 +78,7 @@ class FineTuning:
         self.eval_every = settings.eval_every or per_epoch
         self.peak = machine.gemm_rate(machine.DTYPES[self.precision], self.device)
         self.stopping = 0  # see stop_on_interrupt
-        self.replayed = settings.cuda_graph and replayable(self.device) and not settings.features
+        self.replayed = settings.cuda_graph and replayable(self.device, self.config) and not settings.features
         self.loaded: Checkpointed | None = None  # the first seed's model, until it is trained
         self.launched: StepGraph | None = None  # the step of the model in training, and of each of its shapes
         self.graphs: dict[tuple, StepGraph | None] = {}  # None: these shapes came once

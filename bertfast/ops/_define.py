@@ -28,7 +28,7 @@ TOO_OLD = "Triton uses tensor cores from compute capability 8.0 on"
 
 OPS: list[str] = []  # every defined op, in order of definition
 _library = torch.library.Library("bertfast", "DEF")
-_launchers: dict[str, str] = {}  # op -> module under bertfast.kernels that holds its launcher
+_launchers: dict[str, tuple[str, Callable]] = {}  # op -> module under bertfast.kernels with its launcher; reference
 _cpu_only: set[str] = set()
 NODES = "linear", "gelu_linear", "add_layer_norm", "attention_packed"  # that csrc/autograd.cpp has
 _nodes: dict[str, Callable] = {}  # those, where it is loaded
@@ -52,7 +52,7 @@ def define(schema: str, reference: Callable, fake: Callable | None = None, kerne
     if cpu_only:
         _cpu_only.add(name)
     if kernels:
-        _launchers[name] = kernels
+        _launchers[name] = kernels, reference
     overload = getattr(torch.ops.bertfast, name).default  # bound once: attribute chains cost time
 
     def call(*args):
@@ -150,9 +150,14 @@ def _warn_of_reference(dtype: torch.dtype, device: torch.device) -> None:
     warnings.warn(f"bertfast: {dtype} on {device.type} runs the slow references, {why}", stacklevel=4)
 
 
+@functools.cache
+def _warn_of_lack(error: str) -> None:
+    warnings.warn(f"bertfast: {error}; the slow reference runs", stacklevel=2)
+
+
 def _without_kernel(args) -> torch.Tensor | None:
-    """The first floating-point tensor, where its GPU is too old, or its dtype one that its device's kernels do not take:
-    fp16 on a CPU, fp64 elsewhere, and in the optimiser's ops, whose tensors come in lists, on a CPU too."""
+    """The first floating-point tensor, where its GPU is too old, or its device's kernels do not take its dtype: fp16 on
+    a CPU, fp64 elsewhere, and in the optimiser's ops, whose tensors come in lists, on a CPU too."""
     for a in args:
         listed = isinstance(a, list) and bool(a)
         a = a[0] if listed else a
@@ -166,11 +171,18 @@ def _without_kernel(args) -> torch.Tensor | None:
 
 
 def register_launchers(dispatch_key: str) -> None:
-    """Register every Triton launcher under `dispatch_key`; the kernel files are imported at the first launch."""
-    for name, module in _launchers.items():
+    """Register every Triton launcher under `dispatch_key`; the kernel files are imported at the first launch.
 
-        def launch(*args, _name=name, _module=module):
-            return _launch(getattr(importlib.import_module(f"bertfast.kernels.{_module}"), _name), args)
+    What a launcher does not do, by its NotImplementedError, the reference does.
+    """
+    for name, (module, reference) in _launchers.items():
+
+        def launch(*args, _name=name, _module=module, _reference=reference):
+            try:
+                return _launch(getattr(importlib.import_module(f"bertfast.kernels.{_module}"), _name), args)
+            except NotImplementedError as error:
+                _warn_of_lack(str(error))
+                return _reference(*args)
 
         _library.impl(name, launch, dispatch_key, allow_override=True)
 

@@ -23,6 +23,7 @@ from .dropout import keep_mask, keep_scale, require_seed
 
 MOST_HEADS = 256  # in the low byte of a counter's word, below the stream
 MASK_MODES = {"full": 0, "causal": 1, "prefix": 2}
+HEAD_SIZES = range(16, 129)  # that the kernels for GPUs take
 
 
 def _sequences(q, k, cu_seqlens_q, cu_seqlens_k, mask_mode, prefix_lens, p, seed, q_row_key, stream):

@@ -7,6 +7,9 @@ import pytest
 import torch
 from bertfast.kernels import attention as kernels
 
+from bertfast import ops
+from bertfast.ops import _define
+
 reference = importlib.import_module("bertfast.ops.attention")  # the package's attribute of that name is the function
 
 SEED = torch.tensor([-0x1234_5678_9ABC])
@@ -107,13 +110,25 @@ def test_rows_beyond_int32():
     assert torch.equal(kernels.attention_fwd(q, k, v, *layout)[0], kernels.attention_fwd(*near, *layout)[0])
 
 
-def test_what_the_kernels_do_not_do_is_refused():
+def test_what_the_kernels_do_not_do_is_refused_by_them():
     q, k, v = packed_qkv(4, 1, 8)
     layout = [torch.tensor([0, 4]).int()] * 2
-    with pytest.raises(ValueError, match="head size"):
+    with pytest.raises(NotImplementedError, match="head size"):
         kernels.attention_fwd(q, k, v, *layout, 4, 4, 1.0, 0, None, 0.0, None, None, 0)
     q, k, v = packed_qkv(4, 1, 16)
-    with pytest.raises(ValueError, match="positive scale"):
+    with pytest.raises(NotImplementedError, match="positive scale"):
         kernels.attention_fwd(q, k, v, *layout, 4, 4, -1.0, 0, None, 0.0, None, None, 0)
-    with pytest.raises(ValueError, match="too far apart"):
+    with pytest.raises(NotImplementedError, match="too far apart"):
         kernels.attention_fwd(q, k, v, *layout, 2**27, 4, 1.0, 0, None, 0.0, None, None, 0)
+
+
+def test_the_reference_does_what_the_kernels_do_not():
+    qkv, bounds = torch.randn(9, 3, 2, 8), torch.tensor([0, 4, 9], dtype=torch.int32)
+    sides = [qkv.clone().requires_grad_(), qkv.double().requires_grad_()]
+    _define._warn_of_lack.cache_clear()
+    with pytest.warns(UserWarning, match="a head size from 16 to 128, got 8; the slow reference runs"):
+        outs = [ops.attention_packed(side, bounds, 5, p=0.1, seed=SEED) for side in sides]
+    for out in outs:
+        out.square().sum().backward()
+    torch.testing.assert_close(outs[0], outs[1].float())
+    torch.testing.assert_close(sides[0].grad, sides[1].grad.float())

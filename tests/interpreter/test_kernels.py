@@ -321,7 +321,8 @@ def test_optimizer_step_without_momentum_on_a_transposed_gradient(kind):
 
 def test_optimizer_tensors_off_16_bytes_are_not_read_16_at_a_time():
     buffer = torch.zeros(8)
-    assert [optimizer_kernels.table([t])[3]["ALIGNED"] for t in (buffer, buffer[4:], buffer[1:5])] == [True, True, False]
+    aligned = [optimizer_kernels.table([t])[3]["ALIGNED"] for t in (buffer, buffer[4:], buffer[1:5])]
+    assert aligned == [True, True, False]
 
 
 def test_statistics_are_those_of_the_stored_sum():
