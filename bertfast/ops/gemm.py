@@ -42,7 +42,7 @@ def _has_kernel(dtype: torch.dtype) -> bool:
 
 @functools.cache
 def takes_few_rows() -> bool:
-    """Whether in fp32 it is faster than PyTorch's below 256 rows too: on Intel's CPUs; on AMD's up to a tenth slower."""
+    """Whether in fp32 it is faster than PyTorch's below 256 rows too: on Intel's CPUs; on AMD's it is not."""
     return _has_kernel(torch.float32) and torch.ops.bertfast.gemm_takes_few_rows()
 
 
