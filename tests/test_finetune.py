@@ -27,7 +27,7 @@ import bertfast.heads
 from bertfast import cli, machine
 from bertfast.data.tokenizer import SPECIAL_TOKENS, Tokenizer
 from bertfast.files import UserError, locked
-from bertfast.finetune import metrics, show, train, write
+from bertfast.finetune import metrics, predict, show, train, write
 from bertfast.finetune.batches import by_budget, epoch_batches, pack
 from bertfast.finetune.predict import Predictor, json_line, predict_file, run
 from bertfast.finetune.read import Row, open_table
@@ -36,6 +36,7 @@ from bertfast.finetune.task import Example, Settings
 from bertfast.finetune.tasks import TASKS
 from bertfast.finetune.train import FineTuning, Window, finetune, freeze, layer_scale
 from bertfast.model import unpad
+from bertfast.optim import linear_schedule
 from bertfast.step_graph import StepGraph
 
 FILLER = "the a cat dog house tree walked over under green small river near with some old".split()
@@ -1441,3 +1442,70 @@ def test_a_correlation_with_what_is_no_number_is_told():
     assert metrics.correlation([1.0, 2.0, 3.0], [2.0, 4.0, 6.0])["pearson"] == pytest.approx(1)
     with pytest.raises(UserError, match="not numbers any more; try a lower --lr"):
         metrics.correlation([1.0, 2.0, 3.0], [1.0, float("nan"), 3.0])
+
+
+@pytest.mark.parametrize("some", [False, True])
+def test_no_answer_competes_where_training_has_questions_without(some, start):
+    task, example = qa_task(start)
+    answered = example._replace(label=[(0, "one")])
+    task.learn([answered, example._replace(label=[])] if some else [answered], [])
+    (item,) = task.items([example])
+    sure = np.zeros((item.n_tokens, 2), np.float32)
+    sure[0] = 9
+    (found,) = task.predictions([example], [item], [sure])
+    assert (found["answer"] == "") == some
+
+
+def test_a_question_of_more_than_half_a_window_is_cut(start):
+    task = TASKS["qa"](Settings("qa", str(start), "train", max_length=32), Tokenizer.load(start), 64)
+    (item,) = task.items([Example("here", ("1", "where " * 40, "it is Paris"), [(6, "Paris")])])
+    assert item.n_tokens <= 32 and task.counts["questions cut to 16 tokens"] == 1 and item.target != (0, 0)
+
+
+def test_targets_of_one_source_are_its_references(start):
+    task = TASKS["seq2seq"](Settings("seq2seq", str(start), "train"), Tokenizer.load(start), 64)
+    rows = [("a cat", "it is"), ("a dog", "yes"), ("a cat", "no house")]
+    one, two = task.gathered([Example("here", (source,), [target]) for source, target in rows])
+    assert (one.label, two.label) == (["it is", "no house"], ["yes"])
+    assert task.counts["dev rows whose source occurred before: further references of it"] == 1
+
+
+def test_steps_rates_and_evaluations_are_those_of_the_settings(start, tmp_path):
+    chosen = settings("classification", start, tmp_path, steps=None, eval_every=None, epochs=2.5, lr=None, warmup=0.2)
+    work = FineTuning(tmp_path, chosen)  # 160 examples in batches of 16
+    assert (work.steps, work.eval_every) == (25, 10)
+    assert [work.learning_rate(step) for step in (1, 5, 6, 25)] == pytest.approx(
+        [linear_schedule(5e-5, 0.2, 25, step - 1) for step in (1, 5, 6, 25)])
+
+
+def test_a_row_of_metrics_is_the_mean_of_its_steps(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(time, "perf_counter", lambda: now[0])
+    window = Window()
+    window.steps, window.tokens, window.loss, now[0] = 4, 600, torch.tensor(8.0), 3.0
+    row = window.row(1, 4, 0.1, torch.tensor(2.0))
+    assert (row["loss"], row["tokens_per_sec"]) == (2.0, 200.0)
+
+
+def test_names_for_files_without_a_header(start, tmp_path):
+    (tmp_path / "train.csv").write_text("x,a good cat\ny,a bad cat\n" * 9)
+    (tmp_path / "test.csv").write_text("one,x,a good cat\n")
+    chosen = Settings("classification", str(start), *[str(tmp_path / "train.csv")] * 2, columns=["label", "text"],
+                      steps=1, precision="fp32")
+    finetune(tmp_path / "run", chosen, "")
+    predictor = Predictor(tmp_path / "run/checkpoint", "fp32")
+    predict_file(predictor, tmp_path / "train.csv", tmp_path / "one.jsonl")
+    predict_file(predictor, tmp_path / "test.csv", tmp_path / "two.jsonl", ["id", "label", "text"])
+    one, two = (read_lines(tmp_path / f"{name}.jsonl") for name in ("one", "two"))
+    assert (len(one), len(two)) == (18, 1) and one[0]["scores"] == pytest.approx(two[0]["scores"], abs=1e-5)
+
+
+def test_rows_beyond_a_chunk_are_predicted_in_order(start, tmp_path, monkeypatch):
+    chosen = settings("classification", start, tmp_path, steps=1)
+    finetune(tmp_path / "run", chosen, "")
+    predictor = Predictor(tmp_path / "run", "fp32")
+    predict_file(predictor, chosen.dev, tmp_path / "one.jsonl")
+    monkeypatch.setattr(predict, "CHUNK", 7)
+    predict_file(predictor, chosen.dev, tmp_path / "two.jsonl")
+    one, two = ([row["label"] for row in read_lines(tmp_path / f"{name}.jsonl")] for name in ("one", "two"))
+    assert len(one) == 160 and one == two

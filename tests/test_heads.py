@@ -221,3 +221,10 @@ def test_padding_and_what_lies_outside_count_for_nothing():
     assert spans(ids, mask * 0, start_positions=last, end_positions=last).loss == 0
     options = bertfast.BertForMultipleChoice(config)
     assert options(ids.new_zeros(0, 2, 8), labels=ids.new_zeros(0)).loss == 0
+
+
+def test_the_head_drops_as_the_encoder_does_where_nothing_else_is_said():
+    config = bertfast.BertConfig(**SIZES, hidden_dropout_prob=0.3)
+    assert bertfast.BertForSequenceClassification(config).p == 0.3
+    config.extra["classifier_dropout"] = 0.0
+    assert bertfast.BertForSequenceClassification(config).p == 0.0
