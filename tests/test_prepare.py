@@ -239,6 +239,8 @@ def test_learning_a_vocabulary_from_part_of_the_text(tmp_path: Path, monkeypatch
     assert 4_000 < sum(map(len, kept)) <= 10_000 and "number 0 " in kept[0] and int(kept[-1].split()[2]) > 2700
     one, two = (prepare([str(tmp_path / "a.txt")], tmp_path / str(n), vocab_size=120, workers=n) for n in (1, 2))
     assert one == two and 50 < one["vocab_size"] <= 120
+    fewer = prepare([str(tmp_path / "a.txt")], tmp_path / "1", vocab_size=100, workers=1)
+    assert fewer["vocab_size"] < one["vocab_size"]
 
 
 def test_a_second_run_does_nothing_and_a_changed_input_is_prepared_anew(tmp_path: Path, vocab: Path) -> None:
@@ -708,3 +710,33 @@ def test_a_file_system_without_locks_of_folders(tmp_path: Path, monkeypatch: pyt
 def test_errors_of_rust_libraries_are_understood(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="cannot write .*: No space left on device"), files.atomic_path(tmp_path / "a"):
         raise Exception("I/O error: No space left on device (os error 28)")
+
+
+def test_another_field_version_or_text_of_the_same_size_is_prepared_anew(tmp_path: Path, vocab: Path) -> None:
+    source, out = tmp_path / "a.jsonl", tmp_path / "set"
+    source.write_text('{"text": "A cat.", "body": "One dog."}\n')
+    again = lambda field="text": prepare([str(source)], out, vocab=vocab, field=field, workers=1)
+    made = again()
+    (out / "manifest.json").write_text(json.dumps({**made, "version": 0}))  # an older bertfast's, which no loader reads
+    assert again() == made and Dataset(out).n_tokens
+    again("body")
+    assert text_of(out) == [["onedog."]]
+    again()
+    source.write_text('{"text": "A dog.", "body": "One dog."}\n')
+    os.utime(source, ns=(0, 0))
+    again()
+    assert text_of(out) == [["adog."]]
+
+
+def test_a_long_line_is_read_in_parts_cut_at_spaces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(corpus, "PIECE", 50)
+    words = [f"word{i}" for i in range(200)]
+    (tmp_path / "a.txt").write_text(" ".join(words))
+    parts = [x for piece in corpus.read_files([tmp_path / "a.txt"]) for x in piece.documents]
+    assert len(parts) > 10 and [word for part in parts for word in part.split()] == words
+
+
+def test_a_cased_vocabulary_is_learned(tmp_path: Path) -> None:
+    source = str(write(tmp_path / "a.txt", ["The Cat sat."] * 9))
+    assert prepare([source], tmp_path / "set", vocab_size=100, cased=True, workers=1)["cased"]
+    assert "C" in Dataset(tmp_path / "set").tokenizer.vocab

@@ -2,12 +2,14 @@
 
 import os
 import platform
+import runpy
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import setuptools
 
 from bertfast import __version__
 from bertfast.files import switch
@@ -64,3 +66,15 @@ def test_make_builds_once_and_again_what_was_cleaned(tmp_path: Path) -> None:
     assert not builds()
     make("clean")
     assert builds()
+
+
+def test_what_is_installed_is_all_of_the_source(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("pybind11")
+    given: dict = {}
+    monkeypatch.setattr(setuptools, "setup", given.update)
+    monkeypatch.setenv("BERTFAST_NO_EXT", "1")
+    runpy.run_path(str(ROOT / "setup.py"))
+    homes = [ROOT / given["package_dir"].get(name, name.replace(".", "/")) for name in given["packages"]]
+    assert {file for home in homes for file in home.glob("*.py")} == {
+        file for name in ("bertfast", "kernels", "benchmarks") for file in (ROOT / name).rglob("*.py")}
+    assert given["package_data"] == {"bertfast": ["py.typed"]}
