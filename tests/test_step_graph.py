@@ -164,3 +164,10 @@ def test_a_step_that_cannot_be_captured_is_one_line_that_says_what_to_do(setting
     run.replayed = True
     with pytest.raises(UserError, match=r"stream is capturing\): use --no-cuda-graph$"):
         run.train()
+
+
+def test_a_captured_step_has_tensors_of_its_own():
+    batch, other = micro_batch(0), micro_batch(5)
+    graph = Replayed(*model_and_optimizer(), captured=[(batch, {})])
+    graph([(other, {})], [1], 0.0, (6, 3))
+    assert torch.equal(batch.input_ids, micro_batch(0).input_ids)
