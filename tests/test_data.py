@@ -18,7 +18,7 @@ from tokenizers import normalizers
 
 from bertfast.batch import PackedBatch
 from bertfast.data import plan, tokenizer
-from bertfast.data.dataset import Dataset, Loader, Plan
+from bertfast.data.dataset import Dataset, Loader, Plan, _held_out
 from bertfast.data.prepare import prepare
 from bertfast.data.tokenizer import Tokenizer, WordCache
 from bertfast.files import UserError
@@ -229,6 +229,11 @@ def test_the_rarest_of_too_many_words_teach_no_vocabulary(monkeypatch: pytest.Mo
     assert Tokenizer.train(rare + common, 100).tokens != Tokenizer.train(common, 100).tokens
 
 
+def test_the_rarest_letters_become_unknown() -> None:
+    assert "z" in Tokenizer.train(["abc " * 6_000, "z"], 100).vocab
+    assert "z" not in Tokenizer.train(["abc " * 7_000, "z"], 100).vocab
+
+
 def test_vocabulary_mistakes(tmp_path: Path) -> None:
     good = "[PAD]\n[UNK]\n[CLS]\n[SEP]\n[MASK]\na\n"
     cases = {
@@ -358,6 +363,10 @@ def test_validation_documents_are_apart(folder: Path, dataset: Dataset) -> None:
         assert len(own) == split.n_tokens
         for most in (0, 1, 1000, len(own) - 1, len(own), 10**7):
             assert np.array_equal(split.first_tokens(most), own[:most])
+
+
+def test_of_few_documents_one_is_held_out() -> None:
+    assert [int(_held_out(n).sum()) for n in range(33)] == [0, 0] + 31 * [1]
 
 
 # Corpora that leave little choice: a sentence, a document, two.
@@ -568,7 +577,7 @@ def test_python_equals_cpp(
 ) -> None:
     if plan._C is None:
         pytest.skip("bertfast._C is not built")
-    make = lambda: Loader(dataset, 2**63 + 9, *size, nsp=nsp, mlm_probability=0.2, **masking)
+    make = lambda: Loader(dataset, -9, *size, nsp=nsp, mlm_probability=0.2, **masking)
     fast = make()
     batches = {i: fast.batch(i) for i in (0, 3, fast.batches_in_epoch(0) - 1, fast.batches_in_epoch(0) + 1)}
     monkeypatch.setattr(plan, "_C", None)

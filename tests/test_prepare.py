@@ -63,20 +63,22 @@ EXPECTED = [[sentence.lower().replace(" ", "") for sentence in document] for doc
 
 def write(path: Path, documents: list[str]) -> Path:
     """One of the known kinds, by its name."""
-    if path.name.endswith(".parquet"):
+    name = path.name.lower()
+    if name.endswith(".parquet"):
         pq.write_table(pa.table({"n": list(range(len(documents))), "text": documents}), path)
         return path
-    if ".jsonl" in path.name:
+    if ".jsonl" in name:
         content = "".join(json.dumps({"text": document}, ensure_ascii=False) + "\n" for document in documents)
     else:
         content = "\n\n".join(documents)
-    (gzip.open if path.name.endswith(".gz") else open)(path, "wb").write(content.encode())
+    (gzip.open if name.endswith(".gz") else open)(path, "wb").write(content.encode())
     return path
 
 
-@pytest.mark.parametrize("name", ["a.txt", "a.txt.gz", "a.jsonl", "a.jsonl.gz", "a.parquet"])
+@pytest.mark.parametrize("name", ["a.txt", "a.txt.gz", "a.jsonl", "a.jsonl.gz", "a.parquet", "A.JSONL.GZ", "A.Parquet"])
 def test_every_kind_gives_the_same(name: str, tmp_path: Path, vocab: Path) -> None:
-    manifest = prepare([str(write(tmp_path / name, DOCUMENTS))], tmp_path / "set", vocab=vocab, workers=1)
+    write(tmp_path / name, DOCUMENTS)
+    manifest = prepare([str(tmp_path)], tmp_path / "set", vocab=vocab, workers=1)
     assert text_of(tmp_path / "set") == EXPECTED
     assert (manifest["documents"], manifest["sentences"]) == (3, 6)
     assert manifest["tokens"] == sum(len(sentence) for document in EXPECTED for sentence in document)
@@ -310,12 +312,12 @@ def test_vocabularies_and_links_to_nowhere_are_left_out_and_named(
 
 def test_a_vocabulary_that_does_not_fit_the_text_is_told(tmp_path: Path, vocab: Path) -> None:
     console = Console(file=io.StringIO(), width=40)
-    for name, text in (("fits", "a cat " * 99 + "7"), ("half", "a 7 " * 9), ("other", "7 8 9")):
+    for name, text in (("fits", "a " * 99 + "7"), ("partly", "a " * 49 + "7"), ("other", "7 8 9")):
         write(tmp_path / f"{name}.txt", [text])
     prepare([str(tmp_path / "fits.txt")], tmp_path / "fits", vocab=vocab, workers=1, console=console)
     assert "[UNK]" not in console.file.getvalue()
-    prepare([str(tmp_path / "half.txt")], tmp_path / "half", vocab=vocab, workers=1, console=console)
-    assert "50% of the tokens are [UNK]: words that the vocabulary cannot spell\n" in console.file.getvalue()
+    prepare([str(tmp_path / "partly.txt")], tmp_path / "partly", vocab=vocab, workers=1, console=console)
+    assert "2% of the tokens are [UNK]: words that the vocabulary cannot spell\n" in console.file.getvalue()
     with pytest.raises(UserError, match="no word of the text is in the vocabulary"):
         prepare([str(tmp_path / "other.txt")], tmp_path / "other", vocab=vocab, workers=1)
 

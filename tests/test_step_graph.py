@@ -84,6 +84,8 @@ def test_batches_of_other_shapes_are_refused():
         graph([(unpad(torch.ones(1, 4, dtype=torch.int64))[0], {})], [1], 0.1, (6, 3))
     with pytest.raises(ValueError, match="made for batches"):
         graph([(replace(micro_batch(0), max_seqlen=15), {})], [1], 0.1, (6, 3))
+    with pytest.raises(ValueError, match="made for batches"):
+        graph([(replace(micro_batch(0), input_ids=micro_batch(0).input_ids.int()), {})], [1], 0.1, (6, 3))
 
 
 @pytest.fixture(scope="module")
