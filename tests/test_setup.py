@@ -54,6 +54,13 @@ def test_what_runs_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
         assert not switch("BERTFAST_REFERENCE")
 
 
+def test_kernels_were_built_to_run_on_several_threads() -> None:
+    if not (built := list(Path(_define.__file__).parent.parent.glob("_C_avx*.so"))):
+        pytest.skip("no C++ kernels were built")
+    for library in built:
+        assert b"GOMP_parallel" in (content := library.read_bytes()) or b"__kmpc_fork_call" in content, library.name
+
+
 @pytest.mark.skipif(shutil.which("make") is None, reason="make is not here")
 def test_make_builds_once_and_again_what_was_cleaned(tmp_path: Path) -> None:
     for name in ("Makefile", "pyproject.toml", "constraints.txt", "setup.py"):
