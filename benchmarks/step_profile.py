@@ -4,6 +4,8 @@ torch.profiler's self times of steps after a warm-up; the formulas are those of 
 several turns before the steps and after. "rest" is what no formula counts: autograd, indexing, copies, Python.
 """
 
+from collections.abc import Iterable
+
 import torch
 from bertfast.benchmarks import contest, roofline
 from bertfast.benchmarks.pretrain import ADAMW, LR, MAX_NORM, WARM, make_batches, model_config
@@ -30,6 +32,14 @@ KINDS = {  # beginning of the profiler's name -> kind, as roofline.step_costs ha
 
 def kind_of(name: str) -> str:
     return next((kind for beginning, kind in KINDS.items() if name.startswith(beginning)), "rest")
+
+
+def _spent(events: Iterable) -> dict[str, float]:
+    """Seconds a step by kind, the most first."""
+    spent: dict[str, float] = {}
+    for event in events:
+        spent[kind_of(event.key)] = spent.get(kind_of(event.key), 0.0) + event.self_cpu_time_total / 1e6 / STEPS
+    return dict(sorted(spent.items(), key=lambda item: -item[1]))
 
 
 def run(*, data: str | None, preset: str, tokens: int, length: int, precision: str, threads: int) -> dict:
@@ -62,15 +72,12 @@ def run(*, data: str | None, preset: str, tokens: int, length: int, precision: s
         for i in range(STEPS):
             step(i)
     peaks = contest.peaks(contest.Outcome({}, turns + [next(measuring) for _ in range(TURNS)]))
-    spent: dict[str, float] = {}
-    for event in profiler.key_averages():
-        spent[kind_of(event.key)] = spent.get(kind_of(event.key), 0.0) + event.self_cpu_time_total / 1e6 / STEPS
     here = roofline.Machine("here", peaks[precision], peaks["copy"], predicted=False)
     itemsize = machine.DTYPES[precision].itemsize
     costs = roofline.step_costs(config, batches[0].n_tokens, length, itemsize)
     rows = [{"key": f"{preset} S={length} {precision}", "contender": kind, "failed": "", "seconds": seconds,
              "bound": costs[kind].seconds(here) if kind in costs else None}
-            for kind, seconds in sorted(spent.items(), key=lambda item: -item[1])]
+            for kind, seconds in _spent(profiler.key_averages()).items()]
     settings = {"preset": preset, "tokens": batches[0].n_tokens, "length": length, "precision": precision,
                 "vocab_size": config.vocab_size}
     return {"suite": "profile", **contest.provenance(threads), "settings": settings, "machine": peaks, "rows": rows}

@@ -30,6 +30,7 @@ from bertfast.benchmarks import (
     quality,
     report,
     roofline,
+    step_profile,
     trainer,
 )
 from bertfast.benchmarks.cases import CASES
@@ -39,6 +40,7 @@ from typer.testing import CliRunner
 
 import bertfast
 from bertfast import cli, machine
+from bertfast.data.tokenizer import Tokenizer
 from bertfast.files import UserError
 from bertfast.model import useful_flops
 from bertfast.run_folder import Settings
@@ -372,6 +374,26 @@ print(machine.keep_pages(), vm() - before >> 20, sep="|")
     assert said == "glibc keeps freed pages (mallopt)" and int(reserved) < 100  # MiB
 
 
+def test_the_machine_is_measured_by_its_best_turns(monkeypatch):
+    rates, seconds = iter([3.0, 5.0, 4.0, 2.0]), iter([4.0, 2.0, 3.0, 5.0, 8.0, 8.0, 4.0, 8.0])
+    monkeypatch.setattr(contest, "MEASURED_COPY", 64)
+    monkeypatch.setattr(machine, "gemm_rate", lambda dtype, device: next(rates))
+    monkeypatch.setattr(contest, "timed", lambda call, device, source: (next(seconds), call(source)))
+    facts, *turns = itertools.islice(contest.yardstick(), 3)
+    assert (facts, turns) == ({}, [{"fp32": 3.0, "bf16": 5.0, "copy": 64.0}, {"fp32": 4.0, "bf16": 2.0, "copy": 32.0}])
+    assert contest.peaks(contest.Outcome({}, turns)) == {"fp32": 4.0, "bf16": 5.0, "copy": 64.0}
+    assert contest.peaks(contest.Outcome()) == {}
+
+
+def test_a_profile_is_seconds_a_step_of_the_kinds_that_have_a_formula():
+    events = [SimpleNamespace(key=key, self_cpu_time_total=1e6 * step_profile.STEPS * seconds) for key, seconds in (
+        ("aten::add", 0.5), ("aten::addmm", 1.0), ("bertfast::gemm", 2.0), ("bertfast::adamw_step", 0.25))]
+    assert list(step_profile._spent(events).items()) == [
+        ("linear layers", 3.0), ("rest", 0.5), ("grad_norm and adamw_step", 0.25)]
+    costs = roofline.step_costs(bertfast.BertConfig.preset("mini"), 2048, 128, 4)
+    assert set(step_profile.KINDS.values()) <= set(costs)
+
+
 def test_middle_and_reached():
     assert contest.middle([1.0, 2.0, 3.0, 4.0, 100.0]) == {"median": 3.0, "spread": pytest.approx(2 / 3)}
     assert quality.reached([[0, 0.0, 7.0], [10, 5.0, 6.0], [20, 10.0, 5.0]], 5.5) == 7.5
@@ -398,6 +420,23 @@ def test_other_embeddings_and_another_start_are_refused():
     starts = {name: {"loss": loss, "losses": [9.0, own]} for name, loss, own in (
         ("first fp32", 7.0, 9.0), ("near bf16", 7.005, 9.01), ("far fp32", 7.1, 9.0), ("wrong labels fp32", 7.0, 9.1))}
     assert list(quality._same_start(starts)) == ["far fp32", "wrong labels fp32"]
+
+
+def test_embeddings_of_both_models_are_the_same_and_timed_a_text(monkeypatch, tmp_path):
+    torch.manual_seed(0)
+    texts = ["a b", "b " * 40, "c a b"]
+    tokenizer = Tokenizer.train(texts, 100)
+    tokenizer.save(tmp_path)
+    sizes = {**TINY, "vocab_size": tokenizer.vocab_size, "max_position_embeddings": 32}
+    config = bertfast.BertConfig(**sizes, initializer_range=0.5)
+    bertfast.BertModel(config).save_pretrained(tmp_path)
+    monkeypatch.setattr(inference, "timed", lambda call, device: (6.0, call()))
+    facts = {}
+    for name, make in (("transformers sdpa fp32", inference.transformers_mean),
+                       ("bertfast fp32", inference.bertfast_native)):
+        facts[name], turn = itertools.islice(make(str(tmp_path), texts, 2, "fp32"), 2)
+        assert turn == {"seconds": 2.0}
+    assert inference.agreement(facts) == {}
 
 
 @pytest.mark.parametrize(("name", "content", "message"), [

@@ -22,7 +22,8 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from bertfast.benchmarks import quality
+from bertfast.benchmarks import contest, quality
+from bertfast.benchmarks.contest import Outcome
 from rich.console import Console
 from safetensors.torch import load_file, save_file
 
@@ -993,6 +994,17 @@ def test_the_loops_of_bench_quality_train_alike(corpus, tmp_path):
         ours, theirs = ([found["loss"], *found.get("losses", [])] for found in facts)
         assert ours == pytest.approx(theirs, rel=1e-4) and facts[0].get("step") == facts[1].get("step")
     assert facts[0]["step"] == 6
+
+
+def test_a_curve_of_bench_quality_adds_up_the_seconds_of_its_turns(corpus, monkeypatch):
+    turns = [{"step": 3, "seconds": 2.0, "loss": 1.0}, {"step": 6, "seconds": 4.0, "loss": 0.0}]
+    found = {"bertfast fp32": Outcome({"loss": 2.0}, turns), "HF sdpa fp32": Outcome({"loss": 2.0}, turns, "refused")}
+    monkeypatch.setattr(contest, "contest", lambda entrants, rounds, *more: (found, rounds == 2))
+    result = quality.run(data=str(corpus / "data"), preset="tiny", steps=6, tokens=64, length=32, lr=1e-3, dropout=0.1,
+                         every=3, seed=1, threads=1, precisions=["fp32"], peers=["HF sdpa fp32"])
+    ours, theirs = result["rows"]
+    assert ours["curve"] == [[0, 0.0, 2.0], [3, 2.0, 1.0], [6, 6.0, 0.0]] and ours["median"] == 3.0
+    assert result["stopped_early"] and theirs["failed"] == "refused" and "curve" not in theirs
 
 
 # ---- as a user types it
