@@ -18,7 +18,7 @@ from tokenizers import normalizers
 
 from bertfast.batch import PackedBatch
 from bertfast.data import plan, tokenizer
-from bertfast.data.dataset import Dataset, Loader, Plan, _held_out
+from bertfast.data.dataset import Dataset, Loader, _held_out, drawn
 from bertfast.data.prepare import prepare
 from bertfast.data.tokenizer import Tokenizer, WordCache
 from bertfast.files import UserError
@@ -291,7 +291,7 @@ def test_philox_known_answers() -> None:
 def test_segments_cover_the_corpus(dataset: Dataset) -> None:
     """A and true-B segments of a document follow each other without a gap, but where a full sample was cut to fit."""
     for seqlen in (32, 128):
-        samples = Plan(dataset, 7, 0, seqlen, short_seq_prob=0.1).samples
+        samples, _ = drawn(dataset, 7, 0, seqlen)
         assert plan.lengths(samples).max() == seqlen
         at, covered = 0, 0
         bounds = dataset.sentences[dataset.documents]
@@ -323,7 +323,7 @@ def test_segments_cover_the_corpus(dataset: Dataset) -> None:
 
 
 def test_half_of_b_is_random_and_from_elsewhere(dataset: Dataset) -> None:
-    samples = np.concatenate([Plan(dataset, 1, epoch, 64).samples for epoch in range(3)])
+    samples = np.concatenate([drawn(dataset, 1, epoch, 64)[0] for epoch in range(3)])
     share = (samples["label"] == 1).mean()
     assert abs(share - 0.5) < 4 * 0.5 / len(samples) ** 0.5
     starts = dataset.sentences[dataset.documents]
@@ -333,25 +333,27 @@ def test_half_of_b_is_random_and_from_elsewhere(dataset: Dataset) -> None:
     assert (document_of(samples["a"])[~is_random] == document_of(samples["b"])[~is_random]).all()
     assert np.isin(document_of(samples["b"]), dataset.document_ids).all(), "B comes from the other split"
     assert samples["a_len"].min() >= 1 and samples["b_len"].min() >= 1
-    longer = Plan(dataset, 1, 0, 256).samples
+    longer, _ = drawn(dataset, 1, 0, 256)
     assert 0.4 < (longer["a_len"] > longer["b_len"])[longer["label"] == 0].mean() < 0.6, (
         "parted in the middle on average"
     )
 
 
-def test_short_targets_make_short_samples(dataset: Dataset) -> None:
-    means = [plan.lengths(Plan(dataset, 1, 0, 64, short_seq_prob=p).samples).mean() for p in (0.0, 0.1, 1.0)]
+def test_short_targets_make_short_samples(dataset: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
+    means = []
+    for threshold in (0, plan.SHORT, 2**32):
+        monkeypatch.setattr(plan, "SHORT", threshold)
+        means.append(plan.lengths(drawn(dataset, 1, 0, 64)[0]).mean())
     assert means[0] > means[1] > means[2] and means[2] < 0.9 * means[0]
 
 
 def test_plan_is_a_pure_function(dataset: Dataset) -> None:
-    one, same = Plan(dataset, 5, 2, 64), Plan(dataset, 5, 2, 64)
-    assert np.array_equal(one.samples, same.samples) and np.array_equal(one.order, same.order)
-    assert np.array_equal(np.sort(one.order), np.arange(len(one.samples)))
+    one, same = drawn(dataset, 5, 2, 64), drawn(dataset, 5, 2, 64)
+    assert all(map(np.array_equal, one, same))
+    assert np.array_equal(np.sort(one[1]), np.arange(len(one[0])))
     for seed, epoch in [(6, 2), (5, 3)]:
-        other = Plan(dataset, seed, epoch, 64)
-        assert not np.array_equal(one.samples[:50], other.samples[:50])
-        assert not np.array_equal(one.order[:50], other.order[:50])
+        for a, b in zip(one, drawn(dataset, seed, epoch, 64)):
+            assert not np.array_equal(a[:50], b[:50])
 
 
 def test_validation_documents_are_apart(folder: Path, dataset: Dataset) -> None:
@@ -494,7 +496,7 @@ def test_documents_planned_by_several_threads(monkeypatch: pytest.MonkeyPatch) -
     sentences = np.append(0, rng.integers(1, 9, 20_000).cumsum())
     documents = np.append(0, np.sort(rng.choice(np.arange(1, 20_000), 9000, replace=False)))
     documents = np.append(documents, 20_000)
-    arguments = (sentences, documents, np.arange(9001), 7, 1, 16, True, 0.1)
+    arguments = (sentences, documents, np.arange(9001), 7, 1, 16, True)
     fast = plan.plan(*arguments)
     monkeypatch.setattr(plan, "_C", None)
     assert np.array_equal(fast, plan.plan(*arguments))
@@ -558,7 +560,7 @@ def test_each_epoch_has_pairs_of_its_own(dataset):
     loader = Loader(dataset, 5, 64, 2048)
     one, two = loader._epoch(0).samples, loader._epoch(1).samples
     assert not np.array_equal(one[:50], two[:50])
-    assert np.array_equal(one, Plan(dataset, 5, 0, 64, short_seq_prob=0.1).samples)
+    assert np.array_equal(one, drawn(dataset, 5, 0, 64)[0])
 
 
 def test_packing_fills_the_budget(dataset: Dataset) -> None:
@@ -567,8 +569,8 @@ def test_packing_fills_the_budget(dataset: Dataset) -> None:
         samples, order, offsets = loader._epoch(0)
         filled = np.add.reduceat(plan.lengths(samples)[order], offsets[:-1])
         assert filled.max() <= budget and filled[:-1].mean() >= 0.995 * budget  # 0.99 by the worst fit
-    few = Loader(dataset, 0, 128, 2048, max_sequences=3)
-    assert np.diff(few._epoch(0).offsets).max() == 3 and few.batch(0).n_sequences == 3
+    order, offsets = plan.pack(samples, order, 8192, 3)
+    assert np.diff(offsets).max() == 3
 
 
 @pytest.mark.parametrize("nsp", [True, False])

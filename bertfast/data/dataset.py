@@ -20,6 +20,7 @@ from bertfast.data.tokenizer import Tokenizer
 from bertfast.files import UserError, read_json, sha256
 
 VALIDATION_EVERY = 32  # documents
+VERIFIED = 100_000_000  # bytes: checksums of smaller sets are compared, which is no wait
 PREFETCH = 4  # batches
 
 
@@ -30,16 +31,15 @@ class Dataset:
     sentences: of the whole set; document_ids (c,) int64: the documents of this split.
     """
 
-    def __init__(self, path: str | Path, split: str = "train", verify: bool | None = None):
-        """`verify` reads everything and compares checksums; None does so for sets below 100 MB, where it is no wait.
+    def __init__(self, path: str | Path, split: str = "train"):
+        """One in 32 documents, and one at least where there are two, is for validation: its index alone decides.
 
-        One in 32 documents, and one at least where there are two, is for validation: which, depends on nothing but its
-        index. Raises UserError, naming the file, where something is missing, cut off or changed.
+        Raises UserError, naming the file, where something is missing, cut off or changed.
         """
         self.path, self.split = Path(path), split
         if not self.path.is_dir():
             raise UserError(f"there is no prepared set {path}")
-        self.manifest = _checked_manifest(self.path, verify)
+        self.manifest = _checked_manifest(self.path)
         dtype = np.dtype(self.manifest["dtype"]).newbyteorder("<")
         self.tokens = np.memmap(self.path / "tokens.bin", dtype, "r")
         self.sentences = np.memmap(self.path / "sentences.bin", "<i8", "r")
@@ -76,7 +76,7 @@ class Dataset:
         return self.tokens[places]
 
 
-def _checked_manifest(path: Path, verify: bool | None) -> dict[str, Any]:
+def _checked_manifest(path: Path) -> dict[str, Any]:
     if not (path / "manifest.json").is_file():
         raise UserError(f"{path} is no prepared set: make one of your text with bertfast prepare")
     manifest = read_json(path / "manifest.json")
@@ -95,7 +95,7 @@ def _checked_manifest(path: Path, verify: bool | None) -> dict[str, Any]:
             raise UserError(f"{file} is missing: prepare the set again")
         if file.stat().st_size != size:
             raise UserError(f"{file} is damaged ({file.stat().st_size} bytes instead of {size}): prepare the set again")
-    if verify or (verify is None and sum(size for size, _ in files.values()) < 100_000_000):
+    if sum(size for size, _ in files.values()) < VERIFIED:
         for file, (_, checksum) in files.items():
             if sha256(file) != checksum:
                 raise UserError(f"{file} is damaged (its checksum differs): prepare the set again")
@@ -113,31 +113,18 @@ def _held_out(n: int) -> np.ndarray:
     return held_out
 
 
-class Plan:
-    """What an epoch's samples are, and their order.
+def drawn(dataset: Dataset, seed: int, epoch: int, max_seqlen: int, nsp: bool = True) -> tuple[np.ndarray, np.ndarray]:
+    """An epoch's samples (n,) plan.SAMPLE, in the order of the documents, and a random order of them (n,) int64.
 
-    samples (n,) plan.SAMPLE, in the order of the documents; order (n,) int64: a random order of them. A pure function
-    of the arguments; 24 + 8 bytes a sample. Raises UserError where the text is too little for a single sample.
+    A pure function of the arguments; 24 + 8 bytes a sample. Raises UserError where the text is too little for one.
     """
-
-    def __init__(
-        self,
-        dataset: Dataset,
-        seed: int,
-        epoch: int,
-        max_seqlen: int,
-        nsp: bool = True,
-        short_seq_prob: float = 0.1,
-    ):
-        self.samples = plan.plan(
-            dataset.sentences, dataset.documents, dataset.document_ids, seed, epoch, max_seqlen, nsp, short_seq_prob
+    samples = plan.plan(dataset.sentences, dataset.documents, dataset.document_ids, seed, epoch, max_seqlen, nsp)
+    if not len(samples):
+        raise UserError(
+            f"{dataset.path} holds too little text for a single {dataset.split} sample: more documents are needed, "
+            "of which one in 32 is for validation (in .txt blank lines part them)"
         )
-        if not len(self.samples):
-            raise UserError(
-                f"{dataset.path} holds too little text for a single {dataset.split} sample: more documents are needed, "
-                "of which one in 32 is for validation (in .txt blank lines part them)"
-            )
-        self.order = plan.shuffle(len(self.samples), seed, epoch)
+    return samples, plan.shuffle(len(samples), seed, epoch)
 
 
 class _Epoch(NamedTuple):
@@ -162,17 +149,15 @@ class Loader:
         token_budget: int,
         *,
         nsp: bool = True,
-        short_seq_prob: float = 0.1,
         mlm_probability: float = 0.15,
         whole_word_masking: bool = False,
         causal: bool = False,
-        max_sequences: int | None = None,
         rank: int = 0,
         world_size: int = 1,
         micro_batches: int = 1,
         pin_memory: bool = False,
     ):
-        """Raises UserError for settings that make no batch. max_sequences: B, by default from the mean length.
+        """Raises UserError for settings that make no batch.
 
         causal: nothing is masked, every token's label is the next token (mlm_probability counts as 0).
         """
@@ -185,8 +170,7 @@ class Loader:
         elif not 0 < mlm_probability < 1:
             raise UserError(f"a masking probability of {mlm_probability} is out of range: between 0 and 1")
         self.dataset, self.seed, self.max_seqlen, self.token_budget = dataset, seed % 2**64, max_seqlen, token_budget
-        self.nsp, self.short_seq_prob = nsp, short_seq_prob
-        self.mlm_probability, self.whole_word_masking = mlm_probability, whole_word_masking
+        self.nsp, self.mlm_probability, self.whole_word_masking = nsp, mlm_probability, whole_word_masking
         self.rank, self.world_size, self.micro_batches = rank, world_size, micro_batches
         self.pin_memory = pin_memory
         tokenizer = dataset.tokenizer
@@ -200,13 +184,13 @@ class Loader:
         self._planner = ThreadPoolExecutor(1, "bertfast-plan")
         self._prefetcher = ThreadPoolExecutor(1, "bertfast-prefetch")
         self._lock = threading.Lock()
-        first = Plan(dataset, self.seed, 0, max_seqlen, nsp, short_seq_prob)
+        samples, order = drawn(dataset, self.seed, 0, max_seqlen, nsp)
         # A fifth more than fit on average: a batch of many short samples may leave a few tokens unused.
-        fit = token_budget / plan.lengths(first.samples).mean()
-        self.max_sequences = max_sequences or ceil(1.2 * fit) + 2
+        fit = token_budget / plan.lengths(samples).mean()
+        self.max_sequences = ceil(1.2 * fit) + 2
         self.max_predictions = token_budget if causal else ceil(mlm_probability * token_budget) + self.max_sequences
         self._epochs[0] = Future()
-        self._epochs[0].set_result(self._packed(first))
+        self._epochs[0].set_result(self._packed(samples, order))
 
     def batches_in_epoch(self, epoch: int = 0) -> int:
         """Of all ranks together."""
@@ -258,9 +242,8 @@ class Loader:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on where `state` was taken. Raises UserError where the data or the settings are others."""
-        if state["settings"] != self._settings():
-            theirs, ours = state["settings"], self._settings()
-            changed = [f"{key} was {theirs.get(key)}, is {ours[key]}" for key in ours if theirs.get(key) != ours[key]]
+        theirs, ours = state["settings"], self._settings()
+        if changed := [f"{key} was {theirs.get(key)}, is {ours[key]}" for key in ours if theirs.get(key) != ours[key]]:
             raise UserError(f"cannot resume, the batches would differ: {'; '.join(changed)}")
         if state["batch"] % self.world_size:
             raise UserError(f"cannot resume on {self.world_size} ranks: {state['batch']} batches were used so far")
@@ -269,9 +252,9 @@ class Loader:
 
     def _settings(self) -> dict[str, Any]:
         """All that decides which batch is which."""
-        names = ("seed", "max_seqlen", "token_budget", "max_sequences", "nsp", "short_seq_prob", "mlm_probability")
+        names = ("seed", "max_seqlen", "token_budget", "max_sequences", "nsp", "mlm_probability", "whole_word_masking")
         checksum = self.dataset.manifest["files"]["tokens.bin"]["sha256"]
-        return {"data": checksum, **{name: getattr(self, name) for name in (*names, "whole_word_masking")}}
+        return {"data": checksum, **{name: getattr(self, name) for name in names}}
 
     def _prefetch(self, i: int) -> PackedBatch:
         batch = self.batch(i)
@@ -294,15 +277,13 @@ class Loader:
     def _plan_ahead(self, epoch: int) -> None:
         if epoch not in self._epochs:
             self._epochs[epoch] = self._planner.submit(
-                lambda: self._packed(
-                    Plan(self.dataset, self.seed, epoch, self.max_seqlen, self.nsp, self.short_seq_prob)
-                )
+                lambda: self._packed(*drawn(self.dataset, self.seed, epoch, self.max_seqlen, self.nsp))
             )
             for old in [e for e in self._epochs if abs(e - epoch) > 2]:
                 del self._epochs[old]
 
-    def _packed(self, drawn: Plan) -> _Epoch:
-        return _Epoch(drawn.samples, *plan.pack(drawn.samples, drawn.order, self.token_budget, self.max_sequences))
+    def _packed(self, samples: np.ndarray, order: np.ndarray) -> _Epoch:
+        return _Epoch(samples, *plan.pack(samples, order, self.token_budget, self.max_sequences))
 
     def _fill(self, samples: np.ndarray, chosen: np.ndarray, epoch: int, first_sequence: int) -> PackedBatch:
         n_rows, n_sequences, n_predictions = self.token_budget, self.max_sequences, self.max_predictions

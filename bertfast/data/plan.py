@@ -26,8 +26,9 @@ if not switch("BERTFAST_NO_EXT"):
 
 PLAN, TRUNCATE, SHUFFLE, PICK, REPLACE = range(5)  # purposes
 LOOK_AHEAD = 512  # samples that packing may choose from
+SHORT, MASK, CHANGE = (round(share * 2**32) for share in (0.1, 0.8, 0.9))  # that many of all words are below
 SAMPLE = np.dtype([("a", "<i8"), ("b", "<i8"), ("a_len", "<u2"), ("b_len", "<u2"), ("label", "<i4")])
-"""A sample: where segments A and B begin in the tokens, their lengths, next_sentence_label (-100: there is no B)."""
+"""A sample: where segments A and B begin in the tokens, their lengths, next_sentence_label (-100: no B)."""
 
 
 def philox(seed: int, epoch: int, purpose: int, index: np.ndarray | int, draw: np.ndarray | int) -> np.ndarray:
@@ -57,7 +58,6 @@ def plan(
     epoch: int,
     max_seqlen: int,
     nsp: bool,
-    short_seq_prob: float,
 ) -> np.ndarray:
     """An epoch's samples, in the order of the documents.
 
@@ -66,9 +66,8 @@ def plan(
     short target is drawn per sample, not per document; a chunk of one sentence takes in a second one where B is to be
     the true continuation, and a document's last sentence alone is split in two, so that really half are true.
     """
-    threshold = round(short_seq_prob * 2**32)
     if _C is not None:
-        return _C.plan(sentences, documents, chosen, seed, epoch, max_seqlen, nsp, threshold).view(SAMPLE)
+        return _C.plan(sentences, documents, chosen, seed, epoch, max_seqlen, nsp, SHORT).view(SAMPLE)
     room = max_seqlen - (3 if nsp else 2)
     samples: list[tuple[int, int, int, int, int]] = []
 
@@ -92,7 +91,7 @@ def plan(
         while i < n:
             k += 1
             w, v = draws[2 * k], draws[2 * k + 1]
-            target = 2 + below(w[1], room - 1) if w[0] < threshold else room
+            target = 2 + below(w[1], room - 1) if w[0] < SHORT else room
             j = i + 1
             while j < n and at[j] - at[i] < target:
                 j += 1
@@ -228,8 +227,8 @@ def fill(
             masked = token_rows[picked]
             reads, labels = np.concatenate([[0], masked]), ids[masked]
             words = philox(seed, epoch, REPLACE, index, picked)
-            replaced = np.where(words[:, 0] < 3865470566, below(words[:, 1], np.uint64(size)).astype(np.int64), labels)
-            ids[masked] = np.where(words[:, 0] < 3435973837, mask_id, replaced)
+            replaced = np.where(words[:, 0] < CHANGE, below(words[:, 1], np.uint64(size)).astype(np.int64), labels)
+            ids[masked] = np.where(words[:, 0] < MASK, mask_id, replaced)
         else:
             reads, labels = position[:-1], ids[1:]
 
