@@ -18,6 +18,7 @@ from bertfast.data import plan
 from bertfast.data.prepare import VERSION
 from bertfast.data.tokenizer import Tokenizer
 from bertfast.files import UserError, read_json, sha256
+from bertfast.ops.masked_vocab_projection import IGNORE_INDEX
 
 VALIDATION_EVERY = 32  # documents
 VERIFIED = 100_000_000  # bytes: checksums of smaller sets are compared, which is no wait
@@ -298,7 +299,7 @@ class Loader:
             "cu_seqlens_read": zeros(n_sequences + 1, torch.int32),
             "cls_index": zeros(n_sequences),
             "mask_index": zeros(n_predictions),
-            "labels": torch.full((n_predictions,), -100),
+            "labels": torch.full((n_predictions,), IGNORE_INDEX),
             "next_sentence_label": zeros(n_sequences),
         }
         n_tokens, n_masked = plan.fill(

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from bertfast.files import switch
+from bertfast.ops.masked_vocab_projection import IGNORE_INDEX
 
 _C: Any = None
 if not switch("BERTFAST_NO_EXT"):
@@ -28,7 +29,7 @@ PLAN, TRUNCATE, SHUFFLE, PICK, REPLACE = range(5)  # purposes
 LOOK_AHEAD = 512  # samples that packing may choose from
 SHORT, MASK, CHANGE = (round(share * 2**32) for share in (0.1, 0.8, 0.9))  # that many of all words are below
 SAMPLE = np.dtype([("a", "<i8"), ("b", "<i8"), ("a_len", "<u2"), ("b_len", "<u2"), ("label", "<i4")])
-"""A sample: where segments A and B begin in the tokens, their lengths, next_sentence_label (-100: no B)."""
+"""A sample: where segments A and B begin in the tokens, their lengths, next_sentence_label (IGNORE_INDEX: no B)."""
 
 
 def philox(seed: int, epoch: int, purpose: int, index: np.ndarray | int, draw: np.ndarray | int) -> np.ndarray:
@@ -96,7 +97,7 @@ def plan(
             while j < n and at[j] - at[i] < target:
                 j += 1
             if not nsp:
-                emit(at[i], at[j] - at[i], 0, 0, -100, document, k)
+                emit(at[i], at[j] - at[i], 0, 0, IGNORE_INDEX, document, k)
                 i = j
                 continue
             true_next = w[3] < 0x80000000
@@ -193,7 +194,7 @@ def fill(
     first_sequence: int,
     out: dict[str, np.ndarray],
 ) -> tuple[int, int]:
-    """Write the batch of the samples `chosen` into the arrays of a PackedBatch (zeroed; labels -100).
+    """Write the batch of the samples `chosen` into the arrays of a PackedBatch (zeroed; labels IGNORE_INDEX).
 
     vocabulary: its size and the ids of [CLS], [SEP], [MASK]; is_continuation (V,) uint8: pieces that begin with ##.
     Of a sample's m tokens, specials not counted, exactly max(1, round(mlm_probability * m)) are to be predicted, all
@@ -244,7 +245,7 @@ def fill(
         out["labels"][there] = labels
         out["next_sentence_label"][s] = label
         out["cu_seqlens"][s + 1], out["cu_seqlens_read"][s + 1] = row, read
-    out["next_sentence_label"][len(chosen) :] = -100
+    out["next_sentence_label"][len(chosen) :] = IGNORE_INDEX
     out["cu_seqlens"][len(chosen) + 1 :] = row
     out["cu_seqlens_read"][len(chosen) + 1 :] = read
     return row, n_masked
