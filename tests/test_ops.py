@@ -115,6 +115,18 @@ def test_a_new_word_table_is_the_one_that_was_zeros(words, dtype):
         torch.set_num_threads(before)
 
 
+@pytest.mark.parametrize("name", ["add_layer_norm", "bias_gelu", "gelu_layer_norm", "embedding_sum"])
+def test_rows_shared_out_unevenly_among_threads(name):
+    case, before, found = CASES[name], torch.get_num_threads(), []
+    tensors = case.inputs((659, 256, 9999) if name == "embedding_sum" else (659, 256), torch.float64)
+    for threads in (1, 5):
+        torch.set_num_threads(threads)
+        found.append(run(case.fused, case, tensors, 0.1 if case.dropout else 0.0))
+    torch.set_num_threads(before)
+    for n, value in found[0].items():
+        torch.testing.assert_close(found[1][n], value, msg=n)
+
+
 @pytest.mark.parametrize("offset", [0.5, 1.0, 2.0, 30.0, 300.0])
 def test_layer_norm_of_rows_far_from_zero(offset):
     """A mean that is large beside the deviation costs no digits of the variance."""
