@@ -14,7 +14,6 @@ import subprocess
 import sys
 import time
 from dataclasses import asdict, replace
-from pathlib import Path
 from types import SimpleNamespace
 
 import matplotlib.axes
@@ -1199,7 +1198,7 @@ def test_two_processes_train_as_one(corpus, tmp_path, monkeypatch):
 def test_processes_begin_a_run_and_stop_together(corpus, tmp_path):
     """torchrun itself, and Ctrl-C as a terminal sends it: to all of them, which torchrun then sends it again."""
     small = ["--model-config", corpus / "model.json", "--tokens", 256, "--short-length", 32, "--long-length", 64]
-    args = ["--standalone", "--nproc-per-node", 2, "--no-python", Path(sys.executable).with_name("bertfast"),
+    args = ["--standalone", "--nproc-per-node", 2, "--no-python", sys.executable, "-m", "bertfast",
             "pretrain", "--out", tmp_path, "--data", corpus / "data", *small, "--steps", 100000, "--log-every", 1]
     run = subprocess.Popen([sys.executable, "-m", "torch.distributed.run", *map(str, args)], stdout=subprocess.PIPE,
                            stderr=subprocess.STDOUT, text=True, start_new_session=True)
