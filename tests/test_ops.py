@@ -803,6 +803,9 @@ def test_an_old_build_is_not_loaded(monkeypatch, tmp_path):
     monkeypatch.setattr(_define, "_built", lambda name: tmp_path / name)
     monkeypatch.setattr(torch.ops, "load_library", lambda path: pytest.fail("it may abort"))
     (tmp_path / "_C_avx2").write_bytes(b"\x7fELF csrc:of another commit")
+    monkeypatch.setattr(_define, "__file__", str(tmp_path / "bertfast/ops/_define.py"))  # an installed one has no csrc
+    (tmp_path / "csrc/cpu").mkdir(parents=True)
+    (tmp_path / "csrc/cpu/gemm.cpp").write_text("")
     assert _define._load_extension() == "reference: _C_avx2 is an old build; rebuild it (make clean install)"
 
 
